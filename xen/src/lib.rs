@@ -5,8 +5,10 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+pub mod bus;
 pub mod hypervisor;
 
+pub use bus::{Bus, Mmio};
 pub use hypervisor::{
     Direction, DomId, GrantCopy, Gref, Hypervisor, PAGE_BYTES, Port, Refusal, Region,
 };
