@@ -1,2 +1,28 @@
+//! Disk image formats as planners: they say where guest bytes lie and what must be written in
+//! which order; they never do I/O, take time, probe a format, or panic on any input.
+//!
+//! One [`Image`] is a chain of layers. The caller drives it: [`Image::open_step`] until ready,
+//! then [`Image::map_read`], [`Image::prepare_write`] with [`Image::commit`], and flushes by
+//! [`Image::flush_begin`], [`Image::flush_step`], [`Image::flush_end`]. Whenever a planner
+//! stops with [`Stop::Miss`], the caller reads that block, fills it in and calls again.
 #![no_std]
 #![forbid(unsafe_code)]
+
+extern crate alloc;
+
+mod fault;
+mod files;
+mod format;
+mod image;
+mod meta;
+mod raw;
+mod types;
+
+pub use fault::{FaultKind, ImageFault};
+pub use files::{Access, FileInfo};
+pub use format::Format;
+pub use image::{DEPTH_MAX, Image, OpenStep, Options, PLANS_MAX};
+pub use types::{
+    BlockRef, DiscardPlan, Extent, FileNo, FlushStep, PRELUDES_MAX, Place, Prelude, Prepared,
+    SECTOR_BYTES, SectorRange, Step, Stop, WritePlan,
+};

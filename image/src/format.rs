@@ -1,0 +1,168 @@
+//! The formats, and what each must be able to do: one trait, one enum, no probing.
+
+use alloc::string::String;
+
+use crate::fault::ImageFault;
+use crate::files::{Access, Files};
+use crate::meta::Meta;
+use crate::raw::Raw;
+use crate::types::{DiscardPlan, FileNo, SectorRange, Step, WritePlan};
+
+/// An image format, always named by configuration, never guessed from content.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Format {
+    Raw,
+}
+
+impl Format {
+    /// The format a user names with `format=`.
+    pub fn by_name(name: &str) -> Option<Format> {
+        Some(match name {
+            "raw" => Format::Raw,
+            _ => return None,
+        })
+    }
+
+    /// The format that a file name's suffix stands for, `None` for any other suffix.
+    pub fn by_suffix(path: &str) -> Option<Format> {
+        let (_, suffix) = path.rsplit_once('.')?;
+        Some(match suffix {
+            "raw" | "img" => Format::Raw,
+            _ => return None,
+        })
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Format::Raw => "raw",
+        }
+    }
+}
+
+/// What a format module works with: the shared cache and the files opened so far.
+pub(crate) struct Ctx<'a> {
+    pub meta: &'a mut Meta,
+    pub files: &'a mut Files,
+}
+
+impl Ctx<'_> {
+    /// Copies a stretch that may span cache blocks, for headers and names at open. Short, since
+    /// all its blocks must be resident at once: at most 64 KiB.
+    pub fn read(&mut self, file: FileNo, offset: u64, into: &mut [u8]) -> Step<()> {
+        let mut done = 0;
+        while done < into.len() {
+            let at = offset + done as u64;
+            let room = (crate::meta::BLOCK_BYTES - at % crate::meta::BLOCK_BYTES) as usize;
+            let len = room.min(into.len() - done);
+            self.meta.get(file, at, &mut into[done..done + len])?;
+            done += len;
+        }
+        Ok(())
+    }
+}
+
+/// What a layer holds at the start of a range.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Found {
+    Data {
+        file: FileNo,
+        offset: u64,
+    },
+    Zero,
+    /// Nothing here: the layer below decides, zeros if there is none.
+    Absent,
+    /// Part of a compressed cluster.
+    Packed(Packed),
+}
+
+/// A compressed cluster and where in its unpacked bytes the range starts.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Packed {
+    pub file: FileNo,
+    pub offset: u64,
+    /// Bytes of the compressed stream, an upper bound.
+    pub packed_bytes: u32,
+    /// Bytes it unpacks to: never more is written.
+    pub unpacked_bytes: u32,
+    pub skip: u32,
+    pub codec: Codec,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Codec {
+    /// Raw deflate (qcow, qcow2).
+    Deflate,
+    /// zlib with its header (VMDK).
+    Zlib,
+    Zstd,
+}
+
+/// What an opened layer says of itself.
+pub(crate) struct OpenedLayer {
+    pub layer: AnyLayer,
+    pub parent: Option<Parent>,
+}
+
+/// The file below a layer, as the image names it.
+pub(crate) struct Parent {
+    pub name: String,
+    /// The format the image gives for it; else its suffix decides, else it is refused.
+    pub format: Option<Format>,
+}
+
+/// One image file of a chain. Guest ranges given are never beyond `sectors()`.
+pub(crate) trait Layer {
+    /// Size of the disk in guest sectors.
+    fn sectors(&self) -> u64;
+
+    /// What lies at the start of `range`, and for how many sectors (1 to `range.count`).
+    fn map(&mut self, ctx: &mut Ctx, range: SectorRange) -> Step<(Found, u64)>;
+
+    /// Reserves for a write of the start of `range` (top layer only). Ranges of plans in
+    /// flight never overlap, but they may share a cluster: then answer `Busy`. `slot` names
+    /// the plan, below `PLANS_MAX`, free at the call.
+    fn prepare(&mut self, ctx: &mut Ctx, slot: u16, range: SectorRange) -> Step<WritePlan>;
+
+    /// Makes the mapping of plan `slot` visible. Cannot fail: all was reserved; blocks it puts
+    /// into must be loaded by `prepare` and pinned, or kept in the plan until they are.
+    fn commit(&mut self, ctx: &mut Ctx, slot: u16);
+
+    /// Gives back what plan `slot` reserved.
+    fn abandon(&mut self, ctx: &mut Ctx, slot: u16);
+
+    /// Lets go of the start of `range` (whole clusters; the rest is left), or, with `zero`,
+    /// makes it read as zeros where that needs no data written (else `sectors` is 0).
+    fn discard(&mut self, ctx: &mut Ctx, range: SectorRange, zero: bool) -> Step<DiscardPlan>;
+
+    /// After all dirty metadata is durable (`ok`) or not: deferred frees happen here.
+    fn flushed(&mut self, _ctx: &mut Ctx, _ok: bool) {}
+
+    /// Marks the image clean before it is closed; the caller flushes after it.
+    fn finish(&mut self, _ctx: &mut Ctx) -> Step<()> {
+        Ok(())
+    }
+}
+
+/// Any layer, by enum: static dispatch, no boxes on the request path.
+pub(crate) enum AnyLayer {
+    Raw(Raw),
+}
+
+impl AnyLayer {
+    pub fn open(ctx: &mut Ctx, format: Format, file: FileNo, access: Access) -> Step<OpenedLayer> {
+        match format {
+            Format::Raw => Raw::open(ctx, file, access),
+        }
+    }
+
+    pub fn get(&mut self) -> &mut dyn Layer {
+        match self {
+            AnyLayer::Raw(layer) => layer,
+        }
+    }
+}
+
+/// A refusal of writes, said once.
+pub(crate) fn read_only(file: FileNo, why: &'static str) -> ImageFault {
+    ImageFault::new(crate::fault::FaultKind::ReadOnly, file, why)
+}

@@ -1,0 +1,350 @@
+//! One disk image: a chain of layers behind one map.
+//!
+//! The image answers and never acts: each planner call is straight-line code that either
+//! answers or stops with the reason ([`Stop`]). The caller does the I/O and calls again.
+//! Order guarded: a mapping becomes visible only by [`Image::commit`], durable only by a flush,
+//! and while a flush is under way nothing is committed (the caller waits for
+//! [`Image::flushing`] to end).
+
+use alloc::string::String;
+use alloc::vec::Vec;
+
+use crate::fault::{FaultKind, ImageFault};
+use crate::files::{Access, FileInfo, Files};
+use crate::format::{AnyLayer, Ctx, Format, Found};
+use crate::meta::Meta;
+use crate::types::{
+    BlockRef, DiscardPlan, Extent, FileNo, FlushStep, Place, Prepared, SectorRange, Step, Stop,
+    WritePlan,
+};
+
+/// Writes prepared and not yet committed, per image.
+pub const PLANS_MAX: usize = 64;
+/// Longest chain of images (ours; crosvm stops at 10, QEMU nowhere).
+pub const DEPTH_MAX: usize = 1001;
+/// Chain walks kept between retries: more than requests that miss at once.
+const WALKS: usize = 16;
+
+/// How to open an image. All of it comes from the configuration.
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub format: Format,
+    pub access: Access,
+    /// Other files that the image names may be opened, within the same directory tree.
+    pub allow_names: bool,
+    /// Memory for cached metadata, bytes: all that this image will ever hold, but for some
+    /// hundred bytes for each layer of a chain and one or two clusters for compressed formats.
+    pub budget_bytes: usize,
+    /// Freshness for identifiers that a format wants new (VMDK CID, VHDX GUIDs).
+    pub seed: u64,
+}
+
+/// What `open_step` asks for next.
+#[derive(Debug)]
+pub enum OpenStep {
+    /// Open this file, relative to the directory of `named_by`, and call
+    /// [`Image::file_opened`], or give up on the image.
+    File { file: FileNo, named_by: FileNo, name: String, access: Access },
+    /// The image can be used.
+    Ready,
+}
+
+/// Where a chain walk got to, so that a retry after a miss goes on from there.
+#[derive(Clone, Copy)]
+struct Walk {
+    range: SectorRange,
+    layer: u16,
+}
+
+pub struct Image {
+    options: Options,
+    files: Files,
+    meta: Meta,
+    layers: Vec<AnyLayer>,
+    /// The layer to open next: its file and format; `None` when the chain is complete.
+    next: Option<(FileNo, Format)>,
+    plans: [Option<SectorRange>; PLANS_MAX],
+    walks: [Option<Walk>; WALKS],
+    walk_clock: usize,
+    sync_cursor: Option<u16>,
+}
+
+impl Image {
+    /// Starts opening; drive it with [`Image::open_step`]. `name` is for messages.
+    pub fn begin(name: &str, info: FileInfo, options: Options) -> Image {
+        Image {
+            files: Files::new(name, options.access, info, options.allow_names),
+            meta: Meta::new(options.budget_bytes),
+            layers: Vec::new(),
+            next: Some((FileNo(0), options.format)),
+            plans: [None; PLANS_MAX],
+            walks: [None; WALKS],
+            walk_clock: 0,
+            sync_cursor: None,
+            options,
+        }
+    }
+
+    /// Opens the next part. `Stop` is handled as for any planner; a fault ends the attempt.
+    pub fn open_step(&mut self) -> Step<OpenStep> {
+        while let Some((file, format)) = self.next {
+            let access =
+                if self.layers.is_empty() { self.options.access } else { Access::ReadOnly };
+            let mut ctx = Ctx { meta: &mut self.meta, files: &mut self.files };
+            let opened = AnyLayer::open(&mut ctx, format, file, access);
+            if let Some((file, wanted)) = self.files.wanted() {
+                return Ok(OpenStep::File {
+                    file,
+                    named_by: wanted.named_by,
+                    name: wanted.name.clone(),
+                    access: wanted.access,
+                });
+            }
+            let opened = opened?;
+            let next = match &opened.parent {
+                None => None,
+                Some(parent) => {
+                    let format = parent.format.or_else(|| Format::by_suffix(&parent.name));
+                    let Some(format) = format else {
+                        let why = "the format of the backing file is not given and its name \
+                                   has no known suffix";
+                        return Err(ImageFault::new(FaultKind::Refused, file, why).into());
+                    };
+                    if self.layers.len() + 1 >= DEPTH_MAX {
+                        let depth = DEPTH_MAX as u64;
+                        return Err(ImageFault::limit(file, "chain depth", depth + 1, depth).into());
+                    }
+                    match self.files.open(file, &parent.name, Access::ReadOnly) {
+                        Ok(below) => Some((below, format)),
+                        Err(Stop::Busy) => continue,
+                        Err(stop) => return Err(stop),
+                    }
+                }
+            };
+            self.layers.push(opened.layer);
+            self.next = next;
+        }
+        Ok(OpenStep::Ready)
+    }
+
+    /// The caller opened the file that `open_step` asked for.
+    pub fn file_opened(&mut self, file: FileNo, info: FileInfo) -> Result<(), ImageFault> {
+        let twice = self
+            .files
+            .iter()
+            .any(|(_, other)| other.info.is_some_and(|i| i.identity == info.identity));
+        if twice {
+            let why = "one file stands twice in the chain";
+            return Err(ImageFault::new(FaultKind::Refused, file, why));
+        }
+        self.files.opened(file, info);
+        Ok(())
+    }
+
+    /// Size of the disk in 512-byte sectors.
+    pub fn sectors(&mut self) -> u64 {
+        self.top().sectors()
+    }
+
+    /// Layers in the chain, 1 for an image without backing.
+    pub fn depth(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// The first piece of `range`, as the image reads now.
+    pub fn map_read(&mut self, range: SectorRange) -> Step<Extent> {
+        self.check_range(range)?;
+        let (mut walk, at) = self.walk_for(range);
+        loop {
+            let depth = self.layers.len();
+            let layer = self.layers[walk.layer as usize].get();
+            let mut ctx = Ctx { meta: &mut self.meta, files: &mut self.files };
+            let visible = layer.sectors().saturating_sub(walk.range.start);
+            let (found, sectors) = if visible == 0 {
+                // A layer shorter than the one above reads as zeros past its end.
+                (Found::Zero, walk.range.count)
+            } else {
+                match layer.map(&mut ctx, walk.range.prefix(visible)) {
+                    Ok(found) => found,
+                    Err(stop) => {
+                        self.walks[at] = Some(walk);
+                        return Err(stop);
+                    }
+                }
+            };
+            assert!(sectors > 0 && sectors <= walk.range.count);
+            let place = match found {
+                Found::Data { file, offset } => Place::File { file, offset },
+                Found::Zero => Place::Zero,
+                Found::Absent if (walk.layer as usize) + 1 < depth => {
+                    walk = Walk { range: walk.range.prefix(sectors), layer: walk.layer + 1 };
+                    continue;
+                }
+                Found::Absent => Place::Zero,
+                Found::Packed(packed) => {
+                    return Err(ImageFault::unsupported(packed.file, "compression", 0).into());
+                }
+            };
+            self.walks[at] = None;
+            return Ok(Extent { sectors, place });
+        }
+    }
+
+    /// Reserves for a write of the first piece of `range`. The plan must be carried out and
+    /// committed, or abandoned.
+    pub fn prepare_write(&mut self, range: SectorRange) -> Step<WritePlan> {
+        self.check_range(range)?;
+        if self.options.access == Access::ReadOnly {
+            return Err(crate::format::read_only(FileNo(0), "the disk is read-only").into());
+        }
+        let overlap = |p: &SectorRange| p.start < range.end() && range.start < p.end();
+        if self.plans.iter().flatten().any(overlap) {
+            return Err(Stop::Busy);
+        }
+        let Some(slot) = self.plans.iter().position(Option::is_none) else {
+            return Err(Stop::Busy);
+        };
+        let mut ctx = Ctx { meta: &mut self.meta, files: &mut self.files };
+        let plan = self.layers[0].get().prepare(&mut ctx, slot as u16, range)?;
+        assert!(plan.sectors > 0 && plan.sectors <= range.count);
+        self.plans[slot] = Some(range.prefix(plan.sectors));
+        Ok(plan)
+    }
+
+    /// The plan's bytes are written: its mapping becomes visible. Not during a flush.
+    pub fn commit(&mut self, prepared: Prepared) {
+        assert!(!self.flushing(), "a commit during a flush");
+        let range = self.plans[prepared.slot as usize].take().expect("a plan in flight");
+        let mut ctx = Ctx { meta: &mut self.meta, files: &mut self.files };
+        self.layers[0].get().commit(&mut ctx, prepared.slot);
+        self.forget_walks(range);
+    }
+
+    /// The plan could not be carried out.
+    pub fn abandon(&mut self, prepared: Prepared) {
+        self.plans[prepared.slot as usize].take().expect("a plan in flight");
+        let mut ctx = Ctx { meta: &mut self.meta, files: &mut self.files };
+        self.layers[0].get().abandon(&mut ctx, prepared.slot);
+    }
+
+    /// Lets go of the first piece of `range` (`zero` false: may read as anything that was
+    /// there; true: must read as zeros, and `sectors` 0 in the answer means: write zeros).
+    /// Not during a flush, and not while reads or writes of the range are in flight.
+    pub fn discard(&mut self, range: SectorRange, zero: bool) -> Step<DiscardPlan> {
+        self.check_range(range)?;
+        if self.flushing() {
+            return Err(Stop::Busy);
+        }
+        let mut ctx = Ctx { meta: &mut self.meta, files: &mut self.files };
+        let plan = self.layers[0].get().discard(&mut ctx, range, zero)?;
+        self.forget_walks(range);
+        Ok(plan)
+    }
+
+    /// Takes in bytes that a `Miss` asked for.
+    pub fn fill(&mut self, block: BlockRef, bytes: &[u8]) {
+        self.meta.fill(block, bytes);
+    }
+
+    /// The read that a `Miss` asked for failed.
+    pub fn fill_failed(&mut self, block: BlockRef) {
+        self.meta.fill_failed(block);
+    }
+
+    /// Bytes of a [`Place::Memory`].
+    pub fn bytes(&self, _offset: usize, _len: usize) -> &[u8] {
+        &[]
+    }
+
+    /// Metadata waits to be written.
+    pub fn is_dirty(&self) -> bool {
+        self.meta.is_dirty()
+    }
+
+    /// A flush is under way: no commit, no discard.
+    pub fn flushing(&self) -> bool {
+        self.meta.flushing()
+    }
+
+    /// Starts a flush: data sync, then each phase of metadata with a sync after it.
+    pub fn flush_begin(&mut self) {
+        self.meta.flush_begin();
+        self.sync_cursor = Some(0);
+    }
+
+    /// The next step of the flush.
+    pub fn flush_step(&mut self) -> FlushStep<'_> {
+        loop {
+            if let Some(from) = self.sync_cursor {
+                let next = self
+                    .files
+                    .iter()
+                    .skip(from as usize)
+                    .find(|(_, file)| file.access == Access::ReadWrite && file.info.is_some());
+                if let Some((file, _)) = next {
+                    self.sync_cursor = Some(file.0 + 1);
+                    return FlushStep::Sync { file };
+                }
+                self.sync_cursor = None;
+            }
+            if self.meta.phase_dirty() {
+                let (file, offset, bytes) = self.meta.flush_next().expect("a dirty unit");
+                return FlushStep::Write { file, offset, bytes };
+            }
+            if self.meta.phase_written() {
+                self.sync_cursor = Some(0);
+            }
+            if !self.meta.flush_next_phase() && self.sync_cursor.is_none() {
+                return FlushStep::Done;
+            }
+        }
+    }
+
+    /// The flush is over: all steps done, or one failed.
+    pub fn flush_end(&mut self, ok: bool) {
+        self.meta.flush_end(ok);
+        self.sync_cursor = None;
+        let mut ctx = Ctx { meta: &mut self.meta, files: &mut self.files };
+        self.layers[0].get().flushed(&mut ctx, ok);
+    }
+
+    /// Before closing a writable image: marks it clean; then flush once more.
+    pub fn finish(&mut self) -> Step<()> {
+        let mut ctx = Ctx { meta: &mut self.meta, files: &mut self.files };
+        self.layers[0].get().finish(&mut ctx)
+    }
+
+    fn top(&mut self) -> &mut dyn crate::format::Layer {
+        self.layers[0].get()
+    }
+
+    fn check_range(&mut self, range: SectorRange) -> Result<(), ImageFault> {
+        let sectors = self.top().sectors();
+        if range.end() > sectors {
+            let fault = ImageFault::new(FaultKind::OutOfRange, FileNo(0), "sector");
+            return Err(ImageFault { value: range.end(), limit: sectors, ..fault });
+        }
+        Ok(())
+    }
+
+    /// The walk kept for this range from an earlier try, else a new one from the top.
+    fn walk_for(&mut self, range: SectorRange) -> (Walk, usize) {
+        let kept = self.walks.iter().position(|w| {
+            w.is_some_and(|w| w.range.start == range.start && w.range.count <= range.count)
+        });
+        if let Some(at) = kept {
+            return (self.walks[at].expect("just found"), at);
+        }
+        let at = self.walks.iter().position(Option::is_none).unwrap_or(self.walk_clock);
+        self.walk_clock = (at + 1) % WALKS;
+        (Walk { range, layer: 0 }, at)
+    }
+
+    fn forget_walks(&mut self, range: SectorRange) {
+        for walk in &mut self.walks {
+            if walk.is_some_and(|w| w.range.start < range.end() && range.start < w.range.end()) {
+                *walk = None;
+            }
+        }
+    }
+}

@@ -1,0 +1,65 @@
+//! raw: guest sector n is byte 512 n of the file. The only format without metadata.
+
+use crate::fault::{FaultKind, ImageFault};
+use crate::files::Access;
+use crate::format::{AnyLayer, Ctx, Found, Layer, OpenedLayer, read_only};
+use crate::types::{DiscardPlan, FileNo, Prepared, SECTOR_BYTES, SectorRange, Step, WritePlan};
+
+pub(crate) struct Raw {
+    file: FileNo,
+    sectors: u64,
+    access: Access,
+}
+
+impl Raw {
+    /// A file whose length is not a multiple of 512 is served without its last partial sector.
+    pub fn open(ctx: &mut Ctx, file: FileNo, access: Access) -> Step<OpenedLayer> {
+        let sectors = ctx.files.size(file) / SECTOR_BYTES;
+        if sectors == 0 {
+            let fault = ImageFault::new(FaultKind::NotThisFormat, file, "the file's length");
+            return Err(ImageFault { value: ctx.files.size(file), ..fault }.into());
+        }
+        let layer = AnyLayer::Raw(Raw { file, sectors, access });
+        Ok(OpenedLayer { layer, parent: None })
+    }
+}
+
+impl Layer for Raw {
+    fn sectors(&self) -> u64 {
+        self.sectors
+    }
+
+    fn map(&mut self, _ctx: &mut Ctx, range: SectorRange) -> Step<(Found, u64)> {
+        Ok((Found::Data { file: self.file, offset: range.start_bytes() }, range.count))
+    }
+
+    fn prepare(&mut self, _ctx: &mut Ctx, slot: u16, range: SectorRange) -> Step<WritePlan> {
+        if self.access == Access::ReadOnly {
+            return Err(read_only(self.file, "the file is open read-only").into());
+        }
+        Ok(WritePlan {
+            prepared: Prepared { slot },
+            sectors: range.count,
+            file: self.file,
+            offset: range.start_bytes(),
+            head: None,
+            tail: None,
+            preludes: heapless::Vec::new(),
+        })
+    }
+
+    fn commit(&mut self, _ctx: &mut Ctx, _slot: u16) {}
+
+    fn abandon(&mut self, _ctx: &mut Ctx, _slot: u16) {}
+
+    fn discard(&mut self, _ctx: &mut Ctx, range: SectorRange, zero: bool) -> Step<DiscardPlan> {
+        if self.access == Access::ReadOnly {
+            return Err(read_only(self.file, "the file is open read-only").into());
+        }
+        if zero {
+            return Ok(DiscardPlan { sectors: 0, punch: None });
+        }
+        let punch = Some((self.file, range.start_bytes(), range.bytes()));
+        Ok(DiscardPlan { sectors: range.count, punch })
+    }
+}
