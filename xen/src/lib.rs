@@ -5,8 +5,18 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+extern crate alloc;
+#[cfg(test)]
+extern crate self as platter_xen;
+#[cfg(test)]
+extern crate std;
+
+pub mod blkif;
 pub mod bus;
+#[cfg(test)]
+mod fake;
 pub mod hypervisor;
+pub mod ring;
 
 pub use bus::{Bus, Mmio};
 pub use hypervisor::{

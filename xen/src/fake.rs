@@ -1,0 +1,140 @@
+//! A machine for unit tests: pages in a vector, grants and ports in tables. One world serves
+//! both ends, so a grant is mapped as the very page it names. Not a simulator: no faults, no
+//! schedule; it misses everything that needs two schedules.
+
+use std::vec::Vec;
+
+use platter_xen::{
+    Direction, DomId, GrantCopy, Gref, Hypervisor, PAGE_BYTES, Port, Refusal, Region,
+};
+
+pub struct Fake {
+    pub pages: Vec<u8>,
+    pub frames_max: usize,
+    freed: usize,
+    /// Page of each gref, `None` once revoked.
+    pub grants: Vec<Option<u32>>,
+    /// Pending bit of each port; index is the port.
+    pub ports: Vec<bool>,
+    /// Notifications sent, per port.
+    pub notified: Vec<u32>,
+}
+
+impl Fake {
+    pub fn new(frames_max: usize) -> Fake {
+        Fake {
+            pages: Vec::new(),
+            frames_max,
+            freed: 0,
+            grants: Vec::new(),
+            ports: Vec::new(),
+            notified: Vec::new(),
+        }
+    }
+
+    fn at(&self, region: Region, offset: usize, len: usize) -> usize {
+        assert!(offset + len <= region.bytes(), "access beyond its region");
+        region.first_page as usize * PAGE_BYTES + offset
+    }
+
+    fn new_port(&mut self) -> Port {
+        self.ports.push(false);
+        self.notified.push(0);
+        Port(self.ports.len() as u32 - 1)
+    }
+
+    fn copy_one(&mut self, op: &GrantCopy) -> i16 {
+        let Some(Some(page)) = self.grants.get(op.gref.0 as usize).copied() else { return -3 };
+        let theirs = page as usize * PAGE_BYTES + op.gref_offset as usize;
+        let ours = self.at(op.page, op.page_offset as usize, op.len as usize);
+        let (from, to) = match op.direction {
+            Direction::FromGuest => (theirs, ours),
+            Direction::ToGuest => (ours, theirs),
+        };
+        self.pages.copy_within(from..from + op.len as usize, to);
+        0
+    }
+}
+
+impl Hypervisor for Fake {
+    fn frames_alloc(&mut self, pages: usize) -> Option<Region> {
+        if self.frames_left() < pages {
+            return None;
+        }
+        let first_page = (self.pages.len() / PAGE_BYTES) as u32;
+        self.pages.resize(self.pages.len() + pages * PAGE_BYTES, 0);
+        Some(Region { first_page, pages: pages as u32 })
+    }
+    fn frames_free(&mut self, region: Region) {
+        self.freed += region.pages as usize;
+    }
+    fn frames_left(&self) -> usize {
+        self.frames_max + self.freed - self.pages.len() / PAGE_BYTES
+    }
+    fn dma_address(&self, region: Region, index: usize) -> u64 {
+        u64::from(region.page(index).first_page) << 12
+    }
+    fn read(&self, region: Region, offset: usize, into: &mut [u8]) {
+        let at = self.at(region, offset, into.len());
+        into.copy_from_slice(&self.pages[at..at + into.len()]);
+    }
+    fn write(&mut self, region: Region, offset: usize, from: &[u8]) {
+        let at = self.at(region, offset, from.len());
+        self.pages[at..at + from.len()].copy_from_slice(from);
+    }
+    fn load_u32(&self, region: Region, offset: usize) -> u32 {
+        let mut bytes = [0; 4];
+        self.read(region, offset, &mut bytes);
+        u32::from_le_bytes(bytes)
+    }
+    fn store_u32(&mut self, region: Region, offset: usize, value: u32) {
+        self.write(region, offset, &value.to_le_bytes());
+    }
+    fn fence(&self) {}
+    fn move_bytes(&mut self, from: (Region, usize), to: (Region, usize), len: usize) {
+        let source = self.at(from.0, from.1, len);
+        let target = self.at(to.0, to.1, len);
+        self.pages.copy_within(source..source + len, target);
+    }
+    fn zero(&mut self, region: Region, offset: usize, len: usize) {
+        let at = self.at(region, offset, len);
+        self.pages[at..at + len].fill(0);
+    }
+    fn grant(&mut self, _: DomId, page: Region, _: bool) -> Result<Gref, Refusal> {
+        assert_eq!(page.pages, 1);
+        self.grants.push(Some(page.first_page));
+        Ok(Gref(self.grants.len() as u32 - 1))
+    }
+    fn revoke(&mut self, gref: Gref) -> bool {
+        self.grants[gref.0 as usize].take().is_some()
+    }
+    fn map(&mut self, _: DomId, grefs: &[Gref]) -> Result<Region, Refusal> {
+        let mut first = None;
+        for (index, gref) in grefs.iter().enumerate() {
+            let page = self.grants.get(gref.0 as usize).copied().flatten();
+            let page = page.ok_or(Refusal::Grant(-3))?;
+            let start = *first.get_or_insert(page);
+            assert_eq!(start + index as u32, page, "the fake maps contiguous pages only");
+        }
+        Ok(Region { first_page: first.ok_or(Refusal::Full)?, pages: grefs.len() as u32 })
+    }
+    fn unmap(&mut self, _: Region) {}
+    fn copy(&mut self, ops: &mut [GrantCopy]) {
+        for op in ops {
+            op.status = self.copy_one(op);
+        }
+    }
+    fn bind_interdomain(&mut self, _: DomId, _: Port) -> Result<Port, Refusal> {
+        Ok(self.new_port())
+    }
+    fn alloc_unbound(&mut self, _: DomId) -> Result<Port, Refusal> {
+        Ok(self.new_port())
+    }
+    fn close_port(&mut self, _: Port) {}
+    fn notify(&mut self, port: Port) {
+        self.notified[port.0 as usize] += 1;
+    }
+    fn take_pending(&mut self, port: Port) -> bool {
+        core::mem::take(&mut self.ports[port.0 as usize])
+    }
+}
