@@ -1,1 +1,4 @@
+//! `platter`: the administrator's command line. All logic is in the library.
+#![forbid(unsafe_code)]
+
 fn main() {}

@@ -1,0 +1,9 @@
+//! The image engine on ordinary files: the synchronous driver that runs the planners, and what
+//! the `platter` command is made of. It holds no parser of its own.
+#![forbid(unsafe_code)]
+
+pub mod engine;
+mod fault;
+pub mod medium;
+
+pub use fault::{Cause, Fault};
