@@ -4,7 +4,7 @@ use alloc::string::String;
 
 use crate::fault::ImageFault;
 use crate::files::{Access, Files};
-use crate::meta::Meta;
+use crate::meta::{Meta, Phase};
 use crate::raw::Raw;
 use crate::types::{DiscardPlan, FileNo, SectorRange, Step, WritePlan};
 
@@ -110,6 +110,18 @@ pub(crate) struct Parent {
     pub format: Option<Format>,
 }
 
+/// A step of a flush that comes from a layer and not from the cache: a footer, a header, a log.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Own {
+    Nothing,
+    Write {
+        file: FileNo,
+        offset: u64,
+    },
+    /// Everything before is durable before what follows.
+    Sync,
+}
+
 /// One image file of a chain. Guest ranges given are never beyond `sectors()`.
 pub(crate) trait Layer {
     /// Size of the disk in guest sectors.
@@ -134,6 +146,44 @@ pub(crate) trait Layer {
     /// makes it read as zeros where that needs no data written (else `sectors` is 0).
     fn discard(&mut self, ctx: &mut Ctx, range: SectorRange, zero: bool) -> Step<DiscardPlan>;
 
+    /// Called after `open`, again after each stop, until it is ready: work at open that takes
+    /// more reads or writes than one step (a log to replay, a table to scan). It keeps its
+    /// place between calls, and gets changes written by stopping with `NeedFlush`.
+    fn ready(&mut self, _ctx: &mut Ctx) -> Step<()> {
+        Ok(())
+    }
+
+    /// What a child must name to mean this very image: a UUID or content identifier.
+    fn identity(&self) -> Option<u128> {
+        None
+    }
+
+    /// Is a parent of this identity (`None`: its format has none) the one this layer was made
+    /// on?
+    fn accepts_parent(&self, _identity: Option<u128>) -> bool {
+        true
+    }
+
+    /// Something about the file that its owner should know (a footer recovered from its copy).
+    fn note(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// Does the layer itself hold something to write in the next flush?
+    fn is_dirty(&self) -> bool {
+        false
+    }
+
+    /// What the layer itself writes in a flush, before the cache's units of `phase`: called
+    /// until it answers `Nothing`. The bytes of a `Write` are then `own_bytes`.
+    fn flush_own(&mut self, _ctx: &mut Ctx, _phase: Phase) -> Own {
+        Own::Nothing
+    }
+
+    fn own_bytes(&self) -> &[u8] {
+        &[]
+    }
+
     /// After all dirty metadata is durable (`ok`) or not: deferred frees happen here.
     fn flushed(&mut self, _ctx: &mut Ctx, _ok: bool) {}
 
@@ -152,6 +202,12 @@ impl AnyLayer {
     pub fn open(ctx: &mut Ctx, format: Format, file: FileNo, access: Access) -> Step<OpenedLayer> {
         match format {
             Format::Raw => Raw::open(ctx, file, access),
+        }
+    }
+
+    pub fn get_ref(&self) -> &dyn Layer {
+        match self {
+            AnyLayer::Raw(layer) => layer,
         }
     }
 

@@ -11,7 +11,7 @@ use alloc::vec::Vec;
 
 use crate::fault::{FaultKind, ImageFault};
 use crate::files::{Access, FileInfo, Files};
-use crate::format::{AnyLayer, Ctx, Format, Found};
+use crate::format::{AnyLayer, Ctx, Format, Found, Own};
 use crate::meta::Meta;
 use crate::types::{
     BlockRef, DiscardPlan, Extent, FileNo, FlushStep, Place, Prepared, SectorRange, Step, Stop,
@@ -67,6 +67,11 @@ pub struct Image {
     walks: [Option<Walk>; WALKS],
     walk_clock: usize,
     sync_cursor: Option<u16>,
+    /// The layer opened last still has to get ready.
+    unready: bool,
+    /// In a flush: the layer has nothing more of its own in this phase, and whether it had.
+    own_done: bool,
+    own_written: bool,
 }
 
 impl Image {
@@ -81,12 +86,16 @@ impl Image {
             walks: [None; WALKS],
             walk_clock: 0,
             sync_cursor: None,
+            unready: false,
+            own_done: false,
+            own_written: false,
             options,
         }
     }
 
     /// Opens the next part. `Stop` is handled as for any planner; a fault ends the attempt.
     pub fn open_step(&mut self) -> Step<OpenStep> {
+        self.get_ready()?;
         while let Some((file, format)) = self.next {
             let access =
                 if self.layers.is_empty() { self.options.access } else { Access::ReadOnly };
@@ -121,10 +130,40 @@ impl Image {
                     }
                 }
             };
+            self.check_parent(file, &opened.layer)?;
             self.layers.push(opened.layer);
             self.next = next;
+            self.unready = true;
+            self.get_ready()?;
         }
         Ok(OpenStep::Ready)
+    }
+
+    fn get_ready(&mut self) -> Step<()> {
+        if self.unready {
+            let layer = self.layers.last_mut().expect("a layer was opened").get();
+            layer.ready(&mut Ctx { meta: &mut self.meta, files: &mut self.files })?;
+            self.unready = false;
+        }
+        Ok(())
+    }
+
+    /// Is `below`, just opened, the parent that the last layer was made on?
+    fn check_parent(&mut self, file: FileNo, below: &AnyLayer) -> Result<(), ImageFault> {
+        let accepted = match self.layers.last_mut() {
+            Some(child) => child.get().accepts_parent(below.get_ref().identity()),
+            None => true,
+        };
+        if accepted {
+            return Ok(());
+        }
+        let why = "the parent is not the image, or not in the state, that the child was made on";
+        Err(ImageFault::new(FaultKind::Refused, file, why))
+    }
+
+    /// What the owner of the files should know: the file's number and the remark.
+    pub fn notes(&self) -> impl Iterator<Item = (usize, &'static str)> {
+        self.layers.iter().enumerate().filter_map(|(i, l)| Some((i, l.get_ref().note()?)))
     }
 
     /// The caller opened the file that `open_step` asked for.
@@ -258,7 +297,7 @@ impl Image {
 
     /// Metadata waits to be written.
     pub fn is_dirty(&self) -> bool {
-        self.meta.is_dirty()
+        self.meta.is_dirty() || self.layers.first().is_some_and(|l| l.get_ref().is_dirty())
     }
 
     /// A flush is under way: no commit, no discard.
@@ -270,6 +309,7 @@ impl Image {
     pub fn flush_begin(&mut self) {
         self.meta.flush_begin();
         self.sync_cursor = Some(0);
+        (self.own_done, self.own_written) = (false, false);
     }
 
     /// The next step of the flush.
@@ -287,13 +327,30 @@ impl Image {
                 }
                 self.sync_cursor = None;
             }
+            if !self.own_done {
+                let phase = self.meta.phase();
+                let mut ctx = Ctx { meta: &mut self.meta, files: &mut self.files };
+                match self.layers[0].get().flush_own(&mut ctx, phase) {
+                    Own::Write { file, offset } => {
+                        self.own_written = true;
+                        let bytes = self.layers[0].get_ref().own_bytes();
+                        return FlushStep::Write { file, offset, bytes };
+                    }
+                    Own::Sync => {
+                        self.sync_cursor = Some(0);
+                        continue;
+                    }
+                    Own::Nothing => self.own_done = true,
+                }
+            }
             if self.meta.phase_dirty() {
                 let (file, offset, bytes) = self.meta.flush_next().expect("a dirty unit");
                 return FlushStep::Write { file, offset, bytes };
             }
-            if self.meta.phase_written() {
+            if self.meta.phase_written() || self.own_written {
                 self.sync_cursor = Some(0);
             }
+            (self.own_done, self.own_written) = (false, false);
             if !self.meta.flush_next_phase() && self.sync_cursor.is_none() {
                 return FlushStep::Done;
             }

@@ -320,6 +320,26 @@ impl Meta {
         phase < Phase::COUNT
     }
 
+    /// The phase that the flush is in.
+    pub fn phase(&self) -> Phase {
+        Phase(self.flush.expect("phase outside a flush").phase)
+    }
+
+    /// Blocks with changed units.
+    pub fn dirty_blocks(&self) -> usize {
+        self.dirty_slots
+    }
+
+    /// The first block at or after place `from` of the cache that has changed units: its place,
+    /// file, offset and bytes. The places of dirty blocks do not change during a flush.
+    pub fn dirty_block(&self, from: usize) -> Option<(usize, FileNo, u64, &[u8])> {
+        let index = (from..self.slots.len()).find(|&i| self.slots[i].dirty != 0)?;
+        let slot = &self.slots[index];
+        let at = index * BLOCK_BYTES as usize;
+        let bytes = &self.bytes[at..at + BLOCK_BYTES as usize];
+        Some((index, slot.file, slot.block * BLOCK_BYTES, bytes))
+    }
+
     /// Any unit of the current phase still to be handed out?
     pub fn phase_dirty(&self) -> bool {
         let cursor = self.flush.expect("phase_dirty outside a flush");
