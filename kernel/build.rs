@@ -1,0 +1,7 @@
+//! The linker arguments of the kernel binary.
+
+include!("../linker/bare.rs");
+
+fn main() {
+    bare_kernel("platter");
+}

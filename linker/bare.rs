@@ -1,0 +1,17 @@
+// Linker arguments of a bare kernel, for the build script of its package:
+//
+//     include!("../linker/bare.rs");
+//     fn main() { bare_kernel("platter") }
+//
+// They go to that binary alone, so the package's library, its tests and every other crate of the
+// workspace link as usual, and no RUSTFLAGS are needed.
+
+/// Links binary `name` of this package as a PV kernel, by platter.ld beside this file.
+fn bare_kernel(name: &str) {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../linker/platter.ld");
+    // No C start files, no dynamic loader, no relocations left to do at run time.
+    for arg in ["-nostartfiles", "-nostdlib", "-static", "-no-pie", &format!("-T{script}")] {
+        println!("cargo::rustc-link-arg-bin={name}={arg}");
+    }
+    println!("cargo::rerun-if-changed={script}");
+}
