@@ -16,7 +16,9 @@ pub mod bus;
 #[cfg(test)]
 mod fake;
 pub mod hypervisor;
+pub mod ninepfs;
 pub mod ring;
+pub mod xenstore;
 
 pub use bus::{Bus, Mmio};
 pub use hypervisor::{
