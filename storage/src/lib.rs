@@ -5,7 +5,19 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+pub mod bytes;
+pub mod disk;
+pub mod meta;
+pub mod partition;
+pub mod pool;
 pub mod store;
+#[cfg(test)]
+mod vectors;
+pub mod volume;
 
 pub use store::{
     Access, Answer, Done, FileId, Opened, Run, Store, StoreFault, Submit, Tag, Window,

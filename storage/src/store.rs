@@ -177,6 +177,25 @@ pub trait Store<H: Hypervisor> {
         len: u64,
     ) -> Result<Submit, StoreFault>;
 
+    /// Says that a range's bytes are not needed any more: it may read as anything afterwards.
+    /// The answer is [`Answer::Punched`]. Stores that cannot refuse it.
+    fn discard(
+        &mut self,
+        _hv: &mut H,
+        _tag: Tag,
+        _file: FileId,
+        _offset: u64,
+        _len: u64,
+    ) -> Result<Submit, StoreFault> {
+        Err(StoreFault::Unsupported)
+    }
+
+    /// When [`poll`](Self::poll) must be called next even if no event comes: 0 means at once (a
+    /// device without interrupts has work outstanding), `None` that events suffice.
+    fn poll_at_ns(&self) -> Option<u64> {
+        None
+    }
+
     /// Takes in events and yields the next answer; ends the life of the previous answer's
     /// window. The caller calls until it gets `None`. `now_ns` drives timeouts.
     fn poll(&mut self, hv: &mut H, now_ns: u64) -> Option<Done>;

@@ -1,0 +1,103 @@
+//! What a block device is to the block store: units (a disk, NVMe namespaces) that take reads,
+//! writes, flushes and discards of 512-byte sectors, asynchronously, each answered once.
+//!
+//! Guards: a tag is the caller's and is answered exactly once through [`Device::poll`]; data
+//! pages belong to the device from a taken submit to its answer. A device never waits, reads no
+//! clock and never reports a flush that its hardware or backend did not confirm.
+
+use platter_xen::Hypervisor;
+
+use crate::StoreFault;
+use crate::pool::Pool;
+
+/// The unit of every sector number here, whatever the disk's own block size (as on blkif).
+pub const SECTOR_BYTES: u32 = 512;
+
+/// The caller's name for one outstanding operation of a device.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DiskTag(pub u16);
+
+/// What a unit is and can do, once it is ready.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Geometry {
+    /// Capacity in 512-byte sectors.
+    pub sectors: u64,
+    /// The smallest unit it reads and writes: 512 to 4096, a power of two.
+    pub block_bytes: u32,
+    /// Most bytes of one read or write, a multiple of 4096.
+    pub io_bytes_max: u32,
+    pub read_only: bool,
+    /// Discards are taken: the range may read as anything afterwards.
+    pub discard: bool,
+    /// Ranges can be made to read as zeros without sending zeros.
+    pub zeroes: bool,
+}
+
+/// What to do.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum DiskOp {
+    Read,
+    Write,
+    /// Everything answered before is made durable. `sector`, `sectors` and `page` mean nothing.
+    Flush,
+    Discard,
+    /// Makes the range read as zeros, giving the space back where the device can.
+    Zeroes,
+}
+
+/// One operation. Ranges are proved by the caller: aligned to the block, inside the capacity.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DiskIo {
+    pub op: DiskOp,
+    /// First 512-byte sector.
+    pub sector: u64,
+    /// Length in 512-byte sectors, at most `io_bytes_max` for reads and writes. Of a discard or
+    /// zeroes the device may take less than asked: see [`DiskSubmit::Taken`].
+    pub sectors: u32,
+    /// First page of the data in the pool; the data starts at its byte 0.
+    pub page: u16,
+}
+
+/// The answer to a submit.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum DiskSubmit {
+    /// Taken: this many sectors from the start, all of them for reads and writes.
+    Taken(u32),
+    /// No room now; nothing was done.
+    NoRoom,
+    /// Refused for good; no answer will come.
+    Fault(StoreFault),
+}
+
+/// One answer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DiskDone {
+    pub tag: DiskTag,
+    pub result: Result<(), StoreFault>,
+    /// The device may still write to the pages of this operation (it failed and could not be
+    /// stopped): they must never be used again.
+    pub pages_lost: bool,
+}
+
+/// Something with disks in it. Static dispatch: `H` is the machine or the simulator.
+pub trait Device<H: Hypervisor> {
+    /// Geometry of one unit; `None` while it is not ready, absent or gone.
+    fn geometry(&self, unit: usize) -> Option<Geometry>;
+
+    /// Starts an operation.
+    fn submit(
+        &mut self,
+        hv: &mut H,
+        pool: &Pool,
+        unit: usize,
+        tag: DiskTag,
+        io: DiskIo,
+    ) -> DiskSubmit;
+
+    /// Takes in events and yields the next answer; the caller calls until `None`.
+    fn poll(&mut self, hv: &mut H, pool: &Pool, now_ns: u64) -> Option<DiskDone>;
+
+    /// When [`poll`](Self::poll) must be called next even without an event: 0 means again at
+    /// once (a polled device with work outstanding), `None` that events suffice.
+    fn poll_at_ns(&self) -> Option<u64>;
+}
