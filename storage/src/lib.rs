@@ -5,6 +5,7 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+pub mod ninep;
 extern crate alloc;
 #[cfg(test)]
 extern crate std;

@@ -1,0 +1,7 @@
+//! A 9p share as a store: 9P2000.L over Xen's 9pfs transport.
+//!
+//! [`message`] is the wire format, both directions; [`client`] the [`crate::Store`];
+//! [`mount`] the xenstore handshake that brings a share up, notices that its server died, and
+//! takes it up again.
+
+pub mod message;
