@@ -43,6 +43,8 @@ impl Format {
 pub(crate) struct Ctx<'a> {
     pub meta: &'a mut Meta,
     pub files: &'a mut Files,
+    /// Freshness for identifiers, from the caller.
+    pub seed: u64,
 }
 
 impl Ctx<'_> {

@@ -99,7 +99,8 @@ impl Image {
         while let Some((file, format)) = self.next {
             let access =
                 if self.layers.is_empty() { self.options.access } else { Access::ReadOnly };
-            let mut ctx = Ctx { meta: &mut self.meta, files: &mut self.files };
+            let mut ctx =
+                Ctx { meta: &mut self.meta, files: &mut self.files, seed: self.options.seed };
             let opened = AnyLayer::open(&mut ctx, format, file, access);
             if let Some((file, wanted)) = self.files.wanted() {
                 return Ok(OpenStep::File {
@@ -142,7 +143,11 @@ impl Image {
     fn get_ready(&mut self) -> Step<()> {
         if self.unready {
             let layer = self.layers.last_mut().expect("a layer was opened").get();
-            layer.ready(&mut Ctx { meta: &mut self.meta, files: &mut self.files })?;
+            layer.ready(&mut Ctx {
+                meta: &mut self.meta,
+                files: &mut self.files,
+                seed: self.options.seed,
+            })?;
             self.unready = false;
         }
         Ok(())
@@ -197,7 +202,8 @@ impl Image {
         loop {
             let depth = self.layers.len();
             let layer = self.layers[walk.layer as usize].get();
-            let mut ctx = Ctx { meta: &mut self.meta, files: &mut self.files };
+            let mut ctx =
+                Ctx { meta: &mut self.meta, files: &mut self.files, seed: self.options.seed };
             let visible = layer.sectors().saturating_sub(walk.range.start);
             let (found, sectors) = if visible == 0 {
                 // A layer shorter than the one above reads as zeros past its end.
@@ -243,7 +249,7 @@ impl Image {
         let Some(slot) = self.plans.iter().position(Option::is_none) else {
             return Err(Stop::Busy);
         };
-        let mut ctx = Ctx { meta: &mut self.meta, files: &mut self.files };
+        let mut ctx = Ctx { meta: &mut self.meta, files: &mut self.files, seed: self.options.seed };
         let plan = self.layers[0].get().prepare(&mut ctx, slot as u16, range)?;
         assert!(plan.sectors > 0 && plan.sectors <= range.count);
         self.plans[slot] = Some(range.prefix(plan.sectors));
@@ -254,7 +260,7 @@ impl Image {
     pub fn commit(&mut self, prepared: Prepared) {
         assert!(!self.flushing(), "a commit during a flush");
         let range = self.plans[prepared.slot as usize].take().expect("a plan in flight");
-        let mut ctx = Ctx { meta: &mut self.meta, files: &mut self.files };
+        let mut ctx = Ctx { meta: &mut self.meta, files: &mut self.files, seed: self.options.seed };
         self.layers[0].get().commit(&mut ctx, prepared.slot);
         self.forget_walks(range);
     }
@@ -262,7 +268,7 @@ impl Image {
     /// The plan could not be carried out.
     pub fn abandon(&mut self, prepared: Prepared) {
         self.plans[prepared.slot as usize].take().expect("a plan in flight");
-        let mut ctx = Ctx { meta: &mut self.meta, files: &mut self.files };
+        let mut ctx = Ctx { meta: &mut self.meta, files: &mut self.files, seed: self.options.seed };
         self.layers[0].get().abandon(&mut ctx, prepared.slot);
     }
 
@@ -274,7 +280,7 @@ impl Image {
         if self.flushing() {
             return Err(Stop::Busy);
         }
-        let mut ctx = Ctx { meta: &mut self.meta, files: &mut self.files };
+        let mut ctx = Ctx { meta: &mut self.meta, files: &mut self.files, seed: self.options.seed };
         let plan = self.layers[0].get().discard(&mut ctx, range, zero)?;
         self.forget_walks(range);
         Ok(plan)
@@ -329,7 +335,8 @@ impl Image {
             }
             if !self.own_done {
                 let phase = self.meta.phase();
-                let mut ctx = Ctx { meta: &mut self.meta, files: &mut self.files };
+                let mut ctx =
+                    Ctx { meta: &mut self.meta, files: &mut self.files, seed: self.options.seed };
                 match self.layers[0].get().flush_own(&mut ctx, phase) {
                     Own::Write { file, offset } => {
                         self.own_written = true;
@@ -361,13 +368,13 @@ impl Image {
     pub fn flush_end(&mut self, ok: bool) {
         self.meta.flush_end(ok);
         self.sync_cursor = None;
-        let mut ctx = Ctx { meta: &mut self.meta, files: &mut self.files };
+        let mut ctx = Ctx { meta: &mut self.meta, files: &mut self.files, seed: self.options.seed };
         self.layers[0].get().flushed(&mut ctx, ok);
     }
 
     /// Before closing a writable image: marks it clean; then flush once more.
     pub fn finish(&mut self) -> Step<()> {
-        let mut ctx = Ctx { meta: &mut self.meta, files: &mut self.files };
+        let mut ctx = Ctx { meta: &mut self.meta, files: &mut self.files, seed: self.options.seed };
         self.layers[0].get().finish(&mut ctx)
     }
 
