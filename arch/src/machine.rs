@@ -57,8 +57,8 @@ pub struct Machine {
 
 impl Machine {
     /// # Safety
-    /// From `pool_start` to the end of `space` all is mapped writable and unused, the xenstore
-    /// page is mapped, and the windows are empty but for the shared page. Once only.
+    /// From `pool_start` to the end of `space` all is unused, and writable as far as it is
+    /// mapped; the xenstore page is mapped, and the windows are empty but for the shared page. Once only.
     pub(crate) unsafe fn new(
         space: AddressSpace,
         pool_start: u32,
@@ -148,6 +148,7 @@ impl Hypervisor for Machine {
     fn frames_alloc(&mut self, pages: usize) -> Option<Region> {
         let index = self.pool.take(pages)?;
         let first_page = self.pool_start + index as u32;
+        self.space.map_until(page_address(first_page) + (pages * PAGE_BYTES) as u64);
         // SAFETY: the pages are the pool's, mapped writable, and were given to nobody.
         unsafe { copy::zero(page_address(first_page) as *mut u8, pages * PAGE_BYTES) };
         Some(Region { first_page, pages: pages as u32 })

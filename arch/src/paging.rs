@@ -50,17 +50,37 @@ pub(crate) struct AddressSpace {
     /// `mfns[pfn]` is the machine frame of that page.
     mfns: &'static [u64],
     l4: u64,
-    /// The next page that nobody uses, for page tables; mapped and writable.
-    next_free: u64,
+    /// Pages kept for page tables: the next one, and the end of them.
+    next_table: u64,
+    tables_end: u64,
+    /// Address behind the last page of our memory that is mapped.
+    mapped_end: u64,
     batch: [xen_sys::mmu_update; BATCH],
     batched: usize,
 }
 
 impl AddressSpace {
     /// From what the domain builder says: list of frames, top page table, first unused page.
-    pub(crate) fn new(mfns: &'static [u64], l4: u64, next_free: u64) -> AddressSpace {
+    /// The first unused pages become page tables, as many as all our memory can need.
+    pub(crate) fn new(mfns: &'static [u64], l4: u64, first_unused: u64) -> AddressSpace {
         let batch = [xen_sys::mmu_update { ptr: 0, val: 0 }; BATCH];
-        AddressSpace { mfns, l4, next_free, batch, batched: 0 }
+        let mut space = AddressSpace {
+            mfns,
+            l4,
+            next_table: first_unused,
+            tables_end: first_unused,
+            mapped_end: first_unused,
+            batch,
+            batched: 0,
+        };
+        let tables = |bytes: u64| bytes.div_ceil(L1_SPAN) + bytes.div_ceil(L1_SPAN * ENTRIES);
+        let count = tables(space.end()) + tables(WINDOW_END - WINDOW_BASE);
+        space.tables_end += count * PAGE;
+        assert!(space.tables_end <= space.end(), "too little memory: {} pages", mfns.len());
+        while space.mapped_end < space.end() && space.is_mapped(space.mapped_end) {
+            space.mapped_end += PAGE;
+        }
+        space
     }
 
     /// Address behind the last page of our memory.
@@ -68,18 +88,14 @@ impl AddressSpace {
         VIRT_BASE + self.pages() * PAGE
     }
 
-    /// The first page that nothing uses yet.
-    pub(crate) fn next_free(&self) -> u64 {
-        self.next_free
+    /// The first page that nothing uses and no page table will.
+    pub(crate) fn first_unused(&self) -> u64 {
+        self.tables_end
     }
 
-    /// Address behind the last page that the builder mapped.
+    /// Address behind the last page of our memory that is mapped.
     pub(crate) fn mapped_end(&self) -> u64 {
-        let mut at = self.next_free;
-        while at < self.end() && self.is_mapped(at) {
-            at += PAGE;
-        }
-        at
+        self.mapped_end
     }
 
     fn is_mapped(&self, address: u64) -> bool {
@@ -97,20 +113,23 @@ impl AddressSpace {
         self.mfns[((address - VIRT_BASE) >> PAGE_SHIFT) as usize]
     }
 
-    /// Maps all that is not mapped yet of our memory, and makes empty tables for the windows.
-    pub(crate) fn map_all(&mut self) {
-        let mut at = VIRT_BASE;
-        while at < self.end() {
-            // The builder maps whole L1 tables, so a missing one is a missing 2 MiB.
-            if self.l1_of(at).is_none() {
-                self.add_l1(at, self.end());
-            }
-            at = (at / L1_SPAN + 1) * L1_SPAN;
+    /// Maps our memory up to an address, in steps of one L1 table. What is large is mapped when
+    /// it is needed: 2 GiB at once would keep the start waiting for 0.2 s under emulation.
+    pub(crate) fn map_until(&mut self, address: u64) {
+        assert!(address <= self.end(), "beyond our memory");
+        while self.mapped_end < address {
+            // The builder maps whole L1 tables, so what is missing begins with a missing one.
+            assert!(self.l1_of(self.mapped_end).is_none(), "a page table with a hole");
+            self.add_l1(self.mapped_end, self.end());
+            let next = (self.mapped_end / L1_SPAN + 1) * L1_SPAN;
+            self.mapped_end = next.min(self.end());
         }
-        let mut at = WINDOW_BASE;
-        while at < WINDOW_END {
+    }
+
+    /// Makes empty page tables for the windows.
+    pub(crate) fn make_windows(&mut self) {
+        for at in (WINDOW_BASE..WINDOW_END).step_by(L1_SPAN as usize) {
             self.add_l1(at, at);
-            at += L1_SPAN;
         }
     }
 
@@ -213,7 +232,7 @@ impl AddressSpace {
         unsafe { ptr::read_volatile(slot as *const u64) }
     }
 
-    /// Adds the L1 table for `at`, with our own memory in it up to `end`.
+    /// Adds the L1 table for `at`, with our own memory in it below `end`.
     fn add_l1(&mut self, at: u64, end: u64) {
         let first = at / L1_SPAN * L1_SPAN;
         let l3 = self.below(self.l4, at >> 39).expect("the builder made the first L3 table");
@@ -241,9 +260,9 @@ impl AddressSpace {
 
     /// Fills an unused page and makes it read-only, so that Xen accepts it as a page table.
     fn new_table(&mut self, entry_of: impl Fn(u64) -> u64) -> u64 {
-        let table = self.next_free;
-        self.next_free += PAGE;
-        assert!(self.next_free <= self.end(), "no page is left for page tables");
+        let table = self.next_table;
+        assert!(table < self.tables_end, "no page is left for page tables");
+        self.next_table += PAGE;
         for index in 0..ENTRIES {
             let slot = (table + index * 8) as *mut u64;
             // SAFETY: the page is mapped, writable and unused; nothing refers to it.

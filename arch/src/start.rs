@@ -103,25 +103,26 @@ extern "C" fn platter_start(info_page: *const start_info, entry_counter: u64) ->
     let mfns =
         unsafe { slice::from_raw_parts(info.mfn_list as *const u64, info.nr_pages as usize) };
     // Behind the page tables comes the builder's boot stack, one page, which stays unused.
-    let next_free = info.pt_base + (info.nr_pt_frames + 1) * PAGE;
-    let mut space = AddressSpace::new(mfns, info.pt_base, next_free);
+    let first_unused = info.pt_base + (info.nr_pt_frames + 1) * PAGE;
+    let mut space = AddressSpace::new(mfns, info.pt_base, first_unused);
     let xenstore = builder_page(info.store_mfn);
     set_rights(&mut space, info, info_page as u64, [console, xenstore]);
-    space.map_all();
+    space.make_windows();
     space.map_frame(SHARED_INFO, info.shared_info >> PAGE_SHIFT, Entry::WRITE);
     space.settle();
     // SAFETY: it is, as of the line above.
     unsafe { shared::mapped() };
 
     let heap_bytes = (info.nr_pages * PAGE / HEAP_SHARE).min(HEAP_BYTES_MAX) / PAGE * PAGE;
-    let heap_start = space.next_free();
+    let heap_start = space.first_unused();
     assert!(heap_start + heap_bytes < space.end(), "too little memory: {} pages", info.nr_pages);
-    // SAFETY: mapped writable by `map_all`, and handed out to nobody but the heap.
+    space.map_until(heap_start + heap_bytes);
+    // SAFETY: mapped writable as of the line above, and handed out to nobody but the heap.
     unsafe { heap::init(heap_start, heap_bytes as usize) };
 
     let xenstore_page = Region { first_page: page_number(xenstore), pages: 1 };
     let pool_start = page_number(heap_start + heap_bytes);
-    // SAFETY: from there to the end all is mapped writable and unused.
+    // SAFETY: from there to the end all is unused, and writable as far as it is mapped.
     let machine = unsafe { Machine::new(space, pool_start, xenstore_page) };
     let boot = BootInfo {
         domid: events::own_domid(),
