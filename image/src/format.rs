@@ -2,11 +2,14 @@
 
 use alloc::string::String;
 
+use crate::check::{CheckParams, CheckProgress, CheckReport};
+use crate::create::{Create, CreateFault, CreateParams};
 use crate::fault::ImageFault;
 use crate::files::{Access, Files};
+use crate::info::{Details, SnapshotInfo};
 use crate::meta::{Meta, Phase};
 use crate::raw::Raw;
-use crate::types::{DiscardPlan, FileNo, SectorRange, Step, WritePlan};
+use crate::types::{DiscardPlan, FileNo, ResizePlan, SectorRange, Step, WritePlan};
 
 /// An image format, always named by configuration, never guessed from content.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -192,6 +195,41 @@ pub(crate) trait Layer {
     /// Marks the image clean before it is closed; the caller flushes after it.
     fn finish(&mut self, _ctx: &mut Ctx) -> Step<()> {
         Ok(())
+    }
+
+    /// Makes the disk `sectors` long (never shorter). Called again from the start after each
+    /// stop; nothing may be visible before the last step.
+    fn resize(&mut self, _ctx: &mut Ctx, _sectors: u64) -> Step<ResizePlan> {
+        Err(ImageFault::unsupported(FileNo(0), "resizing an image of this format", 0).into())
+    }
+
+    /// What the layer knows of itself.
+    fn details(&self) -> Details {
+        Details::default()
+    }
+
+    /// Internal snapshot number `n` (below `details().snapshots`).
+    fn snapshot(&mut self, _ctx: &mut Ctx, _n: u32) -> Step<Option<SnapshotInfo>> {
+        Ok(None)
+    }
+
+    /// Starts a check of this layer; memory for it may be taken here, within the budget given.
+    fn check_begin(&mut self, _ctx: &mut Ctx, _params: CheckParams) -> Result<(), ImageFault> {
+        Ok(())
+    }
+
+    /// A bounded part of the check; it keeps its place between calls.
+    fn check_step(&mut self, _ctx: &mut Ctx) -> Step<CheckProgress> {
+        Ok(CheckProgress::Done(CheckReport::default()))
+    }
+}
+
+/// Plans a new image of `params.format`.
+pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
+    match params.format {
+        Format::Raw => crate::raw::create(params),
+        #[allow(unreachable_patterns)]
+        _ => Err(CreateFault::new("images of this format can only be read and written")),
     }
 }
 

@@ -9,13 +9,15 @@
 use alloc::string::String;
 use alloc::vec::Vec;
 
+use crate::check::{CheckParams, CheckProgress};
 use crate::fault::{FaultKind, ImageFault};
 use crate::files::{Access, FileInfo, Files};
-use crate::format::{AnyLayer, Ctx, Format, Found, Own};
+use crate::format::{AnyLayer, Ctx, Format, Found, Own, Parent};
+use crate::info::{LayerInfo, SnapshotInfo};
 use crate::meta::Meta;
 use crate::types::{
-    BlockRef, DiscardPlan, Extent, FileNo, FlushStep, Place, Prepared, SectorRange, Step, Stop,
-    WritePlan,
+    BlockRef, DiscardPlan, Extent, FileNo, FlushStep, Place, Prepared, ResizePlan, SectorRange,
+    Step, Stop, WritePlan,
 };
 
 /// Writes prepared and not yet committed, per image.
@@ -56,11 +58,22 @@ struct Walk {
     layer: u16,
 }
 
+/// What layers work with, borrowed field by field so that the layers themselves stay free.
+macro_rules! ctx {
+    ($image:expr) => {
+        Ctx { meta: &mut $image.meta, files: &mut $image.files, seed: $image.options.seed }
+    };
+}
+
 pub struct Image {
     options: Options,
     files: Files,
     meta: Meta,
     layers: Vec<AnyLayer>,
+    /// Of each layer: its file, its format and the file below as it names it.
+    origins: Vec<(FileNo, Format, Option<Parent>)>,
+    /// Only the top file is opened: what lies below it reads as zeros, nothing is written.
+    alone: bool,
     /// The layer to open next: its file and format; `None` when the chain is complete.
     next: Option<(FileNo, Format)>,
     plans: [Option<SectorRange>; PLANS_MAX],
@@ -81,6 +94,8 @@ impl Image {
             files: Files::new(name, options.access, info, options.allow_names),
             meta: Meta::new(options.budget_bytes),
             layers: Vec::new(),
+            origins: Vec::new(),
+            alone: false,
             next: Some((FileNo(0), options.format)),
             plans: [None; PLANS_MAX],
             walks: [None; WALKS],
@@ -93,14 +108,20 @@ impl Image {
         }
     }
 
+    /// Like [`Image::begin`], but nothing below the top file is opened: what it does not hold
+    /// reads as zeros. For looking at an image, never for serving it: access is read-only.
+    pub fn begin_alone(name: &str, info: FileInfo, options: Options) -> Image {
+        let options = Options { access: Access::ReadOnly, ..options };
+        Image { alone: true, ..Image::begin(name, info, options) }
+    }
+
     /// Opens the next part. `Stop` is handled as for any planner; a fault ends the attempt.
     pub fn open_step(&mut self) -> Step<OpenStep> {
         self.get_ready()?;
         while let Some((file, format)) = self.next {
             let access =
                 if self.layers.is_empty() { self.options.access } else { Access::ReadOnly };
-            let mut ctx =
-                Ctx { meta: &mut self.meta, files: &mut self.files, seed: self.options.seed };
+            let mut ctx = ctx!(self);
             let opened = AnyLayer::open(&mut ctx, format, file, access);
             if let Some((file, wanted)) = self.files.wanted() {
                 return Ok(OpenStep::File {
@@ -113,6 +134,7 @@ impl Image {
             let opened = opened?;
             let next = match &opened.parent {
                 None => None,
+                Some(_) if self.alone => None,
                 Some(parent) => {
                     let format = parent.format.or_else(|| Format::by_suffix(&parent.name));
                     let Some(format) = format else {
@@ -133,6 +155,7 @@ impl Image {
             };
             self.check_parent(file, &opened.layer)?;
             self.layers.push(opened.layer);
+            self.origins.push((file, format, opened.parent));
             self.next = next;
             self.unready = true;
             self.get_ready()?;
@@ -143,11 +166,7 @@ impl Image {
     fn get_ready(&mut self) -> Step<()> {
         if self.unready {
             let layer = self.layers.last_mut().expect("a layer was opened").get();
-            layer.ready(&mut Ctx {
-                meta: &mut self.meta,
-                files: &mut self.files,
-                seed: self.options.seed,
-            })?;
+            layer.ready(&mut ctx!(self))?;
             self.unready = false;
         }
         Ok(())
@@ -195,6 +214,76 @@ impl Image {
         self.layers.len()
     }
 
+    /// What a child must name to mean this image.
+    pub fn identity(&self) -> Option<u128> {
+        self.layers.first().and_then(|layer| layer.get_ref().identity())
+    }
+
+    /// Each layer, the top first. Allocates: not for the request path.
+    pub fn info(&self) -> Vec<LayerInfo> {
+        let layers = self.layers.iter().map(AnyLayer::get_ref).zip(&self.origins);
+        let info = layers.map(|(layer, (file, format, parent))| LayerInfo {
+            file: *file,
+            format: *format,
+            sectors: layer.sectors(),
+            identity: layer.identity(),
+            backing: parent.as_ref().map(|p| (p.name.clone(), p.format)),
+            note: layer.note(),
+            details: layer.details(),
+        });
+        info.collect()
+    }
+
+    /// Internal snapshot number `n` of the top layer, `None` past the last.
+    pub fn snapshot(&mut self, n: u32) -> Step<Option<SnapshotInfo>> {
+        let mut ctx = ctx!(self);
+        self.layers[0].get().snapshot(&mut ctx, n)
+    }
+
+    /// Makes the disk longer. Then grow the file if the plan says so, and flush. Not during a
+    /// flush.
+    pub fn resize(&mut self, sectors: u64) -> Step<ResizePlan> {
+        self.check_writable()?;
+        if self.flushing() || self.plans.iter().any(Option::is_some) {
+            return Err(Stop::Busy);
+        }
+        let now = self.top().sectors();
+        if sectors < now {
+            let what = "a smaller size (images only grow)";
+            return Err(ImageFault::unsupported(FileNo(0), what, sectors).into());
+        }
+        if sectors > u64::MAX / crate::types::SECTOR_BYTES {
+            let limit = u64::MAX / crate::types::SECTOR_BYTES;
+            return Err(ImageFault::limit(FileNo(0), "sectors", sectors, limit).into());
+        }
+        let mut ctx = ctx!(self);
+        self.layers[0].get().resize(&mut ctx, sectors)
+    }
+
+    /// Starts a check of the top layer, with nothing else in flight; repair needs an image
+    /// opened for writing.
+    pub fn check_begin(&mut self, params: CheckParams) -> Result<(), ImageFault> {
+        if params.repair != crate::check::Repair::Nothing {
+            self.check_writable()?;
+        }
+        assert!(self.plans.iter().all(Option::is_none), "a check with writes in flight");
+        let mut ctx = ctx!(self);
+        self.layers[0].get().check_begin(&mut ctx, params)
+    }
+
+    /// The next part of the check; handle stops as for any planner. Flush after the last.
+    pub fn check_step(&mut self) -> Step<CheckProgress> {
+        let mut ctx = ctx!(self);
+        self.layers[0].get().check_step(&mut ctx)
+    }
+
+    fn check_writable(&self) -> Result<(), ImageFault> {
+        match self.options.access {
+            Access::ReadWrite => Ok(()),
+            Access::ReadOnly => Err(crate::format::read_only(FileNo(0), "the disk is read-only")),
+        }
+    }
+
     /// The first piece of `range`, as the image reads now.
     pub fn map_read(&mut self, range: SectorRange) -> Step<Extent> {
         self.check_range(range)?;
@@ -202,8 +291,7 @@ impl Image {
         loop {
             let depth = self.layers.len();
             let layer = self.layers[walk.layer as usize].get();
-            let mut ctx =
-                Ctx { meta: &mut self.meta, files: &mut self.files, seed: self.options.seed };
+            let mut ctx = ctx!(self);
             let visible = layer.sectors().saturating_sub(walk.range.start);
             let (found, sectors) = if visible == 0 {
                 // A layer shorter than the one above reads as zeros past its end.
@@ -239,9 +327,7 @@ impl Image {
     /// committed, or abandoned.
     pub fn prepare_write(&mut self, range: SectorRange) -> Step<WritePlan> {
         self.check_range(range)?;
-        if self.options.access == Access::ReadOnly {
-            return Err(crate::format::read_only(FileNo(0), "the disk is read-only").into());
-        }
+        self.check_writable()?;
         let overlap = |p: &SectorRange| p.start < range.end() && range.start < p.end();
         if self.plans.iter().flatten().any(overlap) {
             return Err(Stop::Busy);
@@ -249,7 +335,7 @@ impl Image {
         let Some(slot) = self.plans.iter().position(Option::is_none) else {
             return Err(Stop::Busy);
         };
-        let mut ctx = Ctx { meta: &mut self.meta, files: &mut self.files, seed: self.options.seed };
+        let mut ctx = ctx!(self);
         let plan = self.layers[0].get().prepare(&mut ctx, slot as u16, range)?;
         assert!(plan.sectors > 0 && plan.sectors <= range.count);
         self.plans[slot] = Some(range.prefix(plan.sectors));
@@ -260,7 +346,7 @@ impl Image {
     pub fn commit(&mut self, prepared: Prepared) {
         assert!(!self.flushing(), "a commit during a flush");
         let range = self.plans[prepared.slot as usize].take().expect("a plan in flight");
-        let mut ctx = Ctx { meta: &mut self.meta, files: &mut self.files, seed: self.options.seed };
+        let mut ctx = ctx!(self);
         self.layers[0].get().commit(&mut ctx, prepared.slot);
         self.forget_walks(range);
     }
@@ -268,7 +354,7 @@ impl Image {
     /// The plan could not be carried out.
     pub fn abandon(&mut self, prepared: Prepared) {
         self.plans[prepared.slot as usize].take().expect("a plan in flight");
-        let mut ctx = Ctx { meta: &mut self.meta, files: &mut self.files, seed: self.options.seed };
+        let mut ctx = ctx!(self);
         self.layers[0].get().abandon(&mut ctx, prepared.slot);
     }
 
@@ -277,10 +363,12 @@ impl Image {
     /// Not during a flush, and not while reads or writes of the range are in flight.
     pub fn discard(&mut self, range: SectorRange, zero: bool) -> Step<DiscardPlan> {
         self.check_range(range)?;
-        if self.flushing() {
+        self.check_writable()?;
+        let overlap = |p: &SectorRange| p.start < range.end() && range.start < p.end();
+        if self.flushing() || self.plans.iter().flatten().any(overlap) {
             return Err(Stop::Busy);
         }
-        let mut ctx = Ctx { meta: &mut self.meta, files: &mut self.files, seed: self.options.seed };
+        let mut ctx = ctx!(self);
         let plan = self.layers[0].get().discard(&mut ctx, range, zero)?;
         self.forget_walks(range);
         Ok(plan)
@@ -335,8 +423,7 @@ impl Image {
             }
             if !self.own_done {
                 let phase = self.meta.phase();
-                let mut ctx =
-                    Ctx { meta: &mut self.meta, files: &mut self.files, seed: self.options.seed };
+                let mut ctx = ctx!(self);
                 match self.layers[0].get().flush_own(&mut ctx, phase) {
                     Own::Write { file, offset } => {
                         self.own_written = true;
@@ -368,13 +455,13 @@ impl Image {
     pub fn flush_end(&mut self, ok: bool) {
         self.meta.flush_end(ok);
         self.sync_cursor = None;
-        let mut ctx = Ctx { meta: &mut self.meta, files: &mut self.files, seed: self.options.seed };
+        let mut ctx = ctx!(self);
         self.layers[0].get().flushed(&mut ctx, ok);
     }
 
     /// Before closing a writable image: marks it clean; then flush once more.
     pub fn finish(&mut self) -> Step<()> {
-        let mut ctx = Ctx { meta: &mut self.meta, files: &mut self.files, seed: self.options.seed };
+        let mut ctx = ctx!(self);
         self.layers[0].get().finish(&mut ctx)
     }
 

@@ -10,19 +10,27 @@
 
 extern crate alloc;
 
+mod check;
+mod create;
 mod fault;
 mod files;
 mod format;
 mod image;
+mod info;
 mod meta;
 mod raw;
 mod types;
 
+pub use check::{CheckParams, CheckProgress, CheckReport, PROBLEMS_MAX, Repair};
+pub use create::{
+    Backing, CREATE_WRITE_BYTES_MAX, Create, CreateFault, CreateFile, CreateParams, CreateWrite,
+};
 pub use fault::{FaultKind, ImageFault};
 pub use files::{Access, FileInfo};
 pub use format::Format;
 pub use image::{DEPTH_MAX, Image, OpenStep, Options, PLANS_MAX};
+pub use info::{Details, LayerInfo, SnapshotInfo};
 pub use types::{
     BlockRef, DiscardPlan, Extent, FileNo, FlushStep, PRELUDES_MAX, Place, Prelude, Prepared,
-    SECTOR_BYTES, SectorRange, Step, Stop, WritePlan,
+    ResizePlan, SECTOR_BYTES, SectorRange, Step, Stop, WritePlan,
 };

@@ -1,9 +1,12 @@
 //! raw: guest sector n is byte 512 n of the file. The only format without metadata.
 
+use crate::create::{Create, CreateFault, CreateParams, Wanted};
 use crate::fault::{FaultKind, ImageFault};
 use crate::files::Access;
 use crate::format::{AnyLayer, Ctx, Found, Layer, OpenedLayer, read_only};
-use crate::types::{DiscardPlan, FileNo, Prepared, SECTOR_BYTES, SectorRange, Step, WritePlan};
+use crate::types::{
+    DiscardPlan, FileNo, Prepared, ResizePlan, SECTOR_BYTES, SectorRange, Step, WritePlan,
+};
 
 pub(crate) struct Raw {
     file: FileNo,
@@ -21,6 +24,18 @@ impl Raw {
         }
         let layer = AnyLayer::Raw(Raw { file, sectors, access });
         Ok(OpenedLayer { layer, parent: None })
+    }
+}
+
+/// A new raw image is a file of zeros.
+pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
+    Wanted::new(params.options).finish()?;
+    if params.backing.is_some() {
+        return Err(CreateFault::new("a raw image cannot have a backing file"));
+    }
+    match params.sectors.checked_mul(SECTOR_BYTES) {
+        Some(bytes) => Ok(Create::one_file(bytes)),
+        None => Err(CreateFault::new("the size is beyond 2^64 bytes")),
     }
 }
 
@@ -61,5 +76,20 @@ impl Layer for Raw {
         }
         let punch = Some((self.file, range.start_bytes(), range.bytes()));
         Ok(DiscardPlan { sectors: range.count, punch })
+    }
+
+    fn resize(&mut self, ctx: &mut Ctx, sectors: u64) -> Step<ResizePlan> {
+        if self.access == Access::ReadOnly {
+            return Err(read_only(self.file, "the file is open read-only").into());
+        }
+        let bytes = sectors * SECTOR_BYTES;
+        let info = ctx.files.info(self.file);
+        if bytes > info.size_bytes && !info.can_grow {
+            let fault = ImageFault::new(FaultKind::Full, self.file, "the disk");
+            return Err(ImageFault { value: bytes, limit: info.size_bytes, ..fault }.into());
+        }
+        ctx.files.grow(self.file, bytes);
+        self.sectors = sectors;
+        Ok(ResizePlan { grow: Some((self.file, bytes)) })
     }
 }

@@ -130,6 +130,14 @@ pub struct DiscardPlan {
     pub punch: Option<(FileNo, u64, u64)>,
 }
 
+/// A resize was done: its metadata is to be flushed.
+#[must_use = "the file may have to grow"]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ResizePlan {
+    /// Make this file so many bytes long, before the flush.
+    pub grow: Option<(FileNo, u64)>,
+}
+
 /// One step of making an image durable. The caller may have several writes in flight, but a
 /// sync covers all that came before it and nothing after it may start until it is done.
 #[derive(Debug)]
