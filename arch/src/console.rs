@@ -1,9 +1,11 @@
 //! The PV console: a ring in a page that xenconsoled reads (Xen public/io/console.h).
 //!
-//! Output only. When the ring is full the writer yields for at most [`WAIT_NS_MAX`], then drops
-//! what is left and says later how much: a stuck console in dom0 must not stop a disk. Callers
-//! bound how often they log; this file bounds how long one line may take. It never allocates,
-//! for a crash report goes through here.
+//! Output only. What does not fit into the ring waits in a backlog of our own, which each line
+//! and each sleep move on, so logging does not wait for dom0: xenconsoled stops reading for up
+//! to 200 ms when a domain writes much. Only a full backlog makes a writer yield, for at most
+//! [`WAIT_NS_MAX`]; then it drops and says later how much, because a stuck console in dom0 must
+//! not stop a disk. Callers bound how often they log. Nothing here allocates, for a crash report
+//! goes through here.
 
 use core::fmt::{self, Write};
 use core::ptr;
@@ -22,23 +24,68 @@ const OUT_BYTES: u32 = 2048;
 const OUT_CONS: u64 = 3080;
 const OUT_PROD: u64 = 3084;
 
-/// Longest wait for room, in ns of system time. xenconsoled empties the ring within a few ms.
+/// Room for some 200 lines.
+const BACKLOG_BYTES: usize = 16 << 10;
+
+/// Longest wait for room, in ns of system time.
 const WAIT_NS_MAX: u64 = 50_000_000;
-/// The same before the clock can be read.
-const YIELDS_MAX: u32 = 1000;
+/// Longest wait for the last lines to be read before the domain ends.
+const FLUSH_NS_MAX: u64 = 1_000_000_000;
+/// One look at the ring and the next, while waiting; and how many, should the clock stand still.
+const PAUSE_NS: u64 = 1_000_000;
+const TURNS_MAX: u32 = 5000;
+
+/// Bytes that the ring has no room for yet, oldest first.
+struct Backlog {
+    bytes: [u8; BACKLOG_BYTES],
+    start: usize,
+    len: usize,
+}
+
+impl Backlog {
+    const fn new() -> Backlog {
+        Backlog { bytes: [0; BACKLOG_BYTES], start: 0, len: 0 }
+    }
+
+    /// False when it is full.
+    fn push(&mut self, byte: u8) -> bool {
+        let fits = self.len < BACKLOG_BYTES;
+        if fits {
+            self.bytes[(self.start + self.len) % BACKLOG_BYTES] = byte;
+            self.len += 1;
+        }
+        fits
+    }
+
+    fn pop(&mut self) -> Option<u8> {
+        self.len = self.len.checked_sub(1)?;
+        let byte = self.bytes[self.start];
+        self.start = (self.start + 1) % BACKLOG_BYTES;
+        Some(byte)
+    }
+}
 
 /// The ring, and what became of the output so far.
 struct Console {
     /// Address of the ring page; 0 until it is known.
     page: u64,
     port: Port,
-    /// Set when a wait was in vain, until the ring has room again: only one line pays for it.
+    backlog: Backlog,
+    /// Set when a wait was in vain, until there is room again: only one line pays for it.
     stalled: bool,
+    /// Set while a line is being written: a crash in the middle of it begins a new one.
+    mid_line: bool,
     bytes_lost: u64,
 }
 
-static CONSOLE: Mutex<Console> =
-    Mutex::new(Console { page: 0, port: Port(0), stalled: false, bytes_lost: 0 });
+static CONSOLE: Mutex<Console> = Mutex::new(Console {
+    page: 0,
+    port: Port(0),
+    backlog: Backlog::new(),
+    stalled: false,
+    mid_line: false,
+    bytes_lost: 0,
+});
 
 const NESTED: &str = "the console is used inside itself";
 
@@ -62,53 +109,76 @@ impl Console {
     }
 
     /// Bytes that fit. The consumer index is dom0's word: a nonsensical one means no room.
-    fn room(&self) -> u32 {
-        let held = self.index(OUT_PROD).wrapping_sub(self.index(OUT_CONS));
-        OUT_BYTES.saturating_sub(held)
+    fn room(&self, prod: u32) -> u32 {
+        OUT_BYTES.saturating_sub(prod.wrapping_sub(self.index(OUT_CONS)))
+    }
+
+    /// Moves what fits from the backlog to the ring, and tells dom0.
+    fn drain(&mut self) {
+        if self.page == 0 || self.backlog.len == 0 {
+            return;
+        }
+        let mut prod = self.index(OUT_PROD);
+        let room = self.room(prod);
+        for byte in core::iter::from_fn(|| self.backlog.pop()).take(room as usize) {
+            let slot = self.page + OUT + u64::from(prod % OUT_BYTES);
+            // SAFETY: the slot lies in the ring's output part.
+            unsafe { ptr::write_volatile(slot as *mut u8, byte) };
+            prod = prod.wrapping_add(1);
+        }
+        fence(Ordering::Release);
+        // SAFETY: the index lies in the page, aligned.
+        unsafe { ptr::write_volatile((self.page + OUT_PROD) as *mut u32, prod) };
+        fence(Ordering::SeqCst);
+        if room > 0 {
+            self.stalled = false;
+            events::send(self.port);
+        }
+    }
+
+    /// Lets dom0 read until the backlog holds at most `bytes`, or the time is up.
+    fn drain_to(&mut self, bytes: usize, wait_ns: u64) {
+        let start_ns = shared::now_ns();
+        let mut turns = 0;
+        loop {
+            self.drain();
+            let waited_ns = shared::now_ns().saturating_sub(start_ns);
+            let late = waited_ns > wait_ns || turns == TURNS_MAX;
+            if self.backlog.len <= bytes || late {
+                break;
+            }
+            self.pause();
+            turns += 1;
+        }
+    }
+
+    /// Waits for dom0 to read, or for a millisecond. Before there is a clock, only yields.
+    fn pause(&self) {
+        if !shared::is_mapped() {
+            return hypercall::sched_yield();
+        }
+        shared::take_pending(self.port);
+        hypercall::sched_poll(&mut [self.port.0], shared::now_ns() + PAUSE_NS);
     }
 
     fn put(&mut self, byte: u8) {
-        if self.room() == 0 && !self.wait() {
-            self.bytes_lost += 1;
+        if self.backlog.push(byte) {
             return;
         }
-        let prod = self.index(OUT_PROD);
-        let slot = self.page + OUT + u64::from(prod % OUT_BYTES);
-        // SAFETY: the slot lies in the ring's output part.
-        unsafe { ptr::write_volatile(slot as *mut u8, byte) };
-        fence(Ordering::Release);
-        // SAFETY: the index lies in the page, aligned.
-        unsafe { ptr::write_volatile((self.page + OUT_PROD) as *mut u32, prod.wrapping_add(1)) };
-    }
-
-    /// Waits for room. False when there is none, at once after a wait was in vain.
-    fn wait(&mut self) -> bool {
-        if self.stalled {
-            return false;
+        if !self.stalled {
+            self.drain_to(BACKLOG_BYTES / 2, WAIT_NS_MAX);
         }
-        events::send(self.port);
-        let start_ns = shared::now_ns();
-        for _ in 0..YIELDS_MAX {
-            hypercall::sched_yield();
-            if self.room() > 0 {
-                return true;
-            }
-            if shared::now_ns().saturating_sub(start_ns) > WAIT_NS_MAX {
-                break;
-            }
+        if !self.backlog.push(byte) {
+            self.stalled = true;
+            self.bytes_lost += 1;
         }
-        self.stalled = true;
-        false
     }
 
     fn line(&mut self, level: Level, args: fmt::Arguments) {
-        if self.page == 0 {
-            return;
-        }
-        if self.room() == OUT_BYTES {
-            self.stalled = false;
-        }
         let name = NAME.try_lock().map(|name| *name).unwrap_or_default();
+        if core::mem::replace(&mut self.mid_line, true) {
+            writeln!(self).ok();
+        }
         if self.bytes_lost > 0 && !self.stalled {
             let lost = core::mem::take(&mut self.bytes_lost);
             writeln!(self, "{name}: warning: {lost} bytes of console output were lost").ok();
@@ -119,8 +189,8 @@ impl Console {
             _ => "",
         };
         writeln!(self, "{name}: {mark}{args}").ok();
-        fence(Ordering::SeqCst);
-        events::send(self.port);
+        self.mid_line = false;
+        self.drain();
     }
 }
 
@@ -154,14 +224,65 @@ impl Log for Lines {
     fn flush(&self) {}
 }
 
-/// A line of a crash report: goes out even when the crash came from inside the console.
-pub(crate) fn last_words(args: fmt::Arguments) {
+/// Moves the backlog on, before a sleep. While some is left, dom0's reading is worth waking up
+/// for: the port to wait for as well.
+pub(crate) fn before_sleep() -> Option<Port> {
+    let mut console = CONSOLE.try_lock().expect(NESTED);
+    if console.backlog.len == 0 {
+        return None;
+    }
+    // Cleared before the look at the ring: what dom0 reads after it is a new event.
+    shared::take_pending(console.port);
+    console.drain();
+    (console.backlog.len > 0).then_some(console.port)
+}
+
+/// The console for those who never come back, even when the crash came from inside it.
+fn with_last_words(act: impl FnOnce(&mut Console)) {
     if CONSOLE.is_locked() {
         // SAFETY: the holder is below us on the stack and is never returned to.
         unsafe { CONSOLE.force_unlock() };
     }
     if let Some(mut console) = CONSOLE.try_lock() {
         console.stalled = false;
-        console.line(Level::Error, args);
+        act(&mut console);
+    }
+}
+
+/// A line of a crash report.
+pub(crate) fn last_words(args: fmt::Arguments) {
+    with_last_words(|console| console.line(Level::Error, args));
+}
+
+/// Waits until dom0 has room for all that was written. The ring's own content survives us.
+pub(crate) fn flush() {
+    with_last_words(|console| console.drain_to(0, FLUSH_NS_MAX));
+}
+
+/// What they would miss: a reader that reads slowly, or never.
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_backlog_keeps_order_across_its_end_and_refuses_what_does_not_fit() {
+        let mut backlog = Backlog::new();
+        let mut pushed = 0u32;
+        let mut popped = 0u32;
+        for round in 0..50 {
+            while backlog.push(pushed as u8) {
+                pushed += 1;
+            }
+            assert_eq!((pushed - popped) as usize, BACKLOG_BYTES);
+            for _ in 0..round * 331 {
+                assert_eq!(backlog.pop(), Some(popped as u8));
+                popped += 1;
+            }
+        }
+        while let Some(byte) = backlog.pop() {
+            assert_eq!(byte, popped as u8);
+            popped += 1;
+        }
+        assert_eq!(pushed, popped);
     }
 }

@@ -11,7 +11,7 @@ use core::panic::PanicInfo;
 use core::ptr;
 use core::sync::atomic::{AtomicU32, Ordering};
 
-use crate::console::last_words;
+use crate::console::{self, last_words};
 use crate::hypercall;
 use crate::trap::Frame;
 
@@ -26,54 +26,66 @@ unsafe extern "C" {
     static platter_stack_top: u8;
 }
 
+const AGAIN: &str = "crashed again while reporting the crash";
+
 /// How many crashes have begun.
 static DEPTH: AtomicU32 = AtomicU32::new(0);
 
 #[panic_handler]
 fn panic(info: &PanicInfo) -> ! {
-    if begin() {
-        match info.location() {
-            Some(location) => last_words(format_args!("crash: panic at {location}")),
-            None => last_words(format_args!("crash: panic")),
+    let (rsp, rbp) = stack_registers();
+    match (DEPTH.fetch_add(1, Ordering::Relaxed), info.location()) {
+        (0, location) => {
+            match location {
+                Some(location) => last_words(format_args!("crash: panic at {location}")),
+                None => last_words(format_args!("crash: panic")),
+            }
+            last_words(format_args!("  {}", info.message()));
+            last_words(format_args!("  rsp {rsp:016x} rbp {rbp:016x}"));
+            last_words(format_args!("  trace:{}", Trace { first: None, rbp }));
         }
-        last_words(format_args!("  {}", info.message()));
-        let (rsp, rbp) = stack_registers();
-        last_words(format_args!("  rsp {rsp:016x} rbp {rbp:016x}"));
-        last_words(format_args!("  trace:{}", Trace { first: None, rbp }));
+        (1, Some(at)) => last_words(format_args!("  {AGAIN}: panic at {at}")),
+        _ => {}
     }
-    hypercall::sched_shutdown(xen_sys::SHUTDOWN_crash)
+    end()
 }
 
 /// An exception's report.
 pub(crate) fn trap(frame: &Frame) -> ! {
-    if begin() {
-        let (name, error) = (frame.name(), frame.error_code());
-        match frame.fault_address() {
-            Some(at) => last_words(format_args!("crash: {name} at address {at:#x}")),
-            None => last_words(format_args!("crash: {name}")),
-        }
-        let Frame { vector, rax, rbx, rcx, rdx, rsi, rdi, rbp, .. } = *frame;
-        let Frame { r8, r9, r10, r11, r12, r13, r14, r15, .. } = *frame;
-        let (rip, rsp, flags) = (frame.rip(), frame.rsp(), frame.rflags());
-        last_words(format_args!("  vector {vector} error {error:#x} rip {rip:016x}"));
-        last_words(format_args!("  rsp {rsp:016x} rbp {rbp:016x} flags {flags:08x}"));
-        last_words(format_args!("  rax {rax:016x} rbx {rbx:016x} rcx {rcx:016x}"));
-        last_words(format_args!("  rdx {rdx:016x} rsi {rsi:016x} rdi {rdi:016x}"));
-        last_words(format_args!("  r8  {r8:016x} r9  {r9:016x} r10 {r10:016x}"));
-        last_words(format_args!("  r11 {r11:016x} r12 {r12:016x} r13 {r13:016x}"));
-        last_words(format_args!("  r14 {r14:016x} r15 {r15:016x}"));
-        last_words(format_args!("  trace:{}", Trace { first: Some(rip), rbp }));
+    let (name, rip) = (frame.name(), frame.rip());
+    match DEPTH.fetch_add(1, Ordering::Relaxed) {
+        0 => report(frame),
+        1 => last_words(format_args!("  {AGAIN}: {name} at rip {rip:#x}")),
+        _ => {}
     }
-    hypercall::sched_shutdown(xen_sys::SHUTDOWN_crash)
+    end()
 }
 
-/// Whether this crash is the one to report.
-fn begin() -> bool {
-    let depth = DEPTH.fetch_add(1, Ordering::Relaxed);
-    if depth == 1 {
-        last_words(format_args!("  crashed again while reporting the crash"));
+fn report(frame: &Frame) {
+    let (name, error, rip) = (frame.name(), frame.error_code(), frame.rip());
+    match frame.fault_address() {
+        Some(at) => last_words(format_args!("crash: {name} at address {at:#x}")),
+        None => last_words(format_args!("crash: {name}")),
     }
-    depth == 0
+    let Frame { vector, rax, rbx, rcx, rdx, rsi, rdi, rbp, .. } = *frame;
+    let Frame { r8, r9, r10, r11, r12, r13, r14, r15, .. } = *frame;
+    let (rsp, flags) = (frame.rsp(), frame.rflags());
+    last_words(format_args!("  vector {vector} error {error:#x} rip {rip:016x}"));
+    last_words(format_args!("  rsp {rsp:016x} rbp {rbp:016x} flags {flags:08x}"));
+    last_words(format_args!("  rax {rax:016x} rbx {rbx:016x} rcx {rcx:016x}"));
+    last_words(format_args!("  rdx {rdx:016x} rsi {rsi:016x} rdi {rdi:016x}"));
+    last_words(format_args!("  r8  {r8:016x} r9  {r9:016x} r10 {r10:016x}"));
+    last_words(format_args!("  r11 {r11:016x} r12 {r12:016x} r13 {r13:016x}"));
+    last_words(format_args!("  r14 {r14:016x} r15 {r15:016x}"));
+    last_words(format_args!("  trace:{}", Trace { first: Some(rip), rbp }));
+}
+
+/// The toolstack sees a crash once dom0 has had the time to read why.
+fn end() -> ! {
+    if DEPTH.load(Ordering::Relaxed) <= 2 {
+        console::flush();
+    }
+    hypercall::sched_shutdown(xen_sys::SHUTDOWN_crash)
 }
 
 fn stack_registers() -> (u64, u64) {

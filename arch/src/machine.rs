@@ -14,7 +14,7 @@ use crate::hypercall::{self, POLL_PORTS_MAX};
 use crate::layout::{GRANT_MAPS, MMIO_PAGES, PAGE_SHIFT, page_address, page_number};
 use crate::paging::AddressSpace;
 use crate::runs::Runs;
-use crate::{copy, events, shared};
+use crate::{console, copy, events, shared};
 
 /// With more ports than one poll takes, how long the ports left out may wait.
 const CROWDED_POLL_NS: u64 = 1_000_000;
@@ -83,16 +83,19 @@ impl Machine {
     }
 
     /// Sleeps until one of `ports` is pending or the time has come; `u64::MAX` is never. May
-    /// return early: the caller looks at the pending bits. Beyond 128 ports the rest is
-    /// looked at after a millisecond.
+    /// return early: the caller looks at the pending bits. Beyond 127 ports the rest is looked
+    /// at after a millisecond.
     pub fn poll(&mut self, ports: &[Port], deadline_ns: u64) {
         let mut numbers = [0u32; POLL_PORTS_MAX];
-        let count = ports.len().min(POLL_PORTS_MAX);
-        for (number, port) in numbers.iter_mut().zip(ports) {
-            *number = port.0;
+        // The last place is kept for the console, while it has something left to say.
+        let listed = &ports[..ports.len().min(POLL_PORTS_MAX - 1)];
+        let mut count = 0;
+        for port in listed.iter().copied().chain(console::before_sleep()) {
+            numbers[count] = port.0;
+            count += 1;
         }
-        let deadline_ns = match ports.len() > POLL_PORTS_MAX {
-            true => deadline_ns.min(self.now_ns() + CROWDED_POLL_NS),
+        let deadline_ns = match listed.len() < ports.len() {
+            true => deadline_ns.min(self.now_ns().saturating_add(CROWDED_POLL_NS)),
             false => deadline_ns,
         };
         let timeout_ns = if deadline_ns == u64::MAX { 0 } else { deadline_ns.max(1) };
@@ -101,6 +104,7 @@ impl Machine {
 
     /// Ends the domain.
     pub fn shutdown(&mut self, why: Shutdown) -> ! {
+        console::flush();
         hypercall::sched_shutdown(match why {
             Shutdown::Poweroff => xen_sys::SHUTDOWN_poweroff,
             Shutdown::Reboot => xen_sys::SHUTDOWN_reboot,
