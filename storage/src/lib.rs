@@ -5,7 +5,6 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
-pub mod ninep;
 extern crate alloc;
 #[cfg(test)]
 extern crate std;
@@ -13,6 +12,7 @@ extern crate std;
 pub mod bytes;
 pub mod disk;
 pub mod meta;
+pub mod ninep;
 pub mod partition;
 pub mod pool;
 pub mod store;

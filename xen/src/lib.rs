@@ -18,6 +18,7 @@ mod fake;
 pub mod hypervisor;
 pub mod ninepfs;
 pub mod ring;
+pub mod xenbus;
 pub mod xenstore;
 
 pub use bus::{Bus, Mmio};

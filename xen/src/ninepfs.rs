@@ -391,6 +391,24 @@ impl FrontRing {
         true
     }
 
+    /// Starts over with the same pages and grants and a new port, for a server that has come
+    /// back: a dead one may keep its mappings for long, and frames are few.
+    pub fn restart<H: Hypervisor>(&mut self, hv: &mut H, domid: DomId) -> Result<(), Refusal> {
+        let port = hv.alloc_unbound(domid)?;
+        if core::mem::replace(&mut self.open, true) {
+            hv.close_port(self.port);
+        }
+        self.port = port;
+        hv.zero(self.interface, 0, RING_ORDER);
+        (self.out_prod, self.in_cons, self.head) = (0, 0, None);
+        Ok(())
+    }
+
+    /// Pages of the data area as a power of two.
+    pub fn order(&self) -> u32 {
+        self.order
+    }
+
     /// Reserves room for a message of `len` bytes; `None` while there is not enough.
     pub fn reserve<H: Hypervisor>(&self, hv: &H, len: u32) -> Result<Option<Reservation>, Broken> {
         let out_cons = hv.load_u32(self.interface, OUT_CONS);

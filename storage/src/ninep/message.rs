@@ -45,8 +45,6 @@ pub const EXTENTS_MAX: usize = 16;
 pub const RREAD_BYTES: u32 = 11;
 /// Bytes of a Twrite before its data: head, fid, offset, count.
 pub const TWRITE_BYTES: u32 = 23;
-/// No message but Tread's answer and Twrite is longer, data apart.
-pub const SMALL_BYTES_MAX: usize = 8192;
 /// Longest answer that is not data, as asked by our client: Rwalk 217, Rextents 273.
 pub const ANSWER_BYTES_MAX: usize = 512;
 

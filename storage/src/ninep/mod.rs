@@ -4,4 +4,12 @@
 //! [`mount`] the xenstore handshake that brings a share up, notices that its server died, and
 //! takes it up again.
 
+pub mod client;
+mod file;
 pub mod message;
+pub mod mount;
+mod session;
+
+pub use client::Client;
+pub use mount::{BackNodes, Mount, MountFault, MountStep};
+pub use session::Session;
