@@ -1,0 +1,380 @@
+//! Writing a VHD.
+//!
+//! Order guarded (data-then-map): a block's data comes first; a flush syncs it, then writes the
+//! footer behind everything and the bitmaps, syncs, then writes the BAT, and syncs. A new block
+//! overwrites the old footer: until the new one is written only the copy at byte 0 is good,
+//! which every reader that survives a power cut uses. New blocks lie behind everything (the
+//! BAT, XenServer's batmap, the locators, all blocks), so that no table is overwritten.
+//! It must never use space that an earlier footer write of an unfinished flush may still reach.
+
+use crate::fault::{FaultKind, ImageFault};
+use crate::files::FileInfo;
+use crate::format::{Ctx, Own, read_only};
+use crate::image::PLANS_MAX;
+use crate::meta::{BLOCK_BYTES, Phase};
+use crate::types::{
+    DiscardPlan, FileNo, Prelude, Prepared, SECTOR_BYTES, SectorRange, Step, Stop, WritePlan,
+};
+
+use super::Vhd;
+use super::header::{BAT_UNUSED, FOOTER_BYTES, Kind};
+use super::map::bit_run;
+
+/// Largest bitmap written whole on allocation: one cache block, for blocks of 16 MiB. Nobody is
+/// known to write larger blocks; in those only blocks that exist are written.
+const BITMAP_BYTES_MAX: u64 = BLOCK_BYTES;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Plan {
+    Free,
+    /// All sectors are there: nothing to make visible.
+    Over,
+    /// Bits `first` and `count - 1` more of the bitmap at byte `bitmap` become set.
+    Bits {
+        bitmap: u64,
+        first: u64,
+        count: u64,
+    },
+    /// The block gets its place at byte `bitmap`.
+    New {
+        block: u64,
+        bitmap: u64,
+        first: u64,
+        count: u64,
+    },
+}
+
+/// What only the top layer of a writable image has.
+pub(super) struct Writer {
+    footer: [u8; FOOTER_BYTES],
+    /// First byte behind everything, where the footer belongs.
+    next: u64,
+    /// Space from here on was never written: it reads as zeros.
+    fresh_from: u64,
+    /// Where the footer of a file that cannot grow stays: blocks end before it.
+    fixed_footer: Option<u64>,
+    /// BAT entries looked at for `next`.
+    scanned: u64,
+    /// The footer at the end is missing: the first write brings a new one.
+    recovered: bool,
+    footer_dirty: bool,
+    footer_written: bool,
+    /// Places of blocks that were reserved and given back: they hold anything.
+    spares: heapless::Vec<u64, PLANS_MAX>,
+    plans: [Plan; PLANS_MAX],
+}
+
+impl Writer {
+    pub fn new(vhd: &Vhd, info: FileInfo, footer: &[u8; FOOTER_BYTES]) -> Writer {
+        // The old footer, good or damaged, lies in the last 512 bytes: blocks may start there.
+        let old_footer = info.size_bytes.saturating_sub(FOOTER_BYTES as u64);
+        let end = old_footer - old_footer % SECTOR_BYTES;
+        // A file that cannot grow (a logical volume) keeps its footer at its very end, as
+        // libvhd has it, so the end of the blocks is found by the BAT.
+        let (next, fresh_from, fixed_footer) = if info.can_grow {
+            let whole = info.size_bytes.next_multiple_of(SECTOR_BYTES);
+            (if vhd.note.is_some() { whole } else { end }, info.size_bytes, None)
+        } else {
+            (vhd.table_offset + vhd.entries as u64 * 4, u64::MAX, Some(end))
+        };
+        Writer {
+            footer: *footer,
+            next,
+            fresh_from,
+            fixed_footer,
+            scanned: if info.can_grow { u64::MAX } else { 0 },
+            recovered: vhd.note.is_some() && vhd.kind != Kind::Fixed && info.can_grow,
+            footer_dirty: false,
+            footer_written: false,
+            spares: heapless::Vec::new(),
+            plans: [Plan::Free; PLANS_MAX],
+        }
+    }
+
+    pub fn footer_dirty(&self) -> bool {
+        self.footer_dirty
+    }
+
+    pub fn footer_bytes(&self) -> &[u8] {
+        &self.footer
+    }
+
+    pub fn flush_footer(&mut self, file: FileNo) -> Own {
+        if !self.footer_dirty || self.footer_written {
+            return Own::Nothing;
+        }
+        self.footer_written = true;
+        Own::Write { file, offset: self.next }
+    }
+
+    pub fn flushed(&mut self, ok: bool) {
+        self.footer_dirty &= !(ok && self.footer_written);
+        self.footer_written = false;
+    }
+}
+
+impl Vhd {
+    /// Finds the end of all blocks of a file that cannot grow, going on where it stopped.
+    pub(super) fn find_end(&mut self, ctx: &mut Ctx) -> Step<()> {
+        let Some(mut writer) = self.writer.take() else { return Ok(()) };
+        let result = self.scan_bat(ctx, &mut writer);
+        self.writer = Some(writer);
+        result
+    }
+
+    fn scan_bat(&self, ctx: &mut Ctx, writer: &mut Writer) -> Step<()> {
+        while writer.scanned < self.entries as u64 {
+            let entry = ctx.meta.get_u32_be(self.file, self.entry_offset(writer.scanned))?;
+            if entry != BAT_UNUSED {
+                let end = entry as u64 * SECTOR_BYTES + self.block_bytes();
+                writer.next = writer.next.max(end);
+            }
+            writer.scanned += 1;
+        }
+        Ok(())
+    }
+
+    pub(super) fn prepare_range(
+        &mut self,
+        ctx: &mut Ctx,
+        slot: u16,
+        range: SectorRange,
+    ) -> Step<WritePlan> {
+        let Some(mut writer) = self.writer.take() else {
+            return Err(read_only(self.file, "the file is open read-only").into());
+        };
+        let result = self.plan(ctx, &mut writer, slot, range);
+        self.writer = Some(writer);
+        result
+    }
+
+    fn plan(
+        &self,
+        ctx: &mut Ctx,
+        writer: &mut Writer,
+        slot: u16,
+        range: SectorRange,
+    ) -> Step<WritePlan> {
+        if self.kind == Kind::Fixed {
+            writer.plans[slot as usize] = Plan::Over;
+            return Ok(self.write_plan(slot, range.count, range.start_bytes()));
+        }
+        writer.footer_dirty |= core::mem::take(&mut writer.recovered);
+        let block = range.start / self.block_sectors;
+        let within = range.start % self.block_sectors;
+        let count = range.count.min(self.block_sectors - within);
+        let Some(bitmap) = self.block(ctx, block)? else {
+            return self.plan_new(ctx, writer, slot, block, within, count);
+        };
+        let (present, run) = bit_run(ctx, self.file, bitmap, within, count)?;
+        let data = bitmap + self.bitmap_bytes + within * SECTOR_BYTES;
+        if present && run == count {
+            writer.plans[slot as usize] = Plan::Over;
+            return Ok(self.write_plan(slot, count, data));
+        }
+        // As far as the bits lie in one cache block.
+        let byte = bitmap + within / 8;
+        let bits = (BLOCK_BYTES - byte % BLOCK_BYTES) * 8 - within % 8;
+        let count = count.min(bits);
+        ctx.meta.pin(self.file, byte)?;
+        writer.plans[slot as usize] = Plan::Bits { bitmap, first: within, count };
+        Ok(self.write_plan(slot, count, data))
+    }
+
+    fn write_plan(&self, slot: u16, sectors: u64, offset: u64) -> WritePlan {
+        WritePlan {
+            prepared: Prepared { slot },
+            sectors,
+            file: self.file,
+            offset,
+            head: None,
+            tail: None,
+            preludes: heapless::Vec::new(),
+        }
+    }
+
+    /// Reserves a place for an absent block.
+    fn plan_new(
+        &self,
+        ctx: &mut Ctx,
+        writer: &mut Writer,
+        slot: u16,
+        block: u64,
+        within: u64,
+        count: u64,
+    ) -> Step<WritePlan> {
+        if self.bitmap_bytes > BITMAP_BYTES_MAX {
+            let bytes = self.block_sectors * SECTOR_BYTES;
+            let field = "new blocks in a VHD with blocks above 16 MiB";
+            return Err(ImageFault::unsupported(self.file, field, bytes).into());
+        }
+        let same = |plan: &Plan| matches!(plan, Plan::New { block: other, .. } if *other == block);
+        // A flush under way may be writing the footer where the block would go.
+        if writer.plans.iter().any(same) || ctx.meta.flushing() {
+            return Err(Stop::Busy);
+        }
+        let spare = writer.spares.last().copied();
+        let bitmap = spare.unwrap_or_else(|| self.place(writer.next));
+        let end = bitmap + self.block_bytes();
+        if bitmap / SECTOR_BYTES >= BAT_UNUSED as u64 {
+            let fault = ImageFault::new(FaultKind::Full, self.file, "a VHD file's sectors");
+            return Err(ImageFault { value: bitmap / SECTOR_BYTES, ..fault }.into());
+        }
+        if writer.fixed_footer.is_some_and(|footer| end > footer) {
+            let fault = ImageFault::new(FaultKind::Full, self.file, "a VHD block's end");
+            let limit = writer.fixed_footer.unwrap_or(0);
+            return Err(ImageFault { value: end, limit, ..fault }.into());
+        }
+        // The bitmap lies in one cache block, unless a spare place of an odd alignment.
+        pin_all(
+            ctx,
+            self.file,
+            [bitmap, bitmap + self.bitmap_bytes - 1, self.entry_offset(block)],
+        )?;
+        match spare {
+            Some(_) => {
+                writer.spares.pop();
+            }
+            None => {
+                writer.next = end;
+                writer.footer_dirty |= writer.fixed_footer.is_none();
+                ctx.files.grow(self.file, end);
+            }
+        }
+        let data = bitmap + self.bitmap_bytes;
+        let mut plan = self.write_plan(slot, count, data + within * SECTOR_BYTES);
+        if self.kind == Kind::Dynamic {
+            let fresh = spare.is_none() && data >= writer.fresh_from;
+            self.zero_around(&mut plan, data, fresh, within, count);
+        }
+        writer.plans[slot as usize] = Plan::New { block, bitmap, first: within, count };
+        Ok(plan)
+    }
+
+    /// All bits of a dynamic disk's new block are set (QEMU reads no bitmaps), so the rest of
+    /// the block must read as zeros. Fresh space does; its last sector is written so that the
+    /// file is as long as the block.
+    fn zero_around(&self, plan: &mut WritePlan, data: u64, fresh: bool, within: u64, count: u64) {
+        let after = within + count;
+        let end = self.block_sectors;
+        let (head, tail) =
+            if fresh { (0..0, after.max(end - 1)..end) } else { (0..within, after..end) };
+        for zeros in [head, tail] {
+            if !zeros.is_empty() {
+                let offset = data + zeros.start * SECTOR_BYTES;
+                let len = (zeros.end - zeros.start) * SECTOR_BYTES;
+                let zero = Prelude::Zero { file: self.file, offset, len };
+                plan.preludes.push(zero).expect("room for two preludes");
+            }
+        }
+    }
+
+    /// Where a block goes that may start at byte `from`: its data begins at a multiple of
+    /// 4 KiB, as XenServer does it, for aligned I/O and so that no cache block holds data.
+    fn place(&self, from: u64) -> u64 {
+        let from = from.next_multiple_of(SECTOR_BYTES);
+        (from + self.bitmap_bytes).next_multiple_of(BLOCK_BYTES) - self.bitmap_bytes
+    }
+
+    pub(super) fn commit_plan(&mut self, ctx: &mut Ctx, slot: u16) {
+        let file = self.file;
+        let plan = self.take_plan(slot);
+        match plan {
+            Plan::Free => panic!("a commit without a plan"),
+            Plan::Over => {}
+            Plan::Bits { bitmap, first, count } => {
+                set_bits(ctx, file, bitmap, first, count);
+                ctx.meta.unpin(file, bitmap + first / 8);
+            }
+            Plan::New { block, bitmap, first, count } => {
+                self.fill_bitmap(ctx, bitmap);
+                if self.kind == Kind::Differencing {
+                    set_bits(ctx, file, bitmap, first, count);
+                }
+                let entry = ((bitmap / SECTOR_BYTES) as u32).to_be_bytes();
+                ctx.meta.put(file, self.entry_offset(block), &entry, Phase::TABLE);
+                self.unpin_new(ctx, block, bitmap);
+            }
+        }
+    }
+
+    pub(super) fn abandon_plan(&mut self, ctx: &mut Ctx, slot: u16) {
+        match self.take_plan(slot) {
+            Plan::Free => panic!("an abandoned plan that was none"),
+            Plan::Over => {}
+            Plan::Bits { bitmap, first, .. } => ctx.meta.unpin(self.file, bitmap + first / 8),
+            Plan::New { block, bitmap, .. } => {
+                self.unpin_new(ctx, block, bitmap);
+                let writer = self.writer.as_mut().expect("a plan has a writer");
+                writer.spares.push(bitmap).expect("no more spares than plans in flight");
+            }
+        }
+    }
+
+    fn take_plan(&mut self, slot: u16) -> Plan {
+        let writer = self.writer.as_mut().expect("a plan has a writer");
+        core::mem::replace(&mut writer.plans[slot as usize], Plan::Free)
+    }
+
+    fn unpin_new(&self, ctx: &mut Ctx, block: u64, bitmap: u64) {
+        for offset in [bitmap, bitmap + self.bitmap_bytes - 1, self.entry_offset(block)] {
+            ctx.meta.unpin(self.file, offset);
+        }
+    }
+
+    /// A new block's whole bitmap: all set for a dynamic disk, clear for a differencing one.
+    fn fill_bitmap(&self, ctx: &mut Ctx, bitmap: u64) {
+        let byte = if self.kind == Kind::Dynamic { 0xff } else { 0 };
+        for unit in (0..self.bitmap_bytes).step_by(SECTOR_BYTES as usize) {
+            let bytes = [byte; SECTOR_BYTES as usize];
+            ctx.meta.put(self.file, bitmap + unit, &bytes, Phase::BEFORE);
+        }
+    }
+
+    pub(super) fn discard_range(
+        &mut self,
+        ctx: &mut Ctx,
+        range: SectorRange,
+        zero: bool,
+    ) -> Step<DiscardPlan> {
+        if self.writer.is_none() {
+            return Err(read_only(self.file, "the file is open read-only").into());
+        }
+        let (found, sectors) = self.map_range(ctx, range)?;
+        use crate::format::Found;
+        Ok(match found {
+            // Nothing says "zeros" here but absence without a parent.
+            Found::Absent if zero && self.kind == Kind::Differencing => {
+                DiscardPlan { sectors: 0, punch: None }
+            }
+            Found::Data { file, offset } if !zero => {
+                DiscardPlan { sectors, punch: Some((file, offset, sectors * SECTOR_BYTES)) }
+            }
+            Found::Data { .. } => DiscardPlan { sectors: 0, punch: None },
+            _ => DiscardPlan { sectors, punch: None },
+        })
+    }
+}
+
+/// Pins all or none.
+fn pin_all(ctx: &mut Ctx, file: FileNo, offsets: [u64; 3]) -> Step<()> {
+    for (done, &offset) in offsets.iter().enumerate() {
+        if let Err(stop) = ctx.meta.pin(file, offset) {
+            offsets[..done].iter().for_each(|&pinned| ctx.meta.unpin(file, pinned));
+            return Err(stop);
+        }
+    }
+    Ok(())
+}
+
+/// Sets bits of a bitmap whose cache block is pinned.
+fn set_bits(ctx: &mut Ctx, file: FileNo, bitmap: u64, first: u64, count: u64) {
+    let end = first + count;
+    for byte in first / 8..end.div_ceil(8) {
+        let from = first.max(byte * 8) - byte * 8;
+        let to = end.min(byte * 8 + 8) - byte * 8;
+        let mask = (0xffu8 >> from) & ((0xff00u16 >> to) as u8);
+        let old = ctx.meta.get_u8(file, bitmap + byte).expect("the bitmap is pinned");
+        ctx.meta.put(file, bitmap + byte, &[old | mask], Phase::BEFORE);
+    }
+}
