@@ -259,9 +259,13 @@ impl Engine {
         flush(&mut self.image, &self.media)
     }
 
-    /// Marks the image clean and makes all durable. Dropping an engine without closing it is a
-    /// power cut.
+    /// Makes all durable and closes. Dropping an engine without closing it is a power cut.
     pub fn close(mut self) -> Result<(), Fault> {
+        self.finish()
+    }
+
+    /// Makes all durable and marks the image clean: it may be written again.
+    pub fn finish(&mut self) -> Result<(), Fault> {
         self.flush()?;
         self.drive(Image::finish)?;
         self.flush()

@@ -1,0 +1,186 @@
+//! The same operations by platter on one copy and by QEMU on another, then each continues on
+//! the image the other wrote; after every round all four readings must agree, qemu-img check
+//! must find platter's image sound, and platter's check QEMU's.
+//!
+//! Would miss: what QEMU gets wrong too (VHD chains, VHDX differencing, formats it cannot
+//! write: see the second-opinion scripts), and crashes (see powercut).
+
+use std::panic::catch_unwind;
+
+use platter_image::Access;
+use platter_tool::engine::Engine;
+use platter_tool::medium::DiskFolder;
+
+use crate::cases::{Built, Case, Check, Scratch, chosen};
+use crate::model::{BACKING, INITIAL, Kind, SECTOR, ZERO};
+use crate::rng::Rng;
+use crate::run::{pick_range, seed_options, seeds};
+
+/// One operation of both sides; writes fill with one byte, as qemu-io does.
+struct Step {
+    kind: Kind,
+    sector: u64,
+    count: u64,
+    pattern: u8,
+}
+
+fn pick_steps(rng: &mut Rng, case: &Case, sectors: u64, first_pattern: u8) -> Vec<Step> {
+    let count = 4 + rng.below(9) as u8;
+    let steps = (0..count).map(|at| {
+        let (sector, count) = pick_range(rng, case.unit, sectors);
+        let kinds = [Kind::Write, Kind::Write, Kind::Write, Kind::Zero, Kind::Discard, Kind::Flush];
+        Step { kind: rng.pick(&kinds), sector, count, pattern: first_pattern + at }
+    });
+    steps.collect()
+}
+
+/// By platter.
+fn by_platter(case: &Case, scratch: &Scratch, top: &str, steps: &[Step], seed: u64) {
+    let folder = DiskFolder::new(&scratch.path);
+    let options = seed_options(case, seed, Access::ReadWrite);
+    let engine = Engine::open(&folder, top, options);
+    let mut engine = engine.unwrap_or_else(|fault| panic!("opening: {fault}"));
+    for step in steps {
+        let Step { kind, sector, count, pattern } = *step;
+        let result = match kind {
+            Kind::Write => engine.write(sector, &vec![pattern; count as usize * SECTOR]),
+            Kind::Zero => engine.write_zeroes(sector, count),
+            Kind::Discard => engine.discard(sector, count),
+            Kind::Flush | Kind::Reopen => engine.flush(),
+        };
+        result.unwrap_or_else(|fault| panic!("{kind:?} {sector}+{count}: {fault}"));
+    }
+    engine.close().unwrap_or_else(|fault| panic!("closing: {fault}"));
+}
+
+/// By QEMU, in one process.
+fn by_qemu(case: &Case, scratch: &Scratch, top: &str, steps: &[Step]) {
+    let commands: Vec<String> = steps
+        .iter()
+        .map(|step| {
+            let (start, len) = (step.sector * SECTOR as u64, step.count * SECTOR as u64);
+            match step.kind {
+                Kind::Write => format!("write -P {} {start} {len}", step.pattern),
+                Kind::Zero => format!("write -z {start} {len}"),
+                Kind::Discard => format!("discard {start} {len}"),
+                Kind::Flush | Kind::Reopen => String::from("flush"),
+            }
+        })
+        .collect();
+    let commands: Vec<&str> = commands.iter().map(String::as_str).collect();
+    scratch.qemu_io(case.qemu, top, &commands);
+}
+
+/// The disk's bytes as platter reads them.
+fn read_by_platter(case: &Case, scratch: &Scratch, top: &str) -> Vec<u8> {
+    let folder = DiskFolder::new(&scratch.path);
+    let engine = Engine::open(&folder, top, seed_options(case, 1, Access::ReadOnly));
+    let mut engine = engine.unwrap_or_else(|fault| panic!("opening read-only: {fault}"));
+    let mut bytes = vec![0xee; engine.sectors() as usize * SECTOR];
+    engine.read(0, &mut bytes).unwrap_or_else(|fault| panic!("reading: {fault}"));
+    bytes
+}
+
+/// What the sectors of one copy may read as: a set, and the last pattern written.
+struct Model {
+    sets: Vec<(u64, u8)>,
+}
+
+/// Bit of a set: the pattern written.
+const WRITTEN: u64 = 8;
+
+impl Model {
+    fn apply(&mut self, step: &Step) {
+        let range = step.sector as usize..(step.sector + step.count) as usize;
+        for (set, pattern) in &mut self.sets[range] {
+            match step.kind {
+                Kind::Write => (*set, *pattern) = (WRITTEN, step.pattern),
+                Kind::Zero => *set = ZERO,
+                Kind::Discard => *set |= ZERO | BACKING,
+                Kind::Flush | Kind::Reopen => {}
+            }
+        }
+    }
+
+    fn hold(&self, built: &Built, who: &str, disk: &[u8]) {
+        assert_eq!(disk.len() / SECTOR, self.sets.len(), "{who}: the disk's size");
+        for (sector, bytes) in disk.chunks_exact(SECTOR).enumerate() {
+            let (set, pattern) = self.sets[sector];
+            let at = sector * SECTOR..(sector + 1) * SECTOR;
+            let initial = set & INITIAL != 0 && built.initial[at.clone()] == *bytes;
+            let backing = built.backing.as_ref().is_some_and(|disk| disk[at] == *bytes);
+            let good = initial
+                || (set & ZERO != 0 && bytes.iter().all(|&b| b == 0))
+                || (set & BACKING != 0 && backing)
+                || (set & WRITTEN != 0 && bytes.iter().all(|&b| b == pattern));
+            let bytes = &bytes[..16];
+            assert!(good, "{who}: sector {sector} holds {bytes:02x?}, not {set:#x} {pattern:#x}");
+        }
+    }
+}
+
+fn try_seed(case: &Case, seed: u64) {
+    let built = case.build();
+    let mut rng = Rng::new(seed ^ 0x6469_6666);
+    let copies = [Scratch::new(case.name), Scratch::new(case.name)];
+    copies.iter().for_each(|copy| copy.write(&built.files));
+    let sectors = (built.initial.len() / SECTOR) as u64;
+    let mut models = [0, 1].map(|_| Model { sets: vec![(INITIAL, 0); sectors as usize] });
+    for round in 0..3 {
+        let steps = pick_steps(&mut rng, case, sectors, 40 + round as u8 * 16);
+        // The copy of even rounds is the other's in odd ones.
+        let ours = round % 2;
+        by_platter(case, &copies[ours], &built.top, &steps, seed);
+        by_qemu(case, &copies[1 - ours], &built.top, &steps);
+        models.iter_mut().for_each(|model| steps.iter().for_each(|step| model.apply(step)));
+        let who = format!("round {round}, platter's");
+        hold_copy(case, &built, &copies[ours], &models[ours], &who);
+        let who = format!("round {round}, QEMU's");
+        hold_copy(case, &built, &copies[1 - ours], &models[1 - ours], &who);
+    }
+}
+
+/// Both readers agree on a copy, with each other and the model, and the checks are content.
+fn hold_copy(case: &Case, built: &Built, copy: &Scratch, model: &Model, who: &str) {
+    let read = read_by_platter(case, copy, &built.top);
+    model.hold(built, &format!("{who} image read by platter"), &read);
+    let read_qemu = copy.read_by_qemu(case.qemu, &built.top);
+    model.hold(built, &format!("{who} image read by QEMU"), &read_qemu[..read.len()]);
+    assert!(read_qemu[..read.len()] == read, "{who} image: the two readers differ");
+    if case.check != Check::No {
+        let (code, text) = copy.qemu_check(case.qemu, &built.top, false);
+        assert!(code == 0, "{who} image: qemu-img check says {code}: {text}");
+    }
+}
+
+fn all(format: &str) {
+    for case in chosen(format) {
+        for seed in seeds(2) {
+            if let Err(panic) = catch_unwind(|| try_seed(case, seed)) {
+                let name = case.name;
+                eprintln!("reproduce: PLATTER_CASE={name} PLATTER_SEED={seed} ... {format}_same");
+                std::panic::resume_unwind(panic);
+            }
+        }
+    }
+}
+
+macro_rules! formats {
+    ($($test:ident $format:literal)*) => {
+        $(#[test]
+        fn $test() {
+            all($format);
+        })*
+    };
+}
+
+formats! {
+    raw_same "raw"
+    qcow2_same "qcow2"
+    qcow_same "qcow"
+    qed_same "qed"
+    vhd_same "vhd"
+    vhdx_same "vhdx"
+    vmdk_same "vmdk"
+    vdi_same "vdi"
+}

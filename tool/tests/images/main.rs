@@ -1,0 +1,12 @@
+//! Every format against foreign tools and against the power switch.
+//!
+//! Environment, for more than the bounded set: `PLATTER_SEEDS=n` seeds for each case,
+//! `PLATTER_SEED=n` that seed alone, `PLATTER_CASE=text` only the cases whose name holds it,
+//! `PLATTER_CUTS=n` power cuts tried for each seed. A failure prints the three that reproduce it.
+
+mod cases;
+mod differential;
+mod model;
+mod powercut;
+mod rng;
+mod run;

@@ -1,0 +1,127 @@
+//! One seeded workload on one image in RAM, every answer held against the model at once.
+
+use platter_image::{Access, Options};
+use platter_tool::engine::{Engine, options};
+use platter_tool::medium::RamFolder;
+
+use crate::cases::{Built, Case};
+use crate::model::{self, Kind, OPS_MAX, Op, SECTOR};
+use crate::rng::Rng;
+
+/// Seeds to run: one, or a count from 1 on.
+pub fn seeds(default: u64) -> Vec<u64> {
+    let number = |name| std::env::var(name).ok().and_then(|text: String| text.parse().ok());
+    match number("PLATTER_SEED") {
+        Some(seed) => vec![seed],
+        None => (1..=number("PLATTER_SEEDS").unwrap_or(default)).collect(),
+    }
+}
+
+/// A case's files in RAM.
+pub fn ram(built: &Built) -> RamFolder {
+    let folder = RamFolder::new();
+    for (name, bytes) in &built.files {
+        folder.put(name, bytes.clone());
+    }
+    folder
+}
+
+/// Options of a seed: memory from the least that a format must live with to plenty.
+pub fn seed_options(case: &Case, seed: u64, access: Access) -> Options {
+    let mut rng = Rng::new(seed ^ 0x6f70_7473);
+    let budget_bytes = rng.pick(&[128 << 10, 256 << 10, 1 << 20]);
+    let format = case.format().expect("a case is run only if its format is known");
+    Options { budget_bytes, seed, ..options(format, access) }
+}
+
+/// A range that likes the edges of allocation units.
+pub fn pick_range(rng: &mut Rng, unit: u64, sectors: u64) -> (u64, u64) {
+    let unit = (unit / SECTOR as u64).max(1);
+    // Few places, so that operations meet.
+    let base = rng.below(sectors.div_ceil(unit).min(6)) * unit;
+    let base = if rng.chance(15) { sectors - sectors.min(unit / 2 + 1) } else { base };
+    let start = match rng.below(4) {
+        0 => base,
+        1 => base + unit / 2,
+        2 => (base + unit).saturating_sub(1 + rng.below(4)),
+        _ => base + rng.below(unit),
+    };
+    let start = start.min(sectors - 1);
+    let most = 2048.min(sectors - start);
+    let count = match rng.below(5) {
+        0 => 1,
+        1 => 1 + rng.below(16),
+        2 => unit.min(most),
+        3 => (unit * (1 + rng.below(4)) + rng.below(3)).min(most),
+        _ => 1 + rng.below(most.min(200)),
+    };
+    (start, count.clamp(1, most))
+}
+
+fn pick_kind(rng: &mut Rng, weights: [u64; 5]) -> Kind {
+    let mut at = rng.below(weights.iter().sum());
+    let kinds = [Kind::Write, Kind::Zero, Kind::Discard, Kind::Flush, Kind::Reopen];
+    for (kind, weight) in kinds.into_iter().zip(weights) {
+        if at < weight {
+            return kind;
+        }
+        at -= weight;
+    }
+    Kind::Write
+}
+
+/// Runs `count` operations and gives them back with the engine still open.
+pub fn workload(case: &Case, built: &Built, folder: &RamFolder, seed: u64, count: usize) -> Run {
+    assert!(count <= OPS_MAX);
+    let mut rng = Rng::new(seed);
+    let options = seed_options(case, seed, Access::ReadWrite);
+    let mut engine = Engine::open(folder, &built.top, options.clone())
+        .unwrap_or_else(|fault| panic!("opening: {fault}"));
+    let sectors = engine.sectors();
+    let mut sets = vec![model::INITIAL; sectors as usize];
+    let mut ops: Vec<Op> = Vec::new();
+    // Some seeds have no discards, some hardly a flush.
+    let weights = [10, rng.below(5), rng.below(5), 1 + rng.below(4), rng.below(2)];
+    for number in 0..count {
+        let kind = pick_kind(&mut rng, weights);
+        let (sector, count) = pick_range(&mut rng, case.unit, sectors);
+        let count = if matches!(kind, Kind::Flush | Kind::Reopen) { 0 } else { count };
+        let began = folder.events_len();
+        let result = match kind {
+            Kind::Write => engine.write(sector, &model::stamps(number, sector, count)),
+            Kind::Zero => engine.write_zeroes(sector, count),
+            Kind::Discard => engine.discard(sector, count),
+            Kind::Flush => engine.flush(),
+            Kind::Reopen => engine.finish().and_then(|()| {
+                engine = Engine::open(folder, &built.top, options.clone())?;
+                Ok(())
+            }),
+        };
+        result.unwrap_or_else(|fault| panic!("op {number} {kind:?} {sector}+{count}: {fault}"));
+        let op = Op { kind, sector, count, began, done: folder.events_len() };
+        op.apply(number, &mut sets);
+        ops.push(op);
+        verify(built, &mut engine, &sets, &op, &mut rng);
+    }
+    Run { engine, ops, sets }
+}
+
+pub struct Run {
+    pub engine: Engine,
+    pub ops: Vec<Op>,
+    pub sets: Vec<u64>,
+}
+
+/// Reads around what an operation touched, and now and then all.
+fn verify(built: &Built, engine: &mut Engine, sets: &[u64], op: &Op, rng: &mut Rng) {
+    let sectors = sets.len() as u64;
+    let (start, end) = match rng.chance(8) {
+        true => (0, sectors),
+        false => (op.sector.saturating_sub(9), (op.sector + op.count + 9).min(sectors)),
+    };
+    let mut bytes = vec![0xee; (end - start) as usize * SECTOR];
+    engine.read(start, &mut bytes).unwrap_or_else(|fault| panic!("reading: {fault}"));
+    if let Some(wrong) = model::mismatch(built, sets, start, &bytes) {
+        panic!("after {op:?}: {wrong}");
+    }
+}
