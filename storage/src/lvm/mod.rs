@@ -1,0 +1,18 @@
+//! LVM2: linear and striped logical volumes over one or several disks, read from the text
+//! metadata (lvm2 `lib/format_text/layout.h`, `lib/label/label.h`).
+//!
+//! Guards: labels, metadata area headers and texts are used only with their CRCs right; of
+//! several copies the one with the highest `seqno` counts. Everything that is not a plain map
+//! of extents (thin, RAID, snapshots, caches, a missing physical volume) is refused by name.
+//! Must never: write LVM metadata, activate, or guess a layout.
+
+mod group;
+mod label;
+mod text;
+
+pub use group::{Group, Member};
+pub use label::{PhysicalVolume, Uuid, read_label, read_text};
+pub use text::{Text, Value};
+
+#[cfg(test)]
+mod tests;
