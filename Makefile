@@ -11,7 +11,7 @@ KERNEL_RUSTFLAGS := -Cforce-frame-pointers=yes -Crelocation-model=static
 # $(call bare_kernel,PACKAGE,BINARY): build/BINARY.elf to boot, build/BINARY.debug for addr2line.
 define bare_kernel
 	RUSTFLAGS="$(KERNEL_RUSTFLAGS)" $(CARGO) build --release --target $(KERNEL_TARGET) \
-		--target-dir build/kernel -p $(1) --bin $(2)
+		--target-dir build/kernel -p $(1) --bin $(2) --features bare
 	cp build/kernel/$(KERNEL_TARGET)/release/$(2) build/$(2).debug
 	objcopy --strip-debug build/$(2).debug build/$(2).elf
 endef

@@ -31,8 +31,8 @@ const AGAIN: &str = "crashed again while reporting the crash";
 /// How many crashes have begun.
 static DEPTH: AtomicU32 = AtomicU32::new(0);
 
-#[panic_handler]
-fn panic(info: &PanicInfo) -> ! {
+/// What a kernel's panic handler does; [`crate::entry`] makes the handler.
+pub fn panic(info: &PanicInfo) -> ! {
     let (rsp, rbp) = stack_registers();
     match (DEPTH.fetch_add(1, Ordering::Relaxed), info.location()) {
         (0, location) => {

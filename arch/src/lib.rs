@@ -14,9 +14,12 @@
 //! platter_arch::entry!(main);
 //! fn main(mut machine: Machine, boot: BootInfo) -> ! { ... }
 //! ```
-//! Its package needs `test = false` and `doctest = false` on the `[[bin]]`, and a build script
-//! of two lines that gives the linker arguments (see `linker/bare.rs`). No RUSTFLAGS are needed;
-//! `make kernel` adds frame pointers, so that crash reports have a trace.
+//! Its package needs on the `[[bin]]` `test = false` and `required-features = ["bare"]`, with
+//! `bare = ["dep:platter-arch"]`, and a build script of two lines that gives the linker arguments
+//! (see `linker/bare.rs`); the Makefile's `bare_kernel` builds it. The feature is only a gate:
+//! built together with host programs, which cargo does for a whole workspace, shared crates get
+//! their `std` features, and a kernel cannot link those. No RUSTFLAGS are needed; the Makefile
+//! adds frame pointers, so that crash reports have a trace.
 //!
 //! # Processor features
 //! SSE2 as the target has it. AVX stays off: a PV guest starts with CR4.OSXSAVE = 0 while CPUID
@@ -47,12 +50,15 @@ mod start;
 #[cfg(not(test))]
 mod trap;
 
+#[cfg(not(test))]
+#[doc(hidden)]
+pub use crash::panic;
 pub use heap::{HeapStats, heap_stats};
 pub use machine::{BootInfo, Machine, Shutdown};
 pub use shared::now_ns;
 
-/// Names the main function of a kernel: `fn(Machine, BootInfo) -> !`. Console lines begin with
-/// the name of the binary.
+/// Names the main function of a kernel, `fn(Machine, BootInfo) -> !`, and makes its panic handler,
+/// which ends in a crash report. Console lines begin with the name of the binary.
 #[macro_export]
 macro_rules! entry {
     ($main:path) => {
@@ -63,6 +69,11 @@ macro_rules! entry {
         fn platter_main(machine: $crate::Machine, boot: $crate::BootInfo) -> ! {
             let main: fn($crate::Machine, $crate::BootInfo) -> ! = $main;
             main(machine, boot)
+        }
+
+        #[panic_handler]
+        fn platter_panic(info: &core::panic::PanicInfo) -> ! {
+            $crate::panic(info)
         }
     };
 }
