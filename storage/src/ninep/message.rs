@@ -130,6 +130,7 @@ pub struct Extent {
 
 /// A T-message.
 #[derive(Clone, PartialEq, Eq, Debug)]
+#[expect(clippy::large_enum_variant, reason = "no heap on the request path")]
 pub enum Request<'a> {
     Version {
         msize: u32,
@@ -198,6 +199,7 @@ pub enum Request<'a> {
 
 /// An R-message.
 #[derive(Clone, PartialEq, Eq, Debug)]
+#[expect(clippy::large_enum_variant, reason = "no heap on the request path")]
 pub enum Answer<'a> {
     /// A Linux errno.
     Lerror {
