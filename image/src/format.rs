@@ -8,13 +8,17 @@ use crate::fault::ImageFault;
 use crate::files::{Access, Files};
 use crate::info::{Details, SnapshotInfo};
 use crate::meta::{Meta, Phase};
+use crate::qed::Qed;
 use crate::raw::Raw;
 use crate::types::{DiscardPlan, FileNo, ResizePlan, SectorRange, Step, WritePlan};
+use crate::vhd::Vhd;
 
 /// An image format, always named by configuration, never guessed from content.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Format {
     Raw,
+    Qed,
+    Vhd,
 }
 
 impl Format {
@@ -22,6 +26,8 @@ impl Format {
     pub fn by_name(name: &str) -> Option<Format> {
         Some(match name {
             "raw" => Format::Raw,
+            "qed" => Format::Qed,
+            "vhd" | "vpc" => Format::Vhd,
             _ => return None,
         })
     }
@@ -31,6 +37,8 @@ impl Format {
         let (_, suffix) = path.rsplit_once('.')?;
         Some(match suffix {
             "raw" | "img" => Format::Raw,
+            "qed" => Format::Qed,
+            "vhd" => Format::Vhd,
             _ => return None,
         })
     }
@@ -38,6 +46,8 @@ impl Format {
     pub fn name(self) -> &'static str {
         match self {
             Format::Raw => "raw",
+            Format::Qed => "qed",
+            Format::Vhd => "vhd",
         }
     }
 }
@@ -228,6 +238,7 @@ pub(crate) trait Layer {
 pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
     match params.format {
         Format::Raw => crate::raw::create(params),
+        Format::Vhd => crate::vhd::create(params),
         #[allow(unreachable_patterns)]
         _ => Err(CreateFault::new("images of this format can only be read and written")),
     }
@@ -236,24 +247,32 @@ pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
 /// Any layer, by enum: static dispatch, no boxes on the request path.
 pub(crate) enum AnyLayer {
     Raw(Raw),
+    Qed(Qed),
+    Vhd(Vhd),
 }
 
 impl AnyLayer {
     pub fn open(ctx: &mut Ctx, format: Format, file: FileNo, access: Access) -> Step<OpenedLayer> {
         match format {
             Format::Raw => Raw::open(ctx, file, access),
+            Format::Qed => Qed::open(ctx, file, access),
+            Format::Vhd => Vhd::open(ctx, file, access),
         }
     }
 
     pub fn get_ref(&self) -> &dyn Layer {
         match self {
             AnyLayer::Raw(layer) => layer,
+            AnyLayer::Qed(layer) => layer,
+            AnyLayer::Vhd(layer) => layer,
         }
     }
 
     pub fn get(&mut self) -> &mut dyn Layer {
         match self {
             AnyLayer::Raw(layer) => layer,
+            AnyLayer::Qed(layer) => layer,
+            AnyLayer::Vhd(layer) => layer,
         }
     }
 }

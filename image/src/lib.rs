@@ -10,6 +10,7 @@
 
 extern crate alloc;
 
+mod append;
 mod check;
 mod create;
 mod fault;
@@ -18,8 +19,10 @@ mod format;
 mod image;
 mod info;
 mod meta;
+mod qed;
 mod raw;
 mod types;
+mod vhd;
 
 pub use check::{CheckParams, CheckProgress, CheckReport, PROBLEMS_MAX, Repair};
 pub use create::{

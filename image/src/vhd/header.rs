@@ -254,8 +254,7 @@ impl Footer {
     /// everyone else, and every disk too large for a geometry, the current size (QEMU's rule,
     /// with the current size for creators that nobody knows).
     pub fn sectors(&self, file: FileNo, offset: u64) -> Result<u64, ImageFault> {
-        let by_geometry =
-            matches!(&self.creator, b"vpc " | b"qemu") && self.geometry != GEOMETRY_MAX;
+        let by_geometry = uses_geometry(&self.creator) && self.geometry != GEOMETRY_MAX;
         let sectors =
             if by_geometry { self.geometry.sectors() } else { self.current_size / SECTOR_BYTES };
         if sectors == 0 {
@@ -267,6 +266,33 @@ impl Footer {
         }
         Ok(sectors)
     }
+}
+
+fn uses_geometry(creator: &[u8]) -> bool {
+    matches!(creator, b"vpc " | b"qemu")
+}
+
+/// Do readers go by the geometry for this creator?
+pub(super) fn creator_uses_geometry(footer: &[u8; FOOTER_BYTES]) -> bool {
+    uses_geometry(&footer[f::CREATOR_APPLICATION])
+}
+
+/// Does XenServer look for a batmap behind the BAT? Since version 1.1 (libvhd).
+pub(super) fn has_batmap(footer: &[u8; FOOTER_BYTES]) -> bool {
+    footer[f::CREATOR_APPLICATION].starts_with(b"tap") && u32_at(footer, f::CREATOR_VERSION) > 1
+}
+
+/// The sector before a batmap of zeros ("tdbatmap", version 1.2; libvhd): cookie, byte of the
+/// map, its sectors, version, and the one's complement of the sum of its bytes.
+pub(super) fn empty_batmap(map_offset: u64, entries: u32) -> [u8; 512] {
+    let mut b = [0; 512];
+    put(&mut b, 0, b"tdbatmap");
+    put(&mut b, 8, &map_offset.to_be_bytes());
+    let sectors = (entries as u64).div_ceil(8).div_ceil(SECTOR_BYTES).max(1) as u32;
+    put(&mut b, 16, &sectors.to_be_bytes());
+    put(&mut b, 20, &0x0001_0002u32.to_be_bytes());
+    put(&mut b, 24, &u32::MAX.to_be_bytes());
+    b
 }
 
 fn put(b: &mut [u8], at: usize, bytes: &[u8]) {

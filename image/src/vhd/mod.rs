@@ -7,19 +7,26 @@
 //! Order guarded: block data, then the footer behind it and the block's bitmap, then the BAT
 //! entry (see `write`). It must never trust a BAT entry that names the metadata.
 
+mod check;
+mod create;
 mod header;
 mod map;
 mod name;
+mod resize;
 mod write;
 
 use alloc::boxed::Box;
 
+use crate::check::{CheckParams, CheckProgress};
 use crate::fault::ImageFault;
 use crate::files::Access;
 use crate::format::{AnyLayer, Ctx, Format, Found, Layer, OpenedLayer, Own, Parent};
+use crate::info::Details;
 use crate::meta::Phase;
-use crate::types::{DiscardPlan, FileNo, SECTOR_BYTES, SectorRange, Step, WritePlan};
+use crate::types::{DiscardPlan, FileNo, ResizePlan, SECTOR_BYTES, SectorRange, Step, WritePlan};
 
+use check::Check;
+pub(crate) use create::create;
 use header::{FOOTER_BYTES, Footer, HEADER_BYTES, Header, Kind};
 use write::Writer;
 
@@ -38,6 +45,7 @@ pub(crate) struct Vhd {
     /// Bytes of a block's bitmap, padded to sectors.
     bitmap_bytes: u64,
     note: Option<&'static str>,
+    check: Option<Box<Check>>,
     /// For the top layer of a writable image.
     writer: Option<Box<Writer>>,
 }
@@ -119,6 +127,7 @@ impl Vhd {
             block_sectors,
             bitmap_bytes,
             note: found.note,
+            check: None,
             writer: None,
         };
         if access == Access::ReadWrite {
@@ -159,6 +168,7 @@ impl Vhd {
             block_sectors: 1,
             bitmap_bytes: 0,
             note: found.note,
+            check: None,
             writer: None,
         };
         if access == Access::ReadWrite {
@@ -223,24 +233,47 @@ impl Layer for Vhd {
     }
 
     fn is_dirty(&self) -> bool {
-        self.writer.as_ref().is_some_and(|w| w.footer_dirty())
+        self.writer.as_ref().is_some_and(|w| w.is_dirty())
     }
 
     fn flush_own(&mut self, _ctx: &mut Ctx, phase: Phase) -> Own {
-        let file = self.file;
         match &mut self.writer {
-            Some(writer) if phase == Phase::BEFORE => writer.flush_footer(file),
-            _ => Own::Nothing,
+            Some(writer) => writer.flush_own(self.file, self.kind, phase),
+            None => Own::Nothing,
         }
     }
 
     fn own_bytes(&self) -> &[u8] {
-        self.writer.as_ref().map_or(&[], |w| w.footer_bytes())
+        self.writer.as_ref().map_or(&[], |w| w.own_bytes())
     }
 
     fn flushed(&mut self, _ctx: &mut Ctx, ok: bool) {
         if let Some(writer) = &mut self.writer {
             writer.flushed(ok);
         }
+    }
+
+    fn resize(&mut self, ctx: &mut Ctx, sectors: u64) -> Step<ResizePlan> {
+        self.grow(ctx, sectors)
+    }
+
+    fn details(&self) -> Details {
+        let variant = match self.kind {
+            Kind::Fixed => "fixed",
+            Kind::Dynamic => "dynamic",
+            Kind::Differencing => "differencing",
+        };
+        let fixed = self.kind == Kind::Fixed;
+        let cluster_bytes = if fixed { 0 } else { self.block_sectors * SECTOR_BYTES };
+        Details { variant, cluster_bytes, ..Details::default() }
+    }
+
+    fn check_begin(&mut self, _ctx: &mut Ctx, params: CheckParams) -> Result<(), ImageFault> {
+        self.begin_check(params);
+        Ok(())
+    }
+
+    fn check_step(&mut self, ctx: &mut Ctx) -> Step<CheckProgress> {
+        self.check_part(ctx)
     }
 }

@@ -19,6 +19,7 @@ use crate::types::{
 use super::Vhd;
 use super::header::{BAT_UNUSED, FOOTER_BYTES, Kind};
 use super::map::bit_run;
+use super::resize::Moving;
 
 /// Largest bitmap written whole on allocation: one cache block, for blocks of 16 MiB. Nobody is
 /// known to write larger blocks; in those only blocks that exist are written.
@@ -58,7 +59,15 @@ pub(super) struct Writer {
     /// The footer at the end is missing: the first write brings a new one.
     recovered: bool,
     footer_dirty: bool,
-    footer_written: bool,
+    /// The footer with a new size: written last.
+    new_footer: Option<[u8; FOOTER_BYTES]>,
+    /// A fixed disk's old footer, now the guest's.
+    wipe: Option<u64>,
+    /// A BAT being moved.
+    pub moving: Option<Moving>,
+    /// How far the flush under way is, and the sector it was given last.
+    stage: u8,
+    handing_out: [u8; FOOTER_BYTES],
     /// Places of blocks that were reserved and given back: they hold anything.
     spares: heapless::Vec<u64, PLANS_MAX>,
     plans: [Plan; PLANS_MAX],
@@ -66,14 +75,14 @@ pub(super) struct Writer {
 
 impl Writer {
     pub fn new(vhd: &Vhd, info: FileInfo, footer: &[u8; FOOTER_BYTES]) -> Writer {
-        // The old footer, good or damaged, lies in the last 512 bytes: blocks may start there.
-        let old_footer = info.size_bytes.saturating_sub(FOOTER_BYTES as u64);
-        let end = old_footer - old_footer % SECTOR_BYTES;
+        // The old footer, good or damaged, lies in the last sector: a block may start there.
+        let end = info.size_bytes.saturating_sub(1) / SECTOR_BYTES * SECTOR_BYTES;
         // A file that cannot grow (a logical volume) keeps its footer at its very end, as
         // libvhd has it, so the end of the blocks is found by the BAT.
         let (next, fresh_from, fixed_footer) = if info.can_grow {
             let whole = info.size_bytes.next_multiple_of(SECTOR_BYTES);
-            (if vhd.note.is_some() { whole } else { end }, info.size_bytes, None)
+            let damaged = vhd.note.is_some() && vhd.kind != Kind::Fixed;
+            (if damaged { whole } else { end }, info.size_bytes, None)
         } else {
             (vhd.table_offset + vhd.entries as u64 * 4, u64::MAX, Some(end))
         };
@@ -85,31 +94,90 @@ impl Writer {
             scanned: if info.can_grow { u64::MAX } else { 0 },
             recovered: vhd.note.is_some() && vhd.kind != Kind::Fixed && info.can_grow,
             footer_dirty: false,
-            footer_written: false,
+            new_footer: None,
+            wipe: None,
+            moving: None,
+            stage: 0,
+            handing_out: [0; FOOTER_BYTES],
             spares: heapless::Vec::new(),
             plans: [Plan::Free; PLANS_MAX],
         }
     }
 
-    pub fn footer_dirty(&self) -> bool {
-        self.footer_dirty
+    pub fn is_dirty(&self) -> bool {
+        self.footer_dirty || self.new_footer.is_some()
     }
 
-    pub fn footer_bytes(&self) -> &[u8] {
-        &self.footer
+    pub fn own_bytes(&self) -> &[u8] {
+        &self.handing_out
     }
 
-    pub fn flush_footer(&mut self, file: FileNo) -> Own {
-        if !self.footer_dirty || self.footer_written {
-            return Own::Nothing;
+    pub fn footer(&self) -> &[u8; FOOTER_BYTES] {
+        self.new_footer.as_ref().unwrap_or(&self.footer)
+    }
+
+    pub fn next(&self) -> u64 {
+        self.next
+    }
+
+    pub fn can_grow(&self) -> bool {
+        self.fixed_footer.is_none()
+    }
+
+    /// Takes everything up to `end` for metadata.
+    pub fn reserve_until(&mut self, end: u64) {
+        self.next = end;
+        self.footer_dirty = true;
+    }
+
+    /// Where a fixed disk's footer goes now that the disk ends at `end`.
+    pub fn move_fixed_footer(&mut self, end: u64) {
+        self.wipe.get_or_insert(self.next);
+        self.next = end;
+    }
+
+    /// The footer after all tables are durable.
+    pub fn replace_footer(&mut self, footer: [u8; FOOTER_BYTES]) {
+        self.new_footer = Some(footer);
+    }
+
+    /// The footer behind new blocks comes before they stand in the BAT. A footer with a new size
+    /// comes last, behind everything and at 0; a fixed disk has no tables to wait for, and its
+    /// old footer is wiped only then.
+    pub fn flush_own(&mut self, file: FileNo, kind: Kind, phase: Phase) -> Own {
+        let end = self.fixed_footer.unwrap_or(self.next);
+        let fixed = kind == Kind::Fixed;
+        let resized = |fixed_too: bool| self.new_footer.filter(|_| fixed == fixed_too);
+        loop {
+            let (due, write) = match self.stage {
+                0 => (Phase::BEFORE, self.footer_dirty.then_some((end, self.footer))),
+                1 => (Phase::TABLE, resized(true).map(|footer| (end, footer))),
+                2 => (Phase::DIRECTORY, self.wipe.map(|old| (old, [0; FOOTER_BYTES]))),
+                3 => (Phase::HEADER, resized(false).map(|footer| (end, footer))),
+                4 => (Phase::HEADER, resized(false).map(|footer| (0, footer))),
+                _ => return Own::Nothing,
+            };
+            if due > phase {
+                return Own::Nothing;
+            }
+            self.stage += 1;
+            if let Some((offset, bytes)) = write
+                && due == phase
+            {
+                self.handing_out = bytes;
+                return Own::Write { file, offset };
+            }
         }
-        self.footer_written = true;
-        Own::Write { file, offset: self.next }
     }
 
     pub fn flushed(&mut self, ok: bool) {
-        self.footer_dirty &= !(ok && self.footer_written);
-        self.footer_written = false;
+        if ok {
+            self.footer = *self.footer();
+            self.new_footer = None;
+            self.wipe = None;
+            self.footer_dirty = false;
+        }
+        self.stage = 0;
     }
 }
 
