@@ -1,0 +1,272 @@
+//! What QED, VDI, qcow and sparse VMDK have in common: guest clusters found through tables of
+//! entries, new clusters taken from the end of the file, and no counts of who uses what.
+//!
+//! Orders guarded here (data-then-map): a cluster's data and its head and tail are written
+//! before the plan is committed; the entry is put at [`Phase::TABLE`], the pointer to a new
+//! table at [`Phase::DIRECTORY`], so a cut at any write leaves space that nothing names, never
+//! a name for space that is not written. It must never reuse space within a session but that of
+//! the last plan, abandoned, and never trust an entry that a [`Shape`] has not checked.
+
+mod write;
+
+use crate::fault::{FaultKind, ImageFault};
+use crate::files::FileInfo;
+use crate::format::{Ctx, Found, Packed};
+use crate::meta::BLOCK_BYTES;
+#[cfg(doc)]
+use crate::meta::Phase;
+use crate::types::{FileNo, SECTOR_BYTES, SectorRange, Step, Stop};
+
+pub(crate) use write::{Part, Writer};
+
+/// What the entry of a cluster says, already checked against the file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Entry {
+    Absent,
+    Zero,
+    /// The cluster lies at this byte.
+    Data(u64),
+    Packed(Packed),
+}
+
+/// Where the entry of a cluster lies.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Table {
+    /// At this byte, and its second copy at that one.
+    At { entry: u64, copy: Option<u64> },
+    /// There is no table for it: all clusters of the table are absent.
+    Missing,
+}
+
+/// A table to be made with the plan that needs it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct NewTable {
+    pub offset: u64,
+    pub bytes: u64,
+    /// Where the pointer to it goes, and its bytes.
+    pub directory_at: u64,
+    pub pointer: [u8; 8],
+}
+
+/// How `add_table` went.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Added {
+    /// The empty table is in place: locate the entry again.
+    Installed,
+    /// It is to be written and pointed to with the plan.
+    WithPlan(NewTable),
+}
+
+/// The tables of a format. Offsets are bytes of `file`, clusters are numbered from the start of
+/// the map.
+pub(crate) trait Shape {
+    /// Bytes of an entry, 4 or 8; entries are aligned to it.
+    const ENTRY_BYTES: u64;
+
+    fn file(&self) -> FileNo;
+    fn cluster_bytes(&self) -> u64;
+    /// Guest sectors mapped.
+    fn sectors(&self) -> u64;
+    /// Clusters that one table maps.
+    fn table_clusters(&self) -> u64;
+    fn locate(&self, ctx: &mut Ctx, cluster: u64) -> Step<Table>;
+    /// Reads and checks the entry at a byte; offsets lie within the file and past the header.
+    /// It reads nothing else: neighbours are looked at without stopping.
+    fn entry(&self, ctx: &mut Ctx, at: u64) -> Step<Entry>;
+    /// Completes what the entry says of a compressed cluster.
+    fn packed(&self, _ctx: &mut Ctx, packed: Packed) -> Step<Packed> {
+        Ok(packed)
+    }
+    /// The entry for a cluster at `offset`, its first `ENTRY_BYTES` bytes.
+    fn encode(&self, offset: u64) -> [u8; 8];
+    /// The entry for a cluster that reads as zeros, if there is one.
+    fn zero_entry(&self) -> Option<[u8; 8]>;
+    /// Makes the table for a cluster whose table is missing. Takes space from `space` only if
+    /// it succeeds.
+    fn add_table(&self, ctx: &mut Ctx, space: &mut Space, cluster: u64) -> Step<Added>;
+
+    /// Clusters, the last one perhaps in part.
+    fn clusters(&self) -> u64 {
+        self.sectors().div_ceil(self.cluster_bytes() / SECTOR_BYTES)
+    }
+
+    /// Clusters from `cluster` on whose entries share its table and, in each copy, its cache
+    /// block: so many can be looked at or changed without another read.
+    fn block_clusters(&self, cluster: u64, entry: u64, copy: Option<u64>) -> u64 {
+        let in_block = |at: u64| (BLOCK_BYTES - at % BLOCK_BYTES) / Self::ENTRY_BYTES;
+        let in_table = self.table_clusters() - cluster % self.table_clusters();
+        let count = in_block(entry).min(copy.map_or(u64::MAX, in_block)).min(in_table);
+        count.min(self.clusters() - cluster)
+    }
+
+    /// What `cluster` is and how many clusters from it on, at most `max`, continue it.
+    fn run(&self, ctx: &mut Ctx, cluster: u64, max: u64) -> Step<(Entry, u64)> {
+        let (at, copy) = match self.locate(ctx, cluster)? {
+            Table::At { entry, copy } => (entry, copy),
+            Table::Missing => {
+                let rest = self.table_clusters() - cluster % self.table_clusters();
+                return Ok((Entry::Absent, rest.min(max)));
+            }
+        };
+        let first = self.entry(ctx, at)?;
+        let max = max.min(self.block_clusters(cluster, at, copy));
+        let mut count = 1;
+        while count < max {
+            let continues = match first {
+                Entry::Packed(_) => false,
+                // The offset of an entry was checked to lie in the file: no overflow.
+                Entry::Data(offset) => {
+                    let next = offset.saturating_add(count * self.cluster_bytes());
+                    self.entry(ctx, at + count * Self::ENTRY_BYTES) == Ok(Entry::Data(next))
+                }
+                other => self.entry(ctx, at + count * Self::ENTRY_BYTES) == Ok(other),
+            };
+            if !continues {
+                break;
+            }
+            count += 1;
+        }
+        Ok((first, count))
+    }
+
+    /// [`Layer::map`](crate::format::Layer::map) for a range of this map.
+    fn map(&self, ctx: &mut Ctx, range: SectorRange) -> Step<(Found, u64)> {
+        let cluster_sectors = self.cluster_bytes() / SECTOR_BYTES;
+        let cluster = range.start / cluster_sectors;
+        let within = range.start % cluster_sectors;
+        let needed = (within + range.count).div_ceil(cluster_sectors);
+        let (entry, count) = self.run(ctx, cluster, needed)?;
+        let sectors = range.count.min(count * cluster_sectors - within);
+        let found = match entry {
+            Entry::Absent => Found::Absent,
+            Entry::Zero => Found::Zero,
+            Entry::Data(offset) => {
+                Found::Data { file: self.file(), offset: offset + within * SECTOR_BYTES }
+            }
+            Entry::Packed(packed) => {
+                let skip = (within * SECTOR_BYTES) as u32;
+                Found::Packed(Packed { skip, ..self.packed(ctx, packed)? })
+            }
+        };
+        Ok((found, sectors))
+    }
+}
+
+/// Free space at the end of a file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Space {
+    file: FileNo,
+    /// Clusters lie at multiples of their size from here.
+    origin: u64,
+    /// Where the next allocation may start.
+    next: u64,
+    /// From here on nothing was ever written or handed out.
+    fresh_from: u64,
+    /// Allocations end here at most: the format's reach, or the end of a fixed-size store.
+    limit: u64,
+    can_grow: bool,
+}
+
+impl Space {
+    /// All beyond the end of the file, up to the `reach` of the format's offsets.
+    pub fn at_end(file: FileNo, info: FileInfo, reach: u64) -> Space {
+        Space::from(file, info, (0, info.size_bytes), reach)
+    }
+
+    /// All from `next` on, which the caller knows to be free; clusters lie at multiples of
+    /// their size from `origin`.
+    pub fn from(file: FileNo, info: FileInfo, (origin, next): (u64, u64), reach: u64) -> Space {
+        assert!(origin <= next, "free space before the first cluster");
+        let limit = if info.can_grow { reach } else { reach.min(info.size_bytes) };
+        let fresh_from = info.size_bytes.max(next);
+        Space { file, origin, next, fresh_from, limit, can_grow: info.can_grow }
+    }
+
+    fn aligned(&self, align: u64) -> Option<u64> {
+        (self.next - self.origin).checked_next_multiple_of(align)?.checked_add(self.origin)
+    }
+
+    /// The first byte not handed out.
+    pub fn next(&self) -> u64 {
+        self.next
+    }
+
+    /// Takes `len` bytes at a multiple of `align`.
+    pub fn take(&mut self, len: u64, align: u64) -> Result<u64, ImageFault> {
+        let offset = self.aligned(align);
+        let end = offset.and_then(|offset| offset.checked_add(len));
+        match (offset, end) {
+            (Some(offset), Some(end)) if end <= self.limit => {
+                self.next = end;
+                Ok(offset)
+            }
+            _ => {
+                let fault = ImageFault::new(FaultKind::Full, self.file, "a new cluster");
+                let value = end.unwrap_or(u64::MAX);
+                Err(ImageFault { value, limit: self.limit, ..fault })
+            }
+        }
+    }
+
+    /// Allocations of `unit` bytes at multiples of it that fit now, an upper bound.
+    fn room(&self, unit: u64) -> u64 {
+        let next = self.aligned(unit).unwrap_or(u64::MAX);
+        self.limit.saturating_sub(next) / unit
+    }
+
+    /// Does all from `offset` on read as zeros, never handed out before?
+    fn is_fresh(&self, offset: u64) -> bool {
+        self.can_grow && offset >= self.fresh_from
+    }
+
+    /// What was taken up to now is in use.
+    fn used(&mut self) {
+        self.fresh_from = self.fresh_from.max(self.next);
+    }
+
+    /// Takes back the last allocation, `start..end`, if it is still the last.
+    fn give_back(&mut self, start: u64, end: u64) {
+        if self.next == end {
+            self.next = start;
+        }
+    }
+}
+
+/// A change of the header that must be durable before the first write.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum FirstWrite {
+    Todo,
+    /// The change is made; the flush that must carry it is asked for.
+    Asked,
+    Done,
+}
+
+impl FirstWrite {
+    /// `needed` false: there is nothing to change.
+    pub fn new(needed: bool) -> FirstWrite {
+        if needed { FirstWrite::Todo } else { FirstWrite::Done }
+    }
+
+    /// Lets a write pass once the change is durable. `change` makes it, all or nothing.
+    pub fn pass(&mut self, ctx: &mut Ctx, change: impl FnOnce(&mut Ctx) -> Step<()>) -> Step<()> {
+        if *self == FirstWrite::Done {
+            return Ok(());
+        }
+        // A flush under way may be past the header: only one begun afterwards counts.
+        if ctx.meta.flushing() {
+            return Err(Stop::Busy);
+        }
+        if *self == FirstWrite::Todo {
+            change(ctx)?;
+            *self = FirstWrite::Asked;
+        }
+        Err(Stop::NeedFlush)
+    }
+
+    /// A flush is over.
+    pub fn flushed(&mut self, ok: bool) {
+        if *self == FirstWrite::Asked && ok {
+            *self = FirstWrite::Done;
+        }
+    }
+}
