@@ -11,13 +11,16 @@ extern crate self as platter_xen;
 #[cfg(test)]
 extern crate std;
 
+pub mod blkfront;
 pub mod blkif;
 pub mod bus;
 #[cfg(test)]
 mod fake;
 pub mod hypervisor;
 pub mod ninepfs;
+pub mod pciif;
 pub mod ring;
+pub mod vbd;
 pub mod xenbus;
 pub mod xenstore;
 
