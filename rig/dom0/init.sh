@@ -75,7 +75,7 @@ run_scenario() {
         echo "FAILED: not done after $seconds s (status $status)" >>"$results/output"
     fi
     sh /job/dom0/collect.sh "$results" "$status" >"$results/collect.log" 2>&1
-    sh /job/dom0/cleanup.sh >"$results/cleanup.log" 2>&1
+    [ "$KEEP" = 1 ] || sh /job/dom0/cleanup.sh >"$results/cleanup.log" 2>&1
     if [ "$status" -eq 0 ]; then progress "pass $name $took"; else progress "fail $name $took"; fi
 }
 
@@ -91,7 +91,7 @@ done </job/list
 cp /run/init.log /job/results/init.log
 xl dmesg >/job/results/xl-dmesg.log 2>&1
 progress "end"
-if [ "${KEEP:-}" = 1 ]; then
+if [ "$KEEP" = 1 ]; then
     exec </dev/hvc0 >/dev/hvc0 2>&1
     sh /job/dom0/keep.sh
 fi

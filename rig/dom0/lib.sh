@@ -22,6 +22,12 @@ step() {
     echo "$(uptime_seconds) step $SCENARIO $*" >>/job/results/progress
 }
 
+# note TEXT: a detail worth a line in the demo's story.
+note() {
+    echo "    $*"
+    echo "$(uptime_seconds) note $SCENARIO $*" >>/job/results/progress
+}
+
 # fail TEXT: ends the scenario as failed; from inside a command substitution or a pipe too, which
 # scenario.sh sees by the file.
 fail() {
@@ -44,18 +50,18 @@ expect_match() {
 
 # within SECONDS COMMAND...: repeats COMMAND until it succeeds; fails after SECONDS.
 within() {
-    limit=$1
+    local limit="$1" began
     shift
-    since=$(uptime_seconds)
+    began=$(uptime_seconds)
     until "$@" >/dev/null; do
-        [ "$(elapsed_since "$since" whole)" -lt "$limit" ] || return 1
+        [ "$(elapsed_since "$began" whole)" -lt "$limit" ] || return 1
         sleep 0.1
     done
 }
 
 # elapsed_since UPTIME [whole]: seconds since then, with two decimals or none.
 elapsed_since() {
-    format=%.2f
+    local format=%.2f
     if [ "${2:-}" = whole ]; then format=%d; fi
     echo "$1 $(uptime_seconds)" | awk -v f="$format" '{ printf f, $2 - $1 }'
 }
@@ -67,7 +73,7 @@ make_image() { truncate -s "$2" "$IMAGES/$1"; }
 
 # disk VDEV IMAGE [w|r]: the text of a disk line for the storage in use.
 disk() {
-    access=${3:-w}
+    local access="${3:-w}"
     case ${STORAGE:-platter} in
     platter) echo "vdev=$1,backend=storage,access=$access,format=raw,target=/images/$2" ;;
     qdisk) echo "vdev=$1,access=$access,backendtype=qdisk,format=raw,target=$IMAGES/$2" ;;
@@ -77,6 +83,7 @@ disk() {
 
 # loop_of IMAGE: the loop device over an image, made when there is none.
 loop_of() {
+    local device
     device=$(losetup -n -O NAME -j "$IMAGES/$1" | head -n1)
     [ -n "$device" ] || device=$(losetup --direct-io=off --show -f "$IMAGES/$1")
     echo "$device"
@@ -100,19 +107,30 @@ create_storage_domain() {
     xl create "$@" >&2 || fail "xl create $1 failed"
 }
 
-# start_9p_server DOMAIN: a server for the domain's 9p shares. The one place that knows which.
-# With platter-9pfsd among the files it is that one. Else QEMU: libxl of Xen 4.17 starts it by
-# itself; libxl of 4.20 does not, or too early, so there it is started by hand after creation.
-start_9p_server() {
-    domid=$(xl domid "$1")
+# ninep_server: who serves 9p shares. platter-9pfsd where it is among the files (unless NINEPFSD=0);
+# else QEMU, which libxl of Xen 4.17 starts by itself, and libxl of 4.20 not at all or too early.
+ninep_server() {
     if [ -x /usr/lib/platter/platter-9pfsd ] && [ "${NINEPFSD:-1}" = 1 ]; then
-        start_9pfsd "$domid"
-    elif [ "$SUITE" = trixie ]; then
-        /usr/libexec/xen-qemu-system-i386 -xen-domid "$domid" -no-shutdown -nodefaults \
+        echo platter-9pfsd
+    elif [ "$SUITE" = bookworm ]; then
+        echo libxl
+    else
+        echo qemu
+    fi
+}
+
+# start_9p_server DOMAIN: a server for the domain's 9p shares; the one place that knows how.
+start_9p_server() {
+    case $(ninep_server) in
+    libxl) ;;
+    platter-9pfsd) start_9pfsd "$1" ;;
+    qemu)
+        /usr/libexec/xen-qemu-system-i386 -xen-domid "$(xl domid "$1")" -no-shutdown -nodefaults \
             -no-user-config -xen-attach -name "$1" -vnc none -display none -nographic \
             -machine xenpv -m 32 </dev/null >"$RUN/9p-$1.log" 2>&1 &
         echo $! >"$RUN/9p-$1.pid"
-    fi
+        ;;
+    esac
 }
 
 # stop_9p_server DOMAIN: as a crash of the server would.
@@ -133,35 +151,45 @@ console_of() { tr -d '\r' <"$CONSOLES/guest-$1.log" 2>/dev/null || true; }
 # console_has DOMAIN PATTERN
 console_has() { console_of "$1" | grep -Eq -- "$2"; }
 
+# domain_is_gone NAME / domain_is_running NAME: as xl sees it; a domain that is dying is not gone.
+domain_is_gone() { ! xl list "$1" >/dev/null 2>&1; }
+domain_is_running() {
+    xl list "$1" 2>/dev/null | awk 'NR == 2 && $5 ~ /^[rb-]-?-?-?-?-?/ && $5 !~ /[scd]/ { ok = 1 }
+        END { exit !ok }'
+}
+
 # --- Linux guests ----------------------------------------------------------------------------
 
 # create_guest NAME DISK...: a Linux guest, up and waiting for jobs. GUEST_CONFIG picks the file in
 # xen-config, GUEST_SETTINGS holds one more NAME=VALUE, FIO=1 adds fio to the guest.
 create_guest() {
-    name=$1
-    step "guest $name: create"
-    create_guest_quietly "$@"
-    step "guest $name: wait until it is up"
-    within 60 ready_more_than "$name" "$ready_before" || fail "guest $name does not come up"
+    local before
+    before=$(ready_count "$1")
+    step "guest $1: create"
+    create_guest_only "$@"
+    wait_guest "$1" "$before"
 }
 
-# create_guest_quietly NAME DISK...: as create_guest, without waiting for it to come up.
-create_guest_quietly() {
-    name=$1
-    shift
-    ready_before=$(ready_count "$name")
-    rm -f "$RUN/$name.tty"
-    guest_config "$name" "$@" >"$RUN/$name.cfg"
-    xl create "$RUN/$name.cfg" >&2 || fail "xl create of guest $name failed"
+# create_guest_only NAME DISK...: as create_guest, without waiting for it to come up.
+create_guest_only() {
+    rm -f "$RUN/$1.tty"
+    guest_config "$@" >"$RUN/$1.cfg"
+    xl create "$RUN/$1.cfg" >&2 || fail "xl create of guest $1 failed"
+}
+
+# wait_guest NAME [COUNT]: until it is up for more than the COUNT-th time (0).
+wait_guest() {
+    step "guest $1: wait until it is up"
+    within 60 ready_more_than "$1" "${2:-0}" || fail "guest $1 does not come up"
+    rm -f "$RUN/$1.tty"
 }
 
 # guest_config NAME DISK...: the guest's file of xen-config with the rig's values after it.
 guest_config() {
-    config_name=$1
-    shift
     cat "$CONFIGS/${GUEST_CONFIG:-guest-pv.cfg}"
-    echo "name=\"$config_name\""
-    echo "disk=[$(printf "'%s'," "$@")]"
+    echo "name=\"$1\""
+    shift
+    if [ $# -gt 0 ]; then echo "disk=[$(printf "'%s'," "$@")]"; else echo "disk=[]"; fi
     if [ "${FIO:-0}" = 1 ]; then
         echo 'ramdisk="/srv/boot/initrd-fio"'
         echo 'memory=640'
@@ -182,6 +210,7 @@ guest() {
 # guest_start NAME COMMANDS: sends COMMANDS and returns; guest_wait NAME [SECONDS] hands back the
 # output and the status of the last ones sent.
 guest_start() {
+    local job
     if [ ! -s "$RUN/$1.tty" ]; then
         xenstore-read "/local/domain/$(xl domid "$1")/console/tty" >"$RUN/$1.tty"
     fi
@@ -192,6 +221,7 @@ guest_start() {
 }
 
 guest_wait() {
+    local job
     job=$(cat "$RUN/$1.job")
     within "${2:-60}" console_has "$1" "^@@done $job " ||
         fail "guest $1 did not finish its job in ${2:-60} s"
@@ -204,6 +234,7 @@ guest_wait() {
 
 # guest_must NAME COMMANDS [SECONDS]: as guest, and a failure of COMMANDS fails the scenario.
 guest_must() {
+    local said
     said=$(guest "$@") || fail "in guest $1: $said"
     printf '%s\n' "$said"
 }
@@ -220,25 +251,44 @@ stop_guest() {
 block_attach() { xl block-attach "$1" "$2" >&2 || fail "xl block-attach $1 $2 failed"; }
 block_detach() { xl block-detach "$1" "$2" >&2 || fail "xl block-detach $1 $2 failed"; }
 
-# expect_refused TARGET PATTERN: a guest with this target must not come to life; xl must say so
-# within 2 s, and the reason must stand on the storage domain's console and in its xenstore.
+# guest_config_small NAME DISK...: a domain that is not meant to run: no Linux, a few MiB.
+guest_config_small() {
+    guest_config "$@"
+    printf 'kernel="%s"\nramdisk=""\nmemory=16\n' /usr/lib/platter/platter.elf
+}
+
+# hold NAME DISK: a paused domain that holds the disk; its backend is in state 2.
+hold() {
+    guest_config_small "$@" >"$RUN/$1.cfg"
+    xl create -p "$RUN/$1.cfg" >&2 || fail "xl create of $1 failed"
+}
+
+# expect_refused TARGET PATTERN [w|r]: a guest with this target must not come to life; xl must say
+# so within 2 s, and the reason must stand on the storage domain's console and in its xenstore.
+# The domain is small so that what is timed is the disk and not the loading of a Linux kernel.
 expect_refused() {
-    step "refused: $1 ($2)"
+    local seen began took reason
+    step "refused: $1"
     seen=$(console_of storage | wc -l)
-    guest_config refused "vdev=xvda,backend=storage,format=raw,target=$1" >"$RUN/refused.cfg"
-    # A domain of a few MiB: what is timed is the disk, not the loading of a Linux kernel.
-    printf 'kernel="%s"\nramdisk=""\nmemory=16\n' /usr/lib/platter/platter.elf \
-        >>"$RUN/refused.cfg"
-    since=$(uptime_seconds)
+    guest_config_small refused \
+        "vdev=xvda,access=${3:-w},backend=storage,format=raw,target=$1" >"$RUN/refused.cfg"
+    began=$(uptime_seconds)
     if timeout 30 xl create -p "$RUN/refused.cfg" >&2; then
         xl destroy refused
         fail "a guest with target=$1 was created"
     fi
-    took=$(elapsed_since "$since")
+    took=$(elapsed_since "$began")
     [ "${took%.*}" -lt 2 ] || fail "the refusal of $1 took $took s"
     reason=$(console_of storage | tail -n +"$((seen + 1))")
-    expect_match "console after target=$1" "$2" "$reason"
-    domid=$(xl domid storage)
-    reason=$(xenstore-ls "/local/domain/$domid/error" 2>/dev/null || true)
-    expect_match "xenstore's error/ after target=$1" "$2" "$reason"
+    expect_match "the console after target=$1" "$2" "$reason"
+    reason=$(xenstore-ls "/local/domain/$(xl domid storage)/error" 2>/dev/null || true)
+    expect_match "error/ in xenstore after target=$1" "$2" "$reason"
+}
+
+# no_backends: the storage domain serves no disk and left nothing in its part of xenstore.
+no_backends() {
+    [ "${STORAGE:-platter}" = platter ] || return 0
+    local left
+    left=$(xenstore-ls "/local/domain/$(xl domid storage)/backend" 2>/dev/null || true)
+    expect_equal "backends left" "" "$(printf %s "$left" | grep 'state =' || true)"
 }

@@ -125,7 +125,9 @@ fn is_root() -> Result<bool> {
 /// Whether a command of this name can be found, the administrator's folders included.
 pub fn exists(name: &str) -> bool {
     let path = std::env::var("PATH").unwrap_or_default();
-    path.split(':').chain(["/usr/sbin", "/sbin"]).any(|folder| Path::new(folder).join(name).exists())
+    path.split(':')
+        .chain(["/usr/sbin", "/sbin"])
+        .any(|folder| Path::new(folder).join(name).exists())
 }
 
 /// The last lines of a log, indented, with a line of introduction; empty when there is no log.

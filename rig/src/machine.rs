@@ -42,6 +42,8 @@ pub enum Event {
     Start(String),
     /// A scenario tells what it does now: name and text.
     Step(String, String),
+    /// A detail of what it does: name and text.
+    Note(String, String),
     /// A scenario is done: name, whether it passed, seconds.
     Done(String, bool, String),
     /// dom0 cannot go on, and why.
@@ -61,6 +63,7 @@ fn parse_event(line: &str) -> Option<(f32, Event)> {
         "up" => Event::Up(name),
         "start" => Event::Start(name),
         "step" => Event::Step(name, rest),
+        "note" => Event::Note(name, rest),
         "pass" => Event::Done(name, true, rest),
         "fail" => Event::Done(name, false, rest),
         "broken" => Event::Broken(format!("{name} {rest}")),
@@ -119,9 +122,8 @@ impl Job<'_> {
             settings.push_str(&format!("{name}='{value}'\n"));
         }
         fs::write(folder.join("settings"), settings)?;
-        let line = |scenario: &Scenario| {
-            format!("{} {}\n", scenario.name, scenario.timeout_seconds)
-        };
+        let line =
+            |scenario: &Scenario| format!("{} {}\n", scenario.name, scenario.timeout_seconds);
         fs::write(folder.join("list"), self.scenarios.iter().map(line).collect::<String>())?;
         fs::write(folder.join("results/progress"), "")?;
         let latest = self.layout.suite(self.suite).join("latest");

@@ -8,6 +8,7 @@
 
 mod command;
 mod cpio;
+mod demo;
 mod initrd;
 mod machine;
 mod mirror;
@@ -40,6 +41,12 @@ struct Arguments {
 enum Action {
     /// Build the nested machine's parts; the other commands do it too.
     Setup,
+    /// Tell platter's story: a guest, its disk, the file behind it.
+    Demo {
+        /// Leave a dom0 shell on the terminal when the story is told.
+        #[arg(long, env = "KEEP", value_parser = clap::builder::FalseyValueParser::new())]
+        keep: bool,
+    },
     /// List the scenarios.
     List,
     /// Run scenarios; without names, the default ones.
@@ -78,6 +85,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     let suite = arguments.suite;
     match &arguments.command {
         Action::Setup => setup::setup(&layout, suite)?,
+        Action::Demo { keep } => return demo::run(&layout, suite, *keep),
         Action::List => {
             for scenario in scenario::all(&layout.source("rig/scenarios"))? {
                 println!("{:24} {}", scenario.name, scenario.title);
@@ -101,6 +109,9 @@ fn test(
     let sets: &[Set] = if all { &[Set::Default, Set::Slow] } else { &[Set::Default] };
     let scenarios = scenario::all(&layout.source("rig/scenarios"))?;
     let mut scenarios = scenario::choose(scenarios, names, sets)?;
+    scenarios.retain(|scenario| {
+        scenario.suites.is_empty() || scenario.suites.iter().any(|name| name == suite.name())
+    });
     if storage != Storage::Platter {
         scenarios.retain(|scenario| scenario.any_storage);
         scenarios.iter_mut().for_each(|scenario| scenario.needs.clear());

@@ -2,7 +2,8 @@
 //!
 //! A head line is `#: WORD REST`. Known words: `title` (one sentence), `timeout` (seconds), `needs`
 //! (files of build/, by name), `set` (`default`, `slow`, `bench`, `demo`), `storage` (`any` when
-//! dom0's own storage can stand in for platter), `machine` (extra parts of the machine).
+//! dom0's own storage can stand in for platter), `machine` (extra parts of the machine), `suites`
+//! (where it has a meaning, when not everywhere).
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -41,6 +42,8 @@ pub struct Scenario {
     pub set: Set,
     /// Whether dom0's own storage can take platter's place.
     pub any_storage: bool,
+    /// Names of the suites it is for; all when empty.
+    pub suites: Vec<String>,
     /// Scenarios that name the same parts share a boot.
     pub machine: BTreeSet<String>,
 }
@@ -58,6 +61,7 @@ impl Scenario {
             needs: Vec::new(),
             set: Set::Default,
             any_storage: false,
+            suites: Vec::new(),
             machine: BTreeSet::new(),
         };
         for line in body.lines().filter_map(|line| line.strip_prefix("#: ")) {
@@ -67,6 +71,7 @@ impl Scenario {
                 "timeout" => scenario.timeout_seconds = rest.trim().parse()?,
                 "needs" => scenario.needs.extend(rest.split_whitespace().map(str::to_owned)),
                 "machine" => scenario.machine.extend(rest.split_whitespace().map(str::to_owned)),
+                "suites" => scenario.suites.extend(rest.split_whitespace().map(str::to_owned)),
                 "storage" if rest == "any" => scenario.any_storage = true,
                 "set" => scenario.set = parse_set(rest)?,
                 _ => bail!("scenario {name}: unknown head line `{line}`"),

@@ -17,12 +17,8 @@ use crate::mirror::Mirror;
 use crate::suite::{Layout, Suite, text};
 
 /// Commands that the set-up runs on the host, each with the package that has it.
-const HOST_TOOLS: [(&str, &str); 4] = [
-    ("debootstrap", "debootstrap"),
-    ("mke2fs", "e2fsprogs"),
-    ("xz", "xz-utils"),
-    ("gpgv", "gpgv"),
-];
+const HOST_TOOLS: [(&str, &str); 4] =
+    [("debootstrap", "debootstrap"), ("mke2fs", "e2fsprogs"), ("xz", "xz-utils"), ("gpgv", "gpgv")];
 
 /// What a QEMU that boots Xen needs; seabios and ipxe hold its firmware and option ROMs.
 const HOST_PACKAGES: &str = "qemu-system-x86,seabios,ipxe-qemu,qemu-utils";

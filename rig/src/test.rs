@@ -109,7 +109,7 @@ fn clear_step() {
 }
 
 /// Prints what explains a failure, the most telling first.
-fn show_failure(results: &Path) {
+pub fn show_failure(results: &Path) {
     let mut names: Vec<String> = ["output", "trace"].map(str::to_owned).to_vec();
     if let Ok(entries) = fs::read_dir(results) {
         let mut logs: Vec<String> = entries
