@@ -101,7 +101,8 @@ mod tests {
                 memory: Memory::default(),
                 now_ns: 0,
             };
-            Pair { front: FrontView { own, back: Some(own), wanted: true }, back, granted: false }
+            let front = FrontView { own, back: Some(own), wanted: true };
+            Pair { front, back, granted: false, grants_due: false }
         }
 
         fn run(&mut self) {
