@@ -238,6 +238,7 @@ pub(crate) trait Layer {
 pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
     match params.format {
         Format::Raw => crate::raw::create(params),
+        Format::Qed => crate::qed::create(params),
         Format::Vhd => crate::vhd::create(params),
         #[allow(unreachable_patterns)]
         _ => Err(CreateFault::new("images of this format can only be read and written")),

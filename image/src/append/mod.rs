@@ -7,6 +7,7 @@
 //! a name for space that is not written. It must never reuse space within a session but that of
 //! the last plan, abandoned, and never trust an entry that a [`Shape`] has not checked.
 
+mod check;
 mod write;
 
 use crate::fault::{FaultKind, ImageFault};
@@ -17,6 +18,7 @@ use crate::meta::BLOCK_BYTES;
 use crate::meta::Phase;
 use crate::types::{FileNo, SECTOR_BYTES, SectorRange, Step, Stop};
 
+pub(crate) use check::Checker;
 pub(crate) use write::{Part, Writer};
 
 /// What the entry of a cluster says, already checked against the file.
@@ -84,6 +86,25 @@ pub(crate) trait Shape {
     /// Makes the table for a cluster whose table is missing. Takes space from `space` only if
     /// it succeeds.
     fn add_table(&self, ctx: &mut Ctx, space: &mut Space, cluster: u64) -> Step<Added>;
+
+    /// Bytes of one table, 0 where the table is among what is fixed.
+    fn table_bytes(&self) -> u64;
+
+    /// Stretches in use that no entry names: offset and length, 0 for none.
+    fn fixed(&self) -> [(u64, u64); 4];
+
+    /// Bytes that references are counted in by a check: what tables and clusters are aligned to.
+    fn unit_bytes(&self) -> u64;
+
+    /// Where units are counted from.
+    fn origin(&self) -> u64 {
+        0
+    }
+
+    /// Does everything in the file stand in tables or in what is fixed?
+    fn counts_leaks(&self) -> bool {
+        true
+    }
 
     /// Clusters, the last one perhaps in part.
     fn clusters(&self) -> u64 {

@@ -361,9 +361,13 @@ fn carve<S: Shape>(
     {
         ask(table.offset, table.bytes);
     }
-    if new.offset + written_to * SECTOR_BYTES < run_end {
+    let written_end = new.offset + written_to * SECTOR_BYTES;
+    if written_end < run_end && fresh {
         // Readers want whole clusters in the file: its end goes to the end of the last one.
         ask(run_end - SECTOR_BYTES, SECTOR_BYTES);
+    } else if written_end < run_end {
+        // Beyond the end of the disk: a grown disk must read as zeros there.
+        ask(written_end, run_end - written_end);
     }
     WritePlan {
         prepared: Prepared { slot },

@@ -6,6 +6,7 @@
 //! is cleared, as QEMU does. Unknown autoclear bits are cleared, durably, before the first
 //! write. An image must never be written while two of its entries name one cluster.
 
+mod create;
 mod header;
 mod scan;
 
@@ -15,12 +16,17 @@ use alloc::vec;
 
 use self::header::{FEATURE_BACKING_RAW, FEATURE_NEED_CHECK, HEADER_BYTES, Header, at};
 use self::scan::Scan;
-use crate::append::{Added, Entry, FirstWrite, NewTable, Part, Shape, Space, Table, Writer};
+use crate::append::{
+    Added, Checker, Entry, FirstWrite, NewTable, Part, Shape, Space, Table, Writer,
+};
+use crate::check::{CheckParams, CheckProgress};
 use crate::fault::{FaultKind, ImageFault};
 use crate::files::Access;
 use crate::format::{AnyLayer, Ctx, Format, Found, Layer, OpenedLayer, Parent, read_only};
+use crate::info::Details;
 use crate::meta::Phase;
-use crate::types::{DiscardPlan, FileNo, SECTOR_BYTES, SectorRange, Step, WritePlan};
+use crate::types::{DiscardPlan, FileNo, ResizePlan, SECTOR_BYTES, SectorRange, Step, WritePlan};
+pub(crate) use create::create;
 
 /// L2 entry of a cluster that reads as zeros.
 const ZERO_CLUSTER: u64 = 1;
@@ -43,6 +49,7 @@ pub(crate) struct Qed {
     tables: Tables,
     has_parent: bool,
     writing: Option<Box<Writing>>,
+    check: Option<Box<Checker>>,
 }
 
 impl Tables {
@@ -113,6 +120,19 @@ impl Shape for Tables {
         Some(ZERO_CLUSTER.to_le_bytes())
     }
 
+    fn table_bytes(&self) -> u64 {
+        self.header.table_bytes
+    }
+
+    fn fixed(&self) -> [(u64, u64); 4] {
+        let header = &self.header;
+        [(0, header.header_bytes), (header.l1_offset, header.table_bytes), (0, 0), (0, 0)]
+    }
+
+    fn unit_bytes(&self) -> u64 {
+        self.header.cluster_bytes
+    }
+
     fn add_table(&self, ctx: &mut Ctx, space: &mut Space, cluster: u64) -> Step<Added> {
         let directory_at = self.l1_at(cluster);
         ctx.meta.reserve(self.file, directory_at)?;
@@ -156,7 +176,8 @@ impl Qed {
             Box::new(Writing { writer: Writer::new(), space, first, scan })
         });
         let tables = Tables { file, header };
-        let layer = AnyLayer::Qed(Qed { tables, has_parent: parent.is_some(), writing });
+        let layer =
+            AnyLayer::Qed(Qed { tables, has_parent: parent.is_some(), writing, check: None });
         Ok(OpenedLayer { layer, parent })
     }
 
@@ -220,5 +241,50 @@ impl Layer for Qed {
         if let Some(writing) = &mut self.writing {
             writing.first.flushed(ok);
         }
+    }
+
+    fn resize(&mut self, ctx: &mut Ctx, sectors: u64) -> Step<ResizePlan> {
+        let (tables, _) = self.first_write(ctx)?;
+        let max = (tables.header.image_bytes_max() / u128::from(SECTOR_BYTES)) as u64;
+        if sectors > max {
+            let field = "sectors of an image with tables of this size";
+            return Err(ImageFault::limit(tables.file, field, sectors, max).into());
+        }
+        let bytes = sectors * SECTOR_BYTES;
+        ctx.meta.set(tables.file, at::IMAGE_SIZE, &bytes.to_le_bytes(), Phase::HEADER)?;
+        self.tables.header.image_bytes = bytes;
+        Ok(ResizePlan { grow: None })
+    }
+
+    fn details(&self) -> Details {
+        let header = &self.tables.header;
+        let dirty = self
+            .writing
+            .as_ref()
+            .map_or(header.features & FEATURE_NEED_CHECK != 0, |w| w.scan.is_some());
+        Details {
+            cluster_bytes: header.cluster_bytes,
+            figures: vec![("table_size", header.table_bytes / header.cluster_bytes)],
+            dirty,
+            ..Details::default()
+        }
+    }
+
+    fn check_begin(&mut self, _ctx: &mut Ctx, params: CheckParams) -> Result<(), ImageFault> {
+        self.check = Some(Box::new(Checker::new(params)));
+        Ok(())
+    }
+
+    fn check_step(&mut self, ctx: &mut Ctx) -> Step<CheckProgress> {
+        if self.check.as_ref().is_some_and(|check| check.repairs) {
+            self.first_write(ctx)?;
+        }
+        let check = self.check.as_mut().expect("a check was begun");
+        if !check.step(ctx, &self.tables)? {
+            return Ok(check.progress(self.tables.clusters()));
+        }
+        let report = core::mem::take(&mut check.report);
+        self.check = None;
+        Ok(CheckProgress::Done(report))
     }
 }
