@@ -11,6 +11,7 @@ extern crate std;
 
 pub mod bytes;
 pub mod disk;
+pub mod ext4;
 pub mod lvm;
 pub mod meta;
 pub mod ninep;

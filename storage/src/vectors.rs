@@ -2,12 +2,21 @@
 
 use alloc::vec::Vec;
 
-/// The image of `bytes` length: entries of a sector number and 512 bytes.
+/// The image of `bytes` length: entries of a sector number and 512 bytes, or one that fills.
 pub fn expand(sparse: &[u8], bytes: usize) -> Vec<u8> {
     let mut image = alloc::vec![0; bytes];
-    for entry in sparse.chunks_exact(520) {
-        let number = u64::from_le_bytes(entry[..8].try_into().unwrap()) as usize;
-        image[number * 512..][..512].copy_from_slice(&entry[8..]);
+    let mut rest = sparse;
+    while let Some((number, after)) = rest.split_at_checked(8) {
+        let number = u64::from_le_bytes(number.try_into().unwrap());
+        let sector = &mut image[(number << 1 >> 1) as usize * 512..][..512];
+        let taken = if number >> 63 == 1 {
+            sector.fill(after[0]);
+            1
+        } else {
+            sector.copy_from_slice(&after[..512]);
+            512
+        };
+        rest = &after[taken..];
     }
     image
 }
