@@ -9,8 +9,9 @@
 use std::sync::Arc;
 
 use platter_image::{
-    Access, Extent, FileNo, FlushStep, Image, ImageFault, OpenStep, Options, Place, Prelude,
-    SECTOR_BYTES, SectorRange, Step, Stop, WritePlan,
+    Access, CheckParams, CheckProgress, CheckReport, Extent, FileInfo, FileNo, FlushStep, Image,
+    ImageFault, OpenStep, Options, Place, Prelude, SECTOR_BYTES, SectorRange, Step, Stop,
+    WritePlan,
 };
 
 use crate::fault::{Cause, Fault};
@@ -33,6 +34,8 @@ pub struct Engine {
 /// The open files of an image, by `FileNo`.
 struct Media {
     files: Vec<OpenMedium>,
+    /// Syncs are left out (see [`Engine::hurry`]).
+    hurry: bool,
 }
 
 struct OpenMedium {
@@ -67,6 +70,9 @@ impl Media {
     }
 
     fn sync(&self, file: FileNo) -> Result<(), Fault> {
+        if self.hurry {
+            return Ok(());
+        }
         let open = self.file(file);
         open.medium.sync().map_err(|e| Fault::io(&open.path, "sync", e))
     }
@@ -140,10 +146,26 @@ fn drive<T>(
 impl Engine {
     /// Opens `path` in `folder` and all that it names (if the options allow it).
     pub fn open(folder: &dyn Folder, path: &str, options: Options) -> Result<Engine, Fault> {
+        Engine::open_by(folder, path, options, Image::begin)
+    }
+
+    /// Opens `path` without what lies below it, read-only: what it does not hold reads as zeros.
+    pub fn open_alone(folder: &dyn Folder, path: &str, options: Options) -> Result<Engine, Fault> {
+        let options = Options { access: Access::ReadOnly, ..options };
+        Engine::open_by(folder, path, options, Image::begin_alone)
+    }
+
+    fn open_by(
+        folder: &dyn Folder,
+        path: &str,
+        options: Options,
+        begin: fn(&str, FileInfo, Options) -> Image,
+    ) -> Result<Engine, Fault> {
         let opened = folder.open(path, options.access);
         let (medium, info) = opened.map_err(|e| Fault::io(path, "open", e))?;
-        let mut media = Media { files: vec![OpenMedium { path: String::from(path), medium }] };
-        let mut image = Image::begin(path, info, options);
+        let first = OpenMedium { path: String::from(path), medium };
+        let mut media = Media { files: vec![first], hurry: false };
+        let mut image = begin(path, info, options);
         loop {
             match drive(&mut image, &media, Image::open_step)? {
                 OpenStep::Ready => break,
@@ -158,6 +180,12 @@ impl Engine {
             }
         }
         Ok(Engine { image, media, bounce: Vec::new() })
+    }
+
+    /// Leaves syncs out until [`Engine::finish`]: for an image that is being made and is worth
+    /// nothing before it is complete.
+    pub fn hurry(&mut self) {
+        self.media.hurry = true;
     }
 
     /// Size of the disk in guest sectors.
@@ -178,6 +206,11 @@ impl Engine {
     /// Paths of the open files, by `FileNo`, relative to the folder.
     pub fn paths(&self) -> Vec<String> {
         self.media.files.iter().map(|open| open.path.clone()).collect()
+    }
+
+    /// Path of an open file, relative to the folder.
+    pub fn path(&self, file: FileNo) -> &str {
+        &self.media.file(file).path
     }
 
     /// The medium of a file, for moving data beside the planner.
@@ -266,9 +299,49 @@ impl Engine {
 
     /// Makes all durable and marks the image clean: it may be written again.
     pub fn finish(&mut self) -> Result<(), Fault> {
+        if self.media.hurry {
+            // Everything is written first, then made durable by one more round of syncs.
+            self.flush()?;
+            self.drive(Image::finish)?;
+            self.flush()?;
+            self.media.hurry = false;
+            return self.flush();
+        }
         self.flush()?;
         self.drive(Image::finish)?;
         self.flush()
+    }
+
+    /// Makes the disk `sectors` long, never shorter; durable when it returns.
+    pub fn resize(&mut self, sectors: u64) -> Result<(), Fault> {
+        let plan = self.drive(|image| image.resize(sectors))?;
+        if let Some((file, len)) = plan.grow {
+            let open = self.media.file(file);
+            open.medium.set_len(len).map_err(|e| Fault::io(&open.path, "grow", e))?;
+        }
+        self.flush()
+    }
+
+    /// Checks the top layer; `progress` is told how far it is. Repairs are durable when it
+    /// returns.
+    pub fn check(
+        &mut self,
+        params: CheckParams,
+        mut progress: impl FnMut(u64, u64),
+    ) -> Result<CheckReport, Fault> {
+        let begun = self.image.check_begin(params);
+        begun.map_err(|fault| self.media.fault(fault))?;
+        loop {
+            match self.drive(Image::check_step)? {
+                CheckProgress::More { done, total } => progress(done, total),
+                CheckProgress::Done(report) => {
+                    if self.image.is_dirty() {
+                        self.flush()?;
+                    }
+                    return Ok(report);
+                }
+            }
+        }
     }
 
     fn punch(&mut self, punch: Option<(FileNo, u64, u64)>) -> Result<(), Fault> {

@@ -2,8 +2,11 @@
 //! the `platter` command is made of. It holds no parser of its own.
 #![forbid(unsafe_code)]
 
+pub mod cli;
+pub mod create;
 pub mod engine;
 mod fault;
+pub mod flow;
 pub mod medium;
 
 pub use fault::{Cause, Fault};

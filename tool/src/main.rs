@@ -1,4 +1,6 @@
 //! `platter`: the administrator's command line. All logic is in the library.
 #![forbid(unsafe_code)]
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    platter_tool::cli::main()
+}

@@ -1,0 +1,114 @@
+//! `platter bench`: requests of one size, as fast as they go, like `qemu-img bench`; the time it
+//! takes is printed the same way.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::Args;
+use platter_image::{Access, SECTOR_BYTES};
+use serde_json::json;
+
+use super::common::{self, Failure, OpenFlags, Outcome, OutputFlags};
+use super::size;
+use crate::engine::Engine;
+use crate::fault::Fault;
+
+/// Measure reads or writes of one size
+#[derive(Args)]
+pub struct Bench {
+    /// The image's format
+    #[arg(short, value_name = "FMT")]
+    format: Option<String>,
+    /// Requests to make
+    #[arg(short, value_name = "COUNT", default_value = "75000")]
+    count: u64,
+    /// Bytes in a request
+    #[arg(short = 's', value_name = "SIZE", value_parser = size::parse, default_value = "4k")]
+    buffer: u64,
+    /// Bytes from one request to the next (default: the request's size)
+    #[arg(short = 'S', value_name = "STEP", value_parser = size::parse)]
+    step: Option<u64>,
+    /// Byte of the disk where the first request goes
+    #[arg(short = 'o', value_name = "OFFSET", value_parser = size::parse, default_value = "0")]
+    offset: u64,
+    /// Places drawn by chance from this seed, the same in each run, instead of steps
+    #[arg(long, value_name = "SEED")]
+    random: Option<u64>,
+    /// Write instead of read
+    #[arg(short)]
+    write: bool,
+    /// Byte to write
+    #[arg(long, default_value = "0")]
+    pattern: u8,
+    /// Flush after so many writes (0: only at the end)
+    #[arg(long, default_value = "0", value_name = "COUNT")]
+    flush_interval: u64,
+    #[command(flatten)]
+    output: OutputFlags,
+    #[command(flatten)]
+    open: OpenFlags,
+    file: PathBuf,
+}
+
+impl Bench {
+    pub fn run(self) -> Outcome {
+        let access = if self.write { Access::ReadWrite } else { Access::ReadOnly };
+        let mut engine =
+            common::open(&self.file, self.format.as_deref(), access, &self.open)?.engine;
+        let step = self.step.unwrap_or(self.buffer);
+        let bytes = common::disk_bytes(&mut engine);
+        let whole = |value: u64| value % SECTOR_BYTES == 0;
+        if self.buffer == 0 || !whole(self.buffer) || !whole(step) || !whole(self.offset) {
+            return Err(Failure::new("-s, -S and -o take multiples of 512"));
+        }
+        if self.buffer > 1 << 30 || self.buffer > bytes || self.offset > bytes - self.buffer {
+            return Err(Failure::new("the first request would end beyond the disk"));
+        }
+        let start = Instant::now();
+        let done = self.requests(&mut engine, step, bytes);
+        done.map_err(|fault| common::in_folder(&self.file, fault))?;
+        let seconds = start.elapsed().as_secs_f64();
+        if self.write {
+            engine.close().map_err(|fault| common::in_folder(&self.file, fault))?;
+        }
+        if self.output.json() {
+            common::print_json(&json!({
+                "seconds": seconds,
+                "requests": self.count,
+                "requests-per-second": self.count as f64 / seconds,
+                "bytes-per-second": (self.count * self.buffer) as f64 / seconds,
+            }));
+        } else {
+            println!("Run completed in {seconds:.3} seconds.");
+        }
+        Ok(0)
+    }
+
+    fn requests(&self, engine: &mut Engine, step: u64, bytes: u64) -> Result<(), Fault> {
+        let mut buffer = vec![self.pattern; self.buffer as usize];
+        let places = (bytes - self.buffer) / self.buffer + 1;
+        let mut state = self.random.unwrap_or(0);
+        let mut at = self.offset;
+        for number in 1..=self.count {
+            if self.random.is_some() {
+                // xorshift-multiply steps: a place by chance is all that is wanted.
+                state = (state ^ number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+                state ^= state >> 29;
+                at = state % places * self.buffer;
+            }
+            let sector = at / SECTOR_BYTES;
+            match self.write {
+                true => engine.write(sector, &buffer)?,
+                false => engine.read(sector, &mut buffer)?,
+            }
+            if self.write && self.flush_interval > 0 && number % self.flush_interval == 0 {
+                engine.flush()?;
+            }
+            at += step;
+            if at > bytes - self.buffer {
+                at = 0;
+            }
+        }
+        if self.write { engine.flush() } else { Ok(()) }
+    }
+}

@@ -1,0 +1,205 @@
+//! `platter convert`: one image into another. A reader and a writer run side by side; zeros and
+//! holes are left out.
+
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread;
+
+use clap::Args;
+use indicatif::ProgressBar;
+use platter_image::{Access, SECTOR_BYTES};
+
+use super::common::{self, Failure, OpenFlags, Outcome};
+use super::create::{Base, FormatOptions, NewImage};
+use super::size;
+use crate::engine::Engine;
+use crate::fault::Fault;
+use crate::flow::{Flow, Piece, data_runs};
+
+/// Pieces under way between reader and writer.
+const PIECES_MAX: usize = 4;
+
+/// Turn an image into another
+#[derive(Args)]
+pub struct Convert {
+    /// The source's format
+    #[arg(short, value_name = "FMT")]
+    format: Option<String>,
+    /// The target's format
+    #[arg(short = 'O', value_name = "FMT")]
+    output_format: Option<String>,
+    /// Options of the target's format
+    #[arg(short, value_name = "OPTIONS")]
+    options: Vec<String>,
+    /// A base of the target: what reads the same there is still written
+    #[arg(short = 'B', value_name = "FILE")]
+    backing: Option<String>,
+    /// The base's format
+    #[arg(short = 'F', value_name = "FMT", requires = "backing")]
+    backing_format: Option<String>,
+    /// Zeros at least this long are left out (512 to 2M, 0: write all)
+    #[arg(short = 'S', value_name = "SIZE", value_parser = size::parse, default_value = "4k")]
+    sparse: u64,
+    /// Show progress even if the output is not a terminal
+    #[arg(short)]
+    progress: bool,
+    /// Print nothing
+    #[arg(short)]
+    quiet: bool,
+    /// Replace a target that is there already
+    #[arg(long)]
+    force: bool,
+    #[command(flatten)]
+    open: OpenFlags,
+    source: PathBuf,
+    target: PathBuf,
+}
+
+impl Convert {
+    pub fn run(self) -> Outcome {
+        let sparse_good = self.sparse == 0
+            || (self.sparse.is_power_of_two() && (512..=2 << 20).contains(&self.sparse));
+        if !sparse_good {
+            return Err(Failure::new("-S takes 0 or a power of two from 512 to 2M"));
+        }
+        let source =
+            common::open(&self.source, self.format.as_deref(), Access::ReadOnly, &self.open)?;
+        let mut reader = source.engine;
+        let sectors = reader.sectors();
+        let has_base = self.make_target(sectors)?;
+        let result = self.copy(reader, sectors, has_base);
+        if result.is_err() && !has_base {
+            // What is half made is of no use; its extents, if any, are named after it.
+            let _ = std::fs::remove_file(&self.target);
+        }
+        result
+    }
+
+    /// Makes the empty target and says whether it has a base.
+    fn make_target(&self, sectors: u64) -> Result<bool, Failure> {
+        let format = common::format_of(&self.target, self.output_format.as_deref())?;
+        let options = FormatOptions::parse(&self.options)?;
+        let name = self.backing.as_ref().or(options.backing.as_ref());
+        let base_format = self.backing_format.as_ref().or(options.backing_format.as_ref());
+        let look = |name: &String| {
+            Base::look(&self.target, name, base_format.map(String::as_str), &self.open)
+        };
+        let base = name.map(look).transpose()?;
+        let new = NewImage {
+            path: &self.target,
+            format,
+            sectors,
+            options: &options,
+            base: base.as_ref(),
+            replace: self.force && !same_file(&self.source, &self.target),
+        };
+        new.make()?;
+        Ok(base.is_some())
+    }
+
+    fn copy(&self, reader: Engine, sectors: u64, has_base: bool) -> Outcome {
+        let format = self.output_format.as_deref();
+        let target = common::open(&self.target, format, Access::ReadWrite, &self.open)?;
+        let mut writer = target.engine;
+        writer.hurry();
+        let quiet = self.quiet && !self.progress;
+        let bar = common::progress(sectors * SECTOR_BYTES, "converting", quiet);
+        let (full_tx, full_rx) = sync_channel(PIECES_MAX);
+        let (spare_tx, spare_rx) = sync_channel(PIECES_MAX);
+        let result = thread::scope(|scope| {
+            let reading = scope.spawn(move || read_all(reader, sectors, &full_tx, &spare_rx));
+            let mut sink = Sink { engine: &mut writer, grain: self.sparse, has_base, bar: &bar };
+            let written = sink.write_all(&full_rx, &spare_tx);
+            drop((full_rx, spare_tx));
+            let read = reading.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            read.map_err(|fault| common::in_folder(&self.source, fault))?;
+            written.map_err(|fault| common::in_folder(&self.target, fault))
+        });
+        bar.finish_and_clear();
+        result?;
+        writer.close().map_err(|fault| common::in_folder(&self.target, fault))?;
+        Ok(0)
+    }
+}
+
+fn same_file(a: &Path, b: &Path) -> bool {
+    match (a.canonicalize(), b.canonicalize()) {
+        (Ok(a), Ok(b)) => a == b,
+        _ => false,
+    }
+}
+
+/// Sends all pieces of a disk; ends quietly when the writer is gone.
+fn read_all(
+    engine: Engine,
+    sectors: u64,
+    pieces: &SyncSender<Piece>,
+    spares: &Receiver<Vec<u8>>,
+) -> Result<(), Fault> {
+    let mut flow = Flow::new(engine, sectors);
+    while let Some(piece) = flow.next(spares.try_recv().ok())? {
+        if pieces.send(piece).is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+struct Sink<'a> {
+    engine: &'a mut Engine,
+    /// Zeros at least so long are left out; 0: none.
+    grain: u64,
+    /// The target shows a base where it holds nothing: zeros must be written.
+    has_base: bool,
+    bar: &'a ProgressBar,
+}
+
+impl Sink<'_> {
+    fn write_all(
+        &mut self,
+        pieces: &Receiver<Piece>,
+        spares: &SyncSender<Vec<u8>>,
+    ) -> Result<(), Fault> {
+        while let Ok(piece) = pieces.recv() {
+            let count = piece.count;
+            if let Some(bytes) = self.write(piece)? {
+                // A full pool is as good.
+                let _ = spares.try_send(bytes);
+            }
+            self.bar.inc(count * SECTOR_BYTES);
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, piece: Piece) -> Result<Option<Vec<u8>>, Fault> {
+        let Piece { sector, count, bytes } = piece;
+        let Some(bytes) = bytes else {
+            if self.has_base || self.grain == 0 {
+                self.engine.write_zeroes(sector, count)?;
+            }
+            return Ok(None);
+        };
+        if self.grain == 0 {
+            self.engine.write(sector, &bytes)?;
+            return Ok(Some(bytes));
+        }
+        let mut done = 0;
+        for (start, len) in data_runs(&bytes, self.grain as usize) {
+            self.gap(sector, done, start)?;
+            let at = sector + start as u64 / SECTOR_BYTES;
+            self.engine.write(at, &bytes[start..start + len])?;
+            done = start + len;
+        }
+        self.gap(sector, done, bytes.len())?;
+        Ok(Some(bytes))
+    }
+
+    /// Zeros from byte `from` to `to` of a piece.
+    fn gap(&mut self, sector: u64, from: usize, to: usize) -> Result<(), Fault> {
+        if !self.has_base || from == to {
+            return Ok(());
+        }
+        let at = sector + from as u64 / SECTOR_BYTES;
+        self.engine.write_zeroes(at, (to - from) as u64 / SECTOR_BYTES)
+    }
+}

@@ -1,0 +1,73 @@
+//! Carries out the plan of a new image: makes its files, writes them, and syncs them once.
+//!
+//! It must never touch a file that was there before, and leaves nothing behind when it fails.
+
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use platter_image::{Create, CreateWrite};
+
+use crate::fault::Fault;
+
+/// Makes the files of `plan` at `path` and beside it. With `replace`, files of these names may
+/// be there already and are lost.
+pub fn carry_out(plan: &mut Create, path: &Path, replace: bool) -> Result<(), Fault> {
+    let paths: Vec<PathBuf> = plan
+        .files()
+        .iter()
+        .map(|file| match &file.name {
+            None => path.to_path_buf(),
+            Some(name) => path.with_file_name(name),
+        })
+        .collect();
+    let mut made = Vec::new();
+    let result = write_all(plan, &paths, replace, &mut made);
+    if result.is_err() {
+        for path in &made {
+            let _ = fs::remove_file(path);
+        }
+    }
+    result
+}
+
+fn write_all(
+    plan: &mut Create,
+    paths: &[PathBuf],
+    replace: bool,
+    made: &mut Vec<PathBuf>,
+) -> Result<(), Fault> {
+    let fault = |path: &Path, doing, error| Fault::io(&path.to_string_lossy(), doing, error);
+    let mut files = Vec::new();
+    for (path, wanted) in paths.iter().zip(plan.files()) {
+        let mut options = OpenOptions::new();
+        options.write(true);
+        if replace {
+            options.create(true).truncate(true)
+        } else {
+            options.create_new(true)
+        };
+        let file = options.open(path).map_err(|error| fault(path, "create", explain(error)))?;
+        made.push(path.clone());
+        file.set_len(wanted.bytes).map_err(|error| fault(path, "set the length", error))?;
+        files.push(file);
+    }
+    while let Some(CreateWrite { file, offset, bytes }) = plan.next_write() {
+        let written = files[file].write_all_at(bytes, offset);
+        written.map_err(|error| fault(&paths[file], "write", error))?;
+    }
+    for (path, file) in paths.iter().zip(&files) {
+        file.sync_all().map_err(|error| fault(path, "sync", error))?;
+    }
+    Ok(())
+}
+
+fn explain(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::AlreadyExists => {
+            io::Error::other("it is there already (--force replaces it)")
+        }
+        _ => error,
+    }
+}
