@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+mod bench;
 mod command;
 mod cpio;
 mod demo;
@@ -47,6 +48,11 @@ enum Action {
         #[arg(long, env = "KEEP", value_parser = clap::builder::FalseyValueParser::new())]
         keep: bool,
     },
+    /// Measure platter beside dom0's own backends, in one boot.
+    Bench {
+        /// Bench scenarios, by name; all without any.
+        names: Vec<String>,
+    },
     /// List the scenarios.
     List,
     /// Run scenarios; without names, the default ones.
@@ -86,6 +92,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     match &arguments.command {
         Action::Setup => setup::setup(&layout, suite)?,
         Action::Demo { keep } => return demo::run(&layout, suite, *keep),
+        Action::Bench { names } => return bench::run(&layout, suite, names),
         Action::List => {
             for scenario in scenario::all(&layout.source("rig/scenarios"))? {
                 println!("{:24} {}", scenario.name, scenario.title);
