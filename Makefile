@@ -14,6 +14,7 @@ define bare_kernel
 		--target-dir build/kernel -p $(1) --bin $(2) --features bare
 	cp build/kernel/$(KERNEL_TARGET)/release/$(2) build/$(2).debug
 	objcopy --strip-debug build/$(2).debug build/$(2).elf
+	[ "$$(stat -c %s build/$(2).elf)" -lt 1048576 ] || { echo >&2 "$(2).elf exceeds 1 MiB"; exit 1; }
 endef
 
 .PHONY: kernel

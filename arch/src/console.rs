@@ -1,11 +1,10 @@
 //! The PV console: a ring in a page that xenconsoled reads (Xen public/io/console.h).
 //!
 //! Output only. What does not fit into the ring waits in a backlog of our own, which each line
-//! and each sleep move on, so logging does not wait for dom0: xenconsoled stops reading for up
-//! to 200 ms when a domain writes much. Only a full backlog makes a writer yield, for at most
-//! [`WAIT_NS_MAX`]; then it drops and says later how much, because a stuck console in dom0 must
-//! not stop a disk. Callers bound how often they log. Nothing here allocates, for a crash report
-//! goes through here.
+//! and each sleep move on, so logging does not wait for dom0. Only a full backlog makes a writer
+//! wait, for at most [`WAIT_NS_MAX`]; then it drops and says later how much, because a stuck
+//! console in dom0 must not stop a disk. Callers bound how often they log. Nothing here
+//! allocates, for a crash report goes through here.
 
 use core::fmt::{self, Write};
 use core::ptr;
@@ -27,10 +26,11 @@ const OUT_PROD: u64 = 3084;
 /// Room for some 200 lines.
 const BACKLOG_BYTES: usize = 16 << 10;
 
-/// Longest wait for room, in ns of system time.
-const WAIT_NS_MAX: u64 = 50_000_000;
+/// Longest wait for room, in ns of system time: xenconsoled reads a domain at most 30 times in
+/// 200 ms (Xen tools/console/daemon/io.c, RATE_LIMIT_PERIOD), so a living one has read by then.
+const WAIT_NS_MAX: u64 = 250_000_000;
 /// Longest wait for the last lines to be read before the domain ends.
-const FLUSH_NS_MAX: u64 = 1_000_000_000;
+const LAST_WAIT_NS_MAX: u64 = 1_000_000_000;
 /// One look at the ring and the next, while waiting; and how many, should the clock stand still.
 const PAUSE_NS: u64 = 1_000_000;
 const TURNS_MAX: u32 = 5000;
@@ -73,6 +73,8 @@ struct Console {
     backlog: Backlog,
     /// Set when a wait was in vain, until there is room again: only one line pays for it.
     stalled: bool,
+    /// Longest wait for room, longer once the domain is about to end.
+    wait_ns_max: u64,
     /// Set while a line is being written: a crash in the middle of it begins a new one.
     mid_line: bool,
     bytes_lost: u64,
@@ -83,6 +85,7 @@ static CONSOLE: Mutex<Console> = Mutex::new(Console {
     port: Port(0),
     backlog: Backlog::new(),
     stalled: false,
+    wait_ns_max: WAIT_NS_MAX,
     mid_line: false,
     bytes_lost: 0,
 });
@@ -136,15 +139,21 @@ impl Console {
         }
     }
 
-    /// Lets dom0 read until the backlog holds at most `bytes`, or the time is up.
-    fn drain_to(&mut self, bytes: usize, wait_ns: u64) {
+    /// Bytes that dom0 has not read.
+    fn unread(&self) -> usize {
+        let ring = self.index(OUT_PROD).wrapping_sub(self.index(OUT_CONS)).min(OUT_BYTES);
+        self.backlog.len + ring as usize
+    }
+
+    /// Lets dom0 read until at most `bytes` are left, or the time is up.
+    fn drain_to(&mut self, bytes: usize) {
         let start_ns = shared::now_ns();
         let mut turns = 0;
         loop {
             self.drain();
             let waited_ns = shared::now_ns().saturating_sub(start_ns);
-            let late = waited_ns > wait_ns || turns == TURNS_MAX;
-            if self.backlog.len <= bytes || late {
+            let late = waited_ns > self.wait_ns_max || turns == TURNS_MAX;
+            if self.unread() <= bytes || late {
                 break;
             }
             self.pause();
@@ -166,7 +175,7 @@ impl Console {
             return;
         }
         if !self.stalled {
-            self.drain_to(BACKLOG_BYTES / 2, WAIT_NS_MAX);
+            self.drain_to(BACKLOG_BYTES / 2);
         }
         if !self.backlog.push(byte) {
             self.stalled = true;
@@ -243,8 +252,12 @@ fn with_last_words(act: impl FnOnce(&mut Console)) {
         // SAFETY: the holder is below us on the stack and is never returned to.
         unsafe { CONSOLE.force_unlock() };
     }
-    if let Some(mut console) = CONSOLE.try_lock() {
-        console.stalled = false;
+    if let Some(mut console) = CONSOLE.try_lock().filter(|console| console.page != 0) {
+        // Only the first of them gets the benefit of the doubt.
+        if console.wait_ns_max != LAST_WAIT_NS_MAX {
+            console.wait_ns_max = LAST_WAIT_NS_MAX;
+            console.stalled = false;
+        }
         act(&mut console);
     }
 }
@@ -254,9 +267,9 @@ pub(crate) fn last_words(args: fmt::Arguments) {
     with_last_words(|console| console.line(Level::Error, args));
 }
 
-/// Waits until dom0 has room for all that was written. The ring's own content survives us.
+/// Waits until dom0 has read all that was written: with the domain, its ring goes too.
 pub(crate) fn flush() {
-    with_last_words(|console| console.drain_to(0, FLUSH_NS_MAX));
+    with_last_words(|console| console.drain_to(0));
 }
 
 /// What they would miss: a reader that reads slowly, or never.

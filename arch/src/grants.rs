@@ -14,7 +14,9 @@ use core::sync::atomic::{AtomicU16, Ordering};
 use platter_xen::{Direction, DomId, GrantCopy, Gref, PAGE_BYTES, Refusal};
 
 use crate::hypercall::{DOMID_SELF, grant_table_op};
-use crate::layout::{GRANT_MAPS, GRANT_MAPS_PAGES, GRANT_TABLE, GRANT_TABLE_FRAMES_MAX, PAGE};
+use crate::layout::{
+    GRANT_MAPS, GRANT_MAPS_PAGES, GRANT_TABLE, GRANT_TABLE_FRAMES_MAX, PAGE, page_address,
+};
 use crate::paging::{AddressSpace, Entry};
 use crate::runs::Runs;
 
@@ -148,6 +150,18 @@ impl GrantTable {
         }
         self.grefs.give(index, 1);
         true
+    }
+
+    /// Whether a grant of ours that is not revoked gives away any of these pages. For the moment
+    /// of freeing them: what is granted and handed out anew would be another guest's to read.
+    pub(crate) fn gives_away(&self, space: &AddressSpace, first_page: u32, pages: usize) -> bool {
+        let given: Vec<u64> =
+            (0..pages as u32).map(|i| space.mfn(page_address(first_page + i))).collect();
+        (RESERVED..self.frames * ENTRIES_PER_FRAME).any(|index| {
+            // SAFETY: the entry lies in a mapped frame of the table; only we write its frame.
+            let frame = unsafe { ptr::read_volatile((entry_address(index) + 4) as *const u32) };
+            self.grefs.all_taken(index, 1) && given.contains(&frame.into())
+        })
     }
 
     /// Asks Xen for one more frame and maps it.

@@ -83,8 +83,9 @@ impl Machine {
     }
 
     /// Sleeps until one of `ports` is pending or the time has come; `u64::MAX` is never. May
-    /// return early: the caller looks at the pending bits. Beyond 127 ports the rest is looked
-    /// at after a millisecond.
+    /// return early: Xen ends a sleep on several ports at any event of the domain, the console's
+    /// too. The caller looks at the pending bits. Beyond 127 ports, whether one of the rest was
+    /// pending before is looked at after a millisecond.
     pub fn poll(&mut self, ports: &[Port], deadline_ns: u64) {
         let mut numbers = [0u32; POLL_PORTS_MAX];
         // The last place is kept for the console, while it has something left to say.
@@ -159,8 +160,11 @@ impl Hypervisor for Machine {
     }
 
     fn frames_free(&mut self, region: Region) {
-        let index = self.in_pool(region.first_page, region.pages as usize);
-        self.pool.give(index.expect("not frames of the pool"), region.pages as usize);
+        let Region { first_page, pages } = region;
+        let index = self.in_pool(first_page, pages as usize).expect("not frames of the pool");
+        let granted = self.grants.gives_away(&self.space, first_page, pages as usize);
+        assert!(!granted, "freed frames that are still granted");
+        self.pool.give(index, pages as usize);
     }
 
     fn frames_left(&self) -> usize {

@@ -101,16 +101,19 @@ fn clock() -> vcpu_time_info {
     }
 }
 
-/// `system_time + (((counter - tsc_timestamp) << tsc_shift) * tsc_to_system_mul >> 32)`,
-/// backwards too: the counter of our entry lies before the last update of the scale.
+/// `system_time + (((counter - tsc_timestamp) << tsc_shift) * tsc_to_system_mul >> 32)`.
+///
+/// The difference is signed and wraps: the counter of our entry may lie before the last update,
+/// and an emulated counter starts at 0 with the domain, so the stamp of an update before that is
+/// negative (Xen arch/x86/time.c, `gtime_to_gtsc`).
 fn counter_to_ns(counter: u64, clock: &vcpu_time_info) -> u64 {
-    let ahead = counter >= clock.tsc_timestamp;
-    let delta = u128::from(counter.abs_diff(clock.tsc_timestamp));
+    let difference = counter.wrapping_sub(clock.tsc_timestamp) as i64;
+    let delta = u128::from(difference.unsigned_abs());
     let shift = u32::from(clock.tsc_shift.unsigned_abs()).min(32);
     let shifted = if clock.tsc_shift < 0 { delta >> shift } else { delta << shift };
     let scaled = (shifted * u128::from(clock.tsc_to_system_mul)) >> 32;
     let ns = u64::try_from(scaled).unwrap_or(u64::MAX);
-    match ahead {
+    match difference >= 0 {
         true => clock.system_time.saturating_add(ns),
         false => clock.system_time.saturating_sub(ns),
     }
@@ -140,6 +143,12 @@ mod tests {
         assert_eq!(counter_to_ns(1_000_000, &clock), 5_000_000_000);
         assert_eq!(counter_to_ns(1_000_777, &clock), 5_000_000_777);
         assert_eq!(counter_to_ns(999_000, &clock), 4_999_999_000, "before the last update");
+    }
+
+    #[test]
+    fn an_emulated_counter_is_younger_than_its_stamp() {
+        let clock = vcpu_time_info { tsc_timestamp: -800_000i64 as u64, ..clock(1, 1 << 31) };
+        assert_eq!(counter_to_ns(300, &clock), 5_000_800_300);
     }
 
     #[test]
