@@ -11,6 +11,7 @@ use crate::meta::{Meta, Phase};
 use crate::qed::Qed;
 use crate::raw::Raw;
 use crate::types::{DiscardPlan, FileNo, ResizePlan, SectorRange, Step, WritePlan};
+use crate::vdi::Vdi;
 use crate::vhd::Vhd;
 
 /// An image format, always named by configuration, never guessed from content.
@@ -18,6 +19,7 @@ use crate::vhd::Vhd;
 pub enum Format {
     Raw,
     Qed,
+    Vdi,
     Vhd,
 }
 
@@ -27,6 +29,7 @@ impl Format {
         Some(match name {
             "raw" => Format::Raw,
             "qed" => Format::Qed,
+            "vdi" => Format::Vdi,
             "vhd" | "vpc" => Format::Vhd,
             _ => return None,
         })
@@ -38,6 +41,7 @@ impl Format {
         Some(match suffix {
             "raw" | "img" => Format::Raw,
             "qed" => Format::Qed,
+            "vdi" => Format::Vdi,
             "vhd" => Format::Vhd,
             _ => return None,
         })
@@ -47,6 +51,7 @@ impl Format {
         match self {
             Format::Raw => "raw",
             Format::Qed => "qed",
+            Format::Vdi => "vdi",
             Format::Vhd => "vhd",
         }
     }
@@ -239,6 +244,7 @@ pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
     match params.format {
         Format::Raw => crate::raw::create(params),
         Format::Qed => crate::qed::create(params),
+        Format::Vdi => crate::vdi::create(params),
         Format::Vhd => crate::vhd::create(params),
         #[allow(unreachable_patterns)]
         _ => Err(CreateFault::new("images of this format can only be read and written")),
@@ -249,6 +255,7 @@ pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
 pub(crate) enum AnyLayer {
     Raw(Raw),
     Qed(Qed),
+    Vdi(Vdi),
     Vhd(Vhd),
 }
 
@@ -257,6 +264,7 @@ impl AnyLayer {
         match format {
             Format::Raw => Raw::open(ctx, file, access),
             Format::Qed => Qed::open(ctx, file, access),
+            Format::Vdi => Vdi::open(ctx, file, access),
             Format::Vhd => Vhd::open(ctx, file, access),
         }
     }
@@ -265,6 +273,7 @@ impl AnyLayer {
         match self {
             AnyLayer::Raw(layer) => layer,
             AnyLayer::Qed(layer) => layer,
+            AnyLayer::Vdi(layer) => layer,
             AnyLayer::Vhd(layer) => layer,
         }
     }
@@ -273,6 +282,7 @@ impl AnyLayer {
         match self {
             AnyLayer::Raw(layer) => layer,
             AnyLayer::Qed(layer) => layer,
+            AnyLayer::Vdi(layer) => layer,
             AnyLayer::Vhd(layer) => layer,
         }
     }

@@ -22,6 +22,7 @@ mod meta;
 mod qed;
 mod raw;
 mod types;
+mod vdi;
 mod vhd;
 
 pub use check::{CheckParams, CheckProgress, CheckReport, PROBLEMS_MAX, Repair};
