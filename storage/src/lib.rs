@@ -11,6 +11,9 @@ extern crate std;
 
 pub mod bytes;
 pub mod disk;
+#[cfg(test)]
+#[path = "../../xen/src/fake.rs"]
+mod fake;
 pub mod ext4;
 pub mod lvm;
 pub mod meta;

@@ -101,8 +101,10 @@ pub struct Client {
     sweep: bool,
     /// Files with a step to send, or more: never fewer.
     steps_due: bool,
-    /// When the last answer came, or the first request after silence went out.
+    /// When the last answer came, or when we first saw that we wait for one.
     alive_ns: u64,
+    /// At the last poll something was asked and not answered.
+    waited: bool,
 }
 
 impl Default for Client {
@@ -128,6 +130,7 @@ impl Client {
             sweep: false,
             steps_due: false,
             alive_ns: 0,
+            waited: false,
         }
     }
 
@@ -523,9 +526,10 @@ impl Client {
     fn watch_the_clock(&mut self, now_ns: u64) {
         let waiting = self.lanes.iter().any(|lane| lane.in_flight > 0);
         let waiting = waiting || self.session.waits_for_answer();
-        if !waiting {
+        // Requests are sent without a clock: their wait begins at the poll that finds them.
+        if !core::mem::replace(&mut self.waited, waiting) {
             self.alive_ns = now_ns;
-        } else if now_ns.saturating_sub(self.alive_ns) > STALL_NS {
+        } else if waiting && now_ns.saturating_sub(self.alive_ns) > STALL_NS {
             self.lose(Session::Broken("the 9p server does not answer"));
         }
     }

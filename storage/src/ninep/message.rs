@@ -199,7 +199,6 @@ pub enum Request<'a> {
 
 /// An R-message.
 #[derive(Clone, PartialEq, Eq, Debug)]
-#[expect(clippy::large_enum_variant, reason = "no heap on the request path")]
 pub enum Answer<'a> {
     /// A Linux errno.
     Lerror {

@@ -9,6 +9,8 @@ mod file;
 pub mod message;
 pub mod mount;
 mod session;
+#[cfg(test)]
+mod testing;
 
 pub use client::Client;
 pub use mount::{BackNodes, Mount, MountFault, MountStep};
