@@ -158,6 +158,25 @@ domain_is_running() {
         END { exit !ok }'
 }
 
+# --- the NVMe device of machines that have one ---------------------------------------------------
+
+NVME_SLOT=00:10.0
+
+# nvme_for_dom0: dom0 drives it, to prepare its content; prints its block device.
+nvme_for_dom0() {
+    xl pci-assignable-remove -r "$NVME_SLOT" >&2 2>/dev/null || true
+    modprobe nvme
+    [ -e "/sys/bus/pci/devices/0000:$NVME_SLOT/driver" ] ||
+        echo "0000:$NVME_SLOT" >/sys/bus/pci/drivers/nvme/bind
+    within 10 test -b /dev/nvme0n1 || fail "dom0 has no /dev/nvme0n1"
+    echo /dev/nvme0n1
+}
+
+# nvme_for_domains: it may be given to a domain.
+nvme_for_domains() {
+    xl pci-assignable-add "$NVME_SLOT" >&2 || fail "xl pci-assignable-add failed"
+}
+
 # --- Linux guests ----------------------------------------------------------------------------
 
 # create_guest NAME DISK...: a Linux guest, up and waiting for jobs. GUEST_CONFIG picks the file in
@@ -243,6 +262,27 @@ guest_must() {
 stop_guest() {
     guest_must "$1" 'umount /mnt 2>/dev/null; sync' >/dev/null
     xl destroy "$1"
+}
+
+# --- the Linux driver domain, platter's peer ----------------------------------------------------
+
+# create_linux_driver_domain NAME [SETTINGS]: Linux with blkback and `xl devd`; jobs work in it as
+# in a guest. Its root is /dev/vdb, a copy of dom0's own. A target is a block device in it.
+create_linux_driver_domain() {
+    local before
+    before=$(ready_count "$1")
+    step "Linux driver domain $1: create"
+    mount -t ext4 /dev/vdb /mnt
+    mkdir -p /mnt/rig
+    cp /job/guest/*.sh /mnt/rig/
+    umount /mnt
+    {
+        cat "$CONFIGS/guest-pv.cfg"
+        printf 'name="%s"\ndisk=["phy:/dev/vdb,xvda,w"]\nmemory=400\ndriver_domain=1\n' "$1"
+        printf 'extra="console=hvc0 quiet loglevel=3 rig.root=/dev/xvda"\n%s\n' "${2:-}"
+    } >"$RUN/$1.cfg"
+    xl create "$RUN/$1.cfg" >&2 || fail "xl create of $1 failed"
+    wait_guest "$1" "$before"
 }
 
 # --- disks of running guests -----------------------------------------------------------------

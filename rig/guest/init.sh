@@ -1,8 +1,6 @@
 #!/bin/sh
-# The whole userspace of a Linux guest: reads jobs from its console and runs them one at a time.
-#
-# A job is a line "ID BASE64"; the text between "@@begin ID" and "@@done ID STATUS" is its output.
-# Markers stand alone on a line, so kernel messages in between do no harm.
+# The whole userspace of a Linux guest: brings up devices and modules, then runs jobs.
+# rig.modules=GROUP,... loads more modules; rig.root=DEVICE goes on in that root instead.
 export PATH=/bin HOME=/
 /bin/busybox --install -s /bin
 mkdir -p /dev /proc /sys /tmp /run /mnt /etc
@@ -13,19 +11,20 @@ ln -sf /proc/mounts /etc/mtab
 exec </dev/hvc0 >/dev/hvc0 2>&1
 stty -echo -icanon -opost
 groups=base
+root=
 for word in $(cat /proc/cmdline); do
     case $word in
     rig.modules=*) groups="base $(echo "${word#*=}" | tr , ' ')" ;;
+    rig.root=*) root=${word#*=} ;;
     esac
 done
 for group in $groups; do
     while read -r module; do insmod "$module" || true; done <"/modules/$group"
 done
-printf '\n@@ready %s\n' "$(cut -d' ' -f1 /proc/uptime)"
-while read -r id job; do
-    [ -n "$job" ] || continue
-    echo "$job" | base64 -d >"/tmp/job.$id"
-    printf '\n@@begin %s\n' "$id"
-    sh "/tmp/job.$id" </dev/null
-    printf '\n@@done %s %s\n' "$id" "$?"
-done
+if [ -n "$root" ]; then
+    mkdir /root
+    mount -t ext4 "$root" /root
+    mount -t devtmpfs dev /root/dev
+    exec switch_root /root /bin/sh /rig/driver-domain.sh
+fi
+. /jobs.sh

@@ -27,6 +27,10 @@ const GUEST_MODULES: [(&str, &[&str]); 3] = [
     ("pci", &["xen-pcifront", "nvme"]),
 ];
 
+/// Scripts of a guest: their name in it and their place in the checkout.
+const GUEST_SCRIPTS: [(&str, &str); 2] =
+    [("init", "rig/guest/init.sh"), ("jobs.sh", "rig/guest/jobs.sh")];
+
 /// Programs of the dom0 root that every guest carries, beside busybox, whose shell prefers its own
 /// applets: only names that busybox does not have are of use.
 const GUEST_PROGRAMS: [&str; 2] = ["/usr/sbin/mkfs.ext4", "/usr/sbin/fsck.ext4"];
@@ -48,8 +52,11 @@ pub fn dom0_sources(layout: &Layout) -> Result<String> {
 /// # Errors
 /// When a source file cannot be read.
 pub fn guest_sources(layout: &Layout) -> Result<String> {
-    let init = read(&layout.source("rig/guest/init.sh"))?;
-    Ok(format!("{GUEST_MODULES:?}{GUEST_PROGRAMS:?}{FIO_PROGRAMS:?}\n{init}"))
+    let mut sources = format!("{GUEST_MODULES:?}{GUEST_PROGRAMS:?}{FIO_PROGRAMS:?}\n");
+    for (_, path) in GUEST_SCRIPTS {
+        sources.push_str(&read(&layout.source(path))?);
+    }
+    Ok(sources)
 }
 
 /// Writes dom0's initramfs.
@@ -71,7 +78,9 @@ pub fn dom0(layout: &Layout, suite: Suite, file: &Path) -> Result<()> {
 pub fn guest(layout: &Layout, suite: Suite, folder: &Path) -> Result<()> {
     let root = layout.dom0_root(suite);
     let mut tree = Tree::with_busybox(&root)?;
-    tree.add("init", read(&layout.source("rig/guest/init.sh"))?.into_bytes());
+    for (name, path) in GUEST_SCRIPTS {
+        tree.add(name, read(&layout.source(path))?.into_bytes());
+    }
     tree.add_modules(&root, &GUEST_MODULES)?;
     tree.add_programs(&root, &GUEST_PROGRAMS)?;
     tree.write(&folder.join("initrd"))?;

@@ -29,6 +29,9 @@ const POLL: Duration = Duration::from_millis(100);
 /// Job folders of earlier boots that are kept for a look.
 const KEPT_JOBS: usize = 6;
 
+/// Size of the NVMe device of a machine that has one; its file is sparse.
+const NVME_BYTES: u64 = 1 << 30;
+
 const XEN_ARGUMENTS: &str = "console=com1 com1=115200,8n1 dom0_mem=1536M,max:1536M \
     dom0_max_vcpus=1 noreboot spec-ctrl=eager-fpu";
 const LINUX_ARGUMENTS: &str = "console=hvc0 quiet loglevel=4 net.ifnames=0";
@@ -114,6 +117,7 @@ impl Job<'_> {
         let folder = jobs.join(format!("{}-{}", self.stamp(), std::process::id()));
         fs::create_dir_all(folder.join("results"))?;
         copy_folder(&self.layout.source("rig/dom0"), &folder.join("dom0"))?;
+        copy_folder(&self.layout.source("rig/guest"), &folder.join("guest"))?;
         copy_folder(&self.layout.source("rig/scenarios"), &folder.join("scenarios"))?;
         copy_folder(&self.layout.source("xen-config"), &folder.join("xen-config"))?;
         self.copy_files(&folder.join("files"))?;
@@ -126,6 +130,7 @@ impl Job<'_> {
             |scenario: &Scenario| format!("{} {}\n", scenario.name, scenario.timeout_seconds);
         fs::write(folder.join("list"), self.scenarios.iter().map(line).collect::<String>())?;
         fs::write(folder.join("results/progress"), "")?;
+        File::create(folder.join("nvme.img"))?.set_len(NVME_BYTES)?;
         let latest = self.layout.suite(self.suite).join("latest");
         let _ = fs::remove_file(&latest);
         // Only a convenience for people; two boots at once may race for it.
@@ -212,10 +217,22 @@ impl Job<'_> {
         qemu.args(["-serial", "stdio", "-monitor", "none", "-no-reboot"]);
         let linux = format!("{} {LINUX_ARGUMENTS}", text(&suite.join("vmlinuz")));
         qemu.arg("-kernel").arg(suite.join("xen.elf"));
-        qemu.arg("-append").arg(format!("{XEN_ARGUMENTS} {}", self.suite.xen_arguments()));
+        let has_nvme = self.scenarios.iter().any(|scenario| scenario.machine.contains("nvme"));
+        let iommu = if has_nvme { self.suite.iommu_arguments() } else { "iommu=0" };
+        qemu.arg("-append").arg(format!("{XEN_ARGUMENTS} {iommu}"));
         qemu.arg("-initrd").arg(format!("{linux},{}", text(&suite.join("dom0-initrd"))));
         let disk = text(&suite.join("dom0.ext4"));
         qemu.arg("-drive").arg(format!("file={disk},if=virtio,format=raw,snapshot=on"));
+        // A second copy of dom0's root, /dev/vdb: the root of a Linux driver domain.
+        qemu.arg("-drive").arg(format!("file={disk},if=virtio,format=raw,snapshot=on"));
+        if has_nvme {
+            // Without a fixed slot its number depends on the other devices, and giving away a
+            // wrong one takes dom0's own disk.
+            let drive = text(&folder.join("nvme.img"));
+            qemu.args(["-device", "intel-iommu,intremap=on", "-drive"]);
+            qemu.arg(format!("file={drive},if=none,id=nvme,format=raw,cache=unsafe"));
+            qemu.args(["-device", "nvme,serial=platter0,drive=nvme,addr=10"]);
+        }
         for (tag, path) in [("job", folder.to_owned()), ("guest", self.layout.guest(self.suite))] {
             let path = text(&path);
             let share = format!("local,path={path},mount_tag={tag},security_model=none");

@@ -40,12 +40,12 @@ impl Suite {
         )
     }
 
-    /// What Xen's command line needs beyond the common part. With its defaults, Xen 4.20 has an
-    /// interrupt storm once a device is passed through on QEMU's emulated IOMMU.
-    pub fn xen_arguments(self) -> &'static str {
+    /// What Xen's command line says of QEMU's emulated IOMMU. With its defaults, Xen 4.20 has an
+    /// interrupt storm once a device is passed through.
+    pub fn iommu_arguments(self) -> &'static str {
         match self {
             Suite::Trixie => "iommu=no-qinval,no-intpost",
-            Suite::Bookworm => "",
+            Suite::Bookworm => "iommu=1",
         }
     }
 }
