@@ -76,6 +76,34 @@ fn a_producer_running_backwards_breaks_the_ring() {
 }
 
 #[test]
+fn a_producer_running_back_into_taken_requests_breaks_the_ring() {
+    let (mut hv, mut front, mut back) = pair(1, Abi::X86_64);
+    for id in 0..2 {
+        front.put(&mut hv, &request(Abi::X86_64, id));
+    }
+    front.publish(&mut hv);
+    let permits = [(); 2].map(|()| back.take(&hv).unwrap().unwrap().1);
+    hv.store_u32(front.region(), REQ_PROD, 1);
+    assert!(back.take(&hv).is_err());
+    permits.map(Permit::abandon);
+}
+
+#[test]
+fn a_front_asks_for_the_next_response_before_it_sleeps() {
+    let (mut hv, mut front, mut back) = pair(1, Abi::X86_64);
+    for id in 0..2 {
+        front.put(&mut hv, &request(Abi::X86_64, id));
+        front.publish(&mut hv);
+        let (_, permit) = back.take(&hv).unwrap().unwrap();
+        back.complete(permit, &mut hv, Status::Okay);
+        assert!(back.publish(&mut hv), "response {id} wakes the front");
+        assert!(front.final_check(&mut hv).unwrap(), "there is a response");
+        front.take(&hv).unwrap().unwrap();
+        assert!(!front.final_check(&mut hv).unwrap());
+    }
+}
+
+#[test]
 fn unanswered_requests_keep_their_slots() {
     let (mut hv, mut front, mut back) = pair(1, Abi::X86_32);
     for id in 0..32 {

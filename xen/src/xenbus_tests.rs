@@ -357,6 +357,14 @@ fn state_5_seen_before_online_0_ends_the_same() {
 }
 
 #[test]
+fn dom0s_5_is_never_overwritten_while_the_frontend_is_connected() {
+    let mut world = World::connected();
+    world.view.own = Some(XenbusState::Closing); // online=0 is not read yet
+    assert_eq!(world.settle(), Action::Wait);
+    assert_eq!((world.own(), world.view.rings), (5, Rings::Up));
+}
+
+#[test]
 fn online_0_alone_asks_the_frontend() {
     let mut world = World::connected();
     world.view.online = false;

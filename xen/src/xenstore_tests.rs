@@ -188,6 +188,11 @@ fn the_queue_is_bounded() {
     }
     let more = world.client.submit(TxId::NONE, Op::TransactionStart, Token(0));
     assert_eq!(more, Err(NotQueued::Full));
+    let mut world = World::new();
+    let big = Op::Write { path: "a", value: &[0; 4000] };
+    let taken =
+        (0..QUEUE_MAX).take_while(|_| world.client.submit(TxId::NONE, big, Token(0)).is_ok());
+    assert_eq!(taken.count(), QUEUE_BYTES_MAX / 4018, "bytes are bounded too");
 }
 
 #[test]
