@@ -1,0 +1,225 @@
+//! Finding what there is to serve: the backend tree, our own shares, and the toolstack's wish
+//! that we end.
+//!
+//! One watch on the backend tree; each event leads to its device or to a scan for new ones, so
+//! that merged or lost events cost nothing but a scan.
+
+use alloc::boxed::Box;
+use alloc::format;
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+
+use platter_xen::DomId;
+use platter_xen::xenbus::Kind;
+use platter_xen::xenstore::{XsError, names};
+
+use crate::device::Device;
+use crate::limits::STORES_MAX;
+use crate::mounts::MountSlot;
+use crate::xs::{Purpose, Xs};
+
+/// How the domain ends.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Ending {
+    Poweroff,
+    Reboot,
+}
+
+/// How long images get to become clean before we end all the same.
+const END_NS: u64 = 8_000_000_000;
+
+const SHUTDOWN: &str = "control/shutdown";
+const SHARES: &str = "device/9pfs";
+const WATCH_BACKEND: u32 = 1;
+const WATCH_SHUTDOWN: u32 = 2;
+
+pub struct Control {
+    domid: DomId,
+    /// `/local/domain/S/backend`.
+    tree: String,
+    mounts: Vec<MountSlot>,
+    frames_max: usize,
+    ready: bool,
+    ending: Option<Ending>,
+    ends_by_ns: Option<u64>,
+    serial: u32,
+    said_full: bool,
+}
+
+impl Control {
+    /// `frames_max`: what the rings of all 9p shares may take.
+    pub fn new(domid: DomId, frames_max: usize, xs: &mut Xs) -> Control {
+        let mut control = Control {
+            domid,
+            tree: format!("/local/domain/{}/backend", domid.0),
+            mounts: Vec::new(),
+            frames_max,
+            ready: false,
+            ending: None,
+            ends_by_ns: None,
+            serial: 0,
+            said_full: false,
+        };
+        control.begin(xs);
+        control
+    }
+
+    /// Sets the watches and looks around, at start and after a reset of the connection.
+    pub fn begin(&mut self, xs: &mut Xs) {
+        xs.write("control/feature-poweroff", "1", Purpose::None);
+        xs.write("control/feature-reboot", "1", Purpose::None);
+        xs.watch(SHUTDOWN, WATCH_SHUTDOWN);
+        xs.list(SHARES, Purpose::Mounts);
+        xs.watch(&self.tree, WATCH_BACKEND);
+        self.scan(xs, self.tree.clone(), 0);
+    }
+
+    pub fn is_ready(&self) -> bool {
+        self.ready
+    }
+
+    pub fn mounts_mut(&mut self) -> impl Iterator<Item = &mut MountSlot> {
+        self.mounts.iter_mut()
+    }
+
+    pub fn mount(&mut self, index: u8) -> Option<&mut MountSlot> {
+        self.mounts.get_mut(index as usize)
+    }
+
+    /// The ending asked for, and whether its time is up.
+    pub fn ending(&mut self, now_ns: u64) -> Option<(Ending, bool)> {
+        let ending = self.ending?;
+        let by_ns = *self.ends_by_ns.get_or_insert(now_ns + END_NS);
+        Some((ending, now_ns >= by_ns))
+    }
+
+    /// A watch fired.
+    pub fn changed(&mut self, path: &str, xs: &mut Xs, devices: &mut [Option<Box<Device>>]) {
+        if path == SHUTDOWN {
+            xs.read(SHUTDOWN, Purpose::Shutdown);
+            return;
+        }
+        self.mounts.iter_mut().filter(|m| m.concerns(path)).for_each(MountSlot::look);
+        let mut known = false;
+        for device in devices.iter_mut().flatten().filter(|d| d.concerns(path)) {
+            device.look = true;
+            known = true;
+        }
+        let Some(below) = path.strip_prefix(self.tree.as_str()).filter(|_| !known) else { return };
+        let mut parts = below.trim_start_matches('/').split('/').filter(|part| !part.is_empty());
+        match (parts.next(), parts.next(), parts.next()) {
+            (Some(kind), Some(guest), Some(id)) => self.found(xs, devices, kind, guest, id),
+            (Some(kind), Some(guest), None) => {
+                self.scan(xs, format!("{}/{kind}/{guest}", self.tree), 2)
+            }
+            (Some(kind), None, _) => self.scan(xs, format!("{}/{kind}", self.tree), 1),
+            (None, _, _) => self.scan(xs, self.tree.clone(), 0),
+        }
+    }
+
+    /// A list or a read of ours was answered.
+    pub fn answered(
+        &mut self,
+        purpose: Purpose,
+        result: Result<Vec<u8>, XsError>,
+        xs: &mut Xs,
+        devices: &mut [Option<Box<Device>>],
+    ) {
+        match (purpose, result) {
+            (Purpose::Scan { path, depth }, result) => {
+                self.ready = true;
+                let Ok(payload) = result else { return };
+                for name in names(&payload) {
+                    self.scanned(xs, devices, &path, depth, name);
+                }
+            }
+            (Purpose::Mounts, Ok(payload)) => self.found_shares(&payload),
+            (Purpose::Shutdown, Ok(value)) => self.shutdown(xs, &value),
+            _ => {}
+        }
+    }
+
+    fn scan(&mut self, xs: &mut Xs, path: String, depth: u8) {
+        xs.list(&path.clone(), Purpose::Scan { path, depth });
+    }
+
+    fn scanned(
+        &mut self,
+        xs: &mut Xs,
+        devices: &mut [Option<Box<Device>>],
+        path: &str,
+        depth: u8,
+        name: &str,
+    ) {
+        if depth < 2 {
+            let kind_known = depth > 0 || matches!(name, "vbd" | "qdisk");
+            if kind_known {
+                self.scan(xs, format!("{path}/{name}"), depth + 1);
+            }
+            return;
+        }
+        let below = path.strip_prefix(self.tree.as_str()).unwrap_or("");
+        let mut parts = below.trim_start_matches('/').split('/');
+        if let (Some(kind), Some(guest)) = (parts.next(), parts.next()) {
+            self.found(xs, devices, kind, guest, name);
+        }
+    }
+
+    /// A directory `backend/KIND/GUEST/ID` exists, or did a moment ago.
+    fn found(
+        &mut self,
+        xs: &mut Xs,
+        devices: &mut [Option<Box<Device>>],
+        kind: &str,
+        guest: &str,
+        id: &str,
+    ) {
+        let kind_known = match kind {
+            "vbd" => Kind::Vbd,
+            "qdisk" => Kind::Qdisk,
+            _ => return,
+        };
+        let (Ok(domid), Ok(_)) = (guest.parse::<u16>(), id.parse::<u32>()) else { return };
+        let name = format!("{kind}/{guest}/{id}");
+        let be = format!("{}/{name}", self.tree);
+        if devices.iter().flatten().any(|device| device.be == be) {
+            return;
+        }
+        let Some(index) = devices.iter().position(Option::is_none) else {
+            let limit = devices.len();
+            if !core::mem::replace(&mut self.said_full, true) {
+                log::warn!("disk {name} is refused: {limit} disks are the limit of one domain");
+            }
+            xs.remove(&format!("{be}/state"), Purpose::None);
+            return;
+        };
+        self.serial += 1;
+        let (index, serial) = (index as u16, self.serial);
+        devices[index as usize] =
+            Some(Box::new(Device::new(index, serial, kind_known, DomId(domid), be, name)));
+    }
+
+    fn found_shares(&mut self, payload: &[u8]) {
+        let numbers: Vec<String> = names(payload).map(ToString::to_string).collect();
+        let share = self.frames_max / numbers.len().max(1);
+        for number in numbers {
+            let known = self.mounts.iter().any(|mount| mount.is_named(&number));
+            if !known && self.mounts.len() < STORES_MAX {
+                let index = self.mounts.len() as u8;
+                self.mounts.push(MountSlot::new(index, &number, share));
+            }
+        }
+    }
+
+    fn shutdown(&mut self, xs: &mut Xs, value: &[u8]) {
+        self.ending = match value {
+            b"poweroff" | b"halt" => Some(Ending::Poweroff),
+            b"reboot" => Some(Ending::Reboot),
+            // Our own acknowledgement, or a suspend that we do not offer.
+            _ => return,
+        };
+        let word = core::str::from_utf8(value).unwrap_or("?");
+        log::info!("domain {}: {word} asked for; making every image clean", self.domid.0);
+        xs.write(SHUTDOWN, "", Purpose::None);
+    }
+}

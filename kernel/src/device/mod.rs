@@ -1,0 +1,411 @@
+//! One backend device: what the toolstack and the frontend show in xenstore, and what we do
+//! about it. The decision is [`xenbus::decide`]; this file carries it out.
+//!
+//! Level-triggered: any event makes the device look at both ends anew. One action at a time;
+//! while its writes or reads are under way nothing else is decided.
+
+mod connect;
+mod open;
+mod publish;
+
+use alloc::collections::BTreeMap;
+use alloc::format;
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+
+use platter_xen::vbd::Layout;
+use platter_xen::xenbus::{self, Action, Kind, Memory, Rings, View, XenbusState};
+use platter_xen::xenstore::XsError;
+use platter_xen::{DomId, Hypervisor};
+
+use crate::config::DiskConfig;
+use crate::disk::Disk;
+use crate::engine::Engine;
+use crate::opening::Opening;
+use crate::stores::AnyStore;
+use crate::xs::{Purpose, Xs};
+
+/// Keys that the toolstack wrote for the disk (xen-facts: libxl's device_disk_add).
+const DESCRIBE: [&str; 7] =
+    ["frontend", "frontend-id", "params", "mode", "dev", "device-type", "discard-enable"];
+
+/// What a batch of reads is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Batch {
+    /// The disk's description.
+    Describe,
+    /// Both ends' states.
+    Look,
+    /// The frontend's shape: how many queues and pages.
+    Shape,
+    /// The frontend's rings.
+    Keys,
+}
+
+/// What is under way with xenstore.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Busy {
+    No,
+    Reading(Batch),
+    Writing,
+}
+
+/// Where the image stands.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum Stage {
+    /// The description is not read yet.
+    Unread,
+    /// The store is not there, or full, or another disk still holds the file.
+    WaitStore,
+    /// The store was asked for the image's own file.
+    AskTop,
+    Opening(Opening),
+    Ready,
+    Failed,
+    /// Marking the image clean; then this goes on.
+    Finishing(Then),
+    Finished,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Then {
+    DeleteBackend,
+    Forget,
+}
+
+/// What the server does after a device's turn.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Fate {
+    Stays,
+    /// It is gone: drop it.
+    Gone,
+}
+
+/// What a device may use of the server in its turn.
+pub struct Surroundings<'a, H> {
+    pub engine: &'a mut Engine<AnyStore>,
+    pub xs: &'a mut Xs,
+    pub hv: &'a mut H,
+    pub now_ns: u64,
+    /// Metadata cache for one image, bytes.
+    pub cache_bytes: usize,
+    /// Files held by the other devices.
+    pub held: &'a [Held],
+}
+
+/// A file in use: two disks may share it only if neither writes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Held {
+    pub device: u16,
+    pub store: u8,
+    pub identity: u64,
+    pub writable: bool,
+    /// Its holder is on the way out.
+    pub leaving: bool,
+}
+
+pub struct Device {
+    pub index: u16,
+    /// Tells answers to this device from answers to its predecessor in the same place.
+    serial: u32,
+    kind: Kind,
+    pub guest: DomId,
+    /// Backend directory, absolute.
+    pub be: String,
+    /// Frontend directory, absolute, once described.
+    fe: Option<String>,
+    /// `vbd/G/D`, for paths of our own.
+    pub name: String,
+    /// What the user calls it (`xvda`).
+    vdev: String,
+    config: Option<DiskConfig>,
+    read_only: bool,
+    cdrom: bool,
+    discard: bool,
+    stage: Stage,
+    since_ns: u64,
+    said_waiting: bool,
+    paths: Vec<String>,
+    held: Vec<Held>,
+    pub disk: Option<Disk>,
+    rings: Rings,
+    memory: Memory,
+    connect_refused: bool,
+    /// When the next refusal may be logged.
+    refusal_shown_ns: u64,
+    layout: Option<Layout>,
+    front_seen: Option<XenbusState>,
+    busy: Busy,
+    outstanding: usize,
+    values: BTreeMap<String, Vec<u8>>,
+    /// Something may have changed: look.
+    pub look: bool,
+    pub wake_ns: Option<u64>,
+    stats_shown: String,
+    stats_ns: u64,
+    fate: Fate,
+}
+
+impl Device {
+    pub fn new(
+        index: u16,
+        serial: u32,
+        kind: Kind,
+        guest: DomId,
+        be: String,
+        name: String,
+    ) -> Device {
+        Device {
+            index,
+            serial,
+            kind,
+            guest,
+            be,
+            fe: None,
+            name,
+            vdev: String::new(),
+            config: None,
+            read_only: true,
+            cdrom: false,
+            discard: false,
+            stage: Stage::Unread,
+            since_ns: 0,
+            said_waiting: false,
+            paths: Vec::new(),
+            held: Vec::new(),
+            disk: None,
+            rings: Rings::Down,
+            memory: Memory::default(),
+            connect_refused: false,
+            refusal_shown_ns: 0,
+            layout: None,
+            front_seen: None,
+            busy: Busy::No,
+            outstanding: 0,
+            values: BTreeMap::new(),
+            look: true,
+            wake_ns: None,
+            stats_shown: String::new(),
+            stats_ns: 0,
+            fate: Fate::Stays,
+        }
+    }
+
+    pub fn held(&self) -> impl Iterator<Item = Held> + '_ {
+        let leaving = matches!(self.stage, Stage::Finishing(_) | Stage::Finished);
+        self.held.iter().map(move |held| Held { leaving, ..*held })
+    }
+
+    /// The watch token of its frontend's state.
+    pub fn watch(&self) -> u32 {
+        1000 + self.index as u32
+    }
+
+    /// Does an event at `path` concern it?
+    pub fn concerns(&self, path: &str) -> bool {
+        path.starts_with(self.be.as_str())
+            || self.fe.as_deref().is_some_and(|fe| path.starts_with(fe))
+    }
+
+    /// Carries the device on as far as it goes now.
+    pub fn turn<H: Hypervisor>(&mut self, world: &mut Surroundings<'_, H>) -> Fate {
+        if self.wake_ns.is_some_and(|wake_ns| world.now_ns >= wake_ns) {
+            self.wake_ns = None;
+            self.look = true;
+        }
+        self.open_on(world);
+        self.release_on(world);
+        self.finish_on(world);
+        if self.busy == Busy::No && self.look && self.fate == Fate::Stays {
+            self.look = false;
+            match self.stage {
+                Stage::Unread => {
+                    self.since_ns = world.now_ns;
+                    self.read(world.xs, Batch::Describe, &DESCRIBE.map(|key| self.below_be(key)));
+                }
+                Stage::Finished => {}
+                _ => self.read_states(world.xs),
+            }
+        }
+        self.show_stats(world);
+        self.fate
+    }
+
+    /// Requests are taken from its rings.
+    pub fn is_serving(&self) -> bool {
+        self.rings == Rings::Up && self.stage == Stage::Ready
+    }
+
+    /// The domain ends: the image is made clean, whatever the guest does. True when it is.
+    pub fn wind_up<H: Hypervisor>(&mut self, world: &mut Surroundings<'_, H>) -> bool {
+        match self.rings {
+            Rings::Up | Rings::Broken => self.rings = Rings::Releasing,
+            Rings::Down => self.begin_finish(world, Then::Forget),
+            Rings::Releasing => {}
+        }
+        self.release_on(world);
+        self.disk.is_none()
+    }
+
+    fn below_be(&self, key: &str) -> String {
+        format!("{}/{key}", self.be)
+    }
+
+    fn read_states(&mut self, xs: &mut Xs) {
+        let mut paths = alloc::vec![self.below_be("state"), self.below_be("online")];
+        paths.extend(self.fe.as_ref().map(|fe| format!("{fe}/state")));
+        self.read(xs, Batch::Look, &paths);
+    }
+
+    fn read(&mut self, xs: &mut Xs, batch: Batch, paths: &[String]) {
+        self.busy = Busy::Reading(batch);
+        self.values.clear();
+        self.outstanding = 0;
+        for path in paths {
+            let purpose =
+                Purpose::DeviceKey { index: self.index, serial: self.serial, key: path.clone() };
+            if xs.read(path, purpose) {
+                self.outstanding += 1;
+            }
+        }
+        if self.outstanding == 0 {
+            self.busy = Busy::No;
+            self.look = true;
+        }
+    }
+
+    /// A key was answered.
+    pub fn key_read<H: Hypervisor>(
+        &mut self,
+        world: &mut Surroundings<'_, H>,
+        serial: u32,
+        key: String,
+        result: Result<Vec<u8>, XsError>,
+    ) {
+        if serial != self.serial {
+            return;
+        }
+        if let Ok(value) = result {
+            self.values.insert(key, value);
+        }
+        self.outstanding -= 1;
+        if self.outstanding > 0 {
+            return;
+        }
+        let Busy::Reading(batch) = core::mem::replace(&mut self.busy, Busy::No) else { return };
+        match batch {
+            Batch::Describe => self.described(world),
+            Batch::Look => self.decide(world),
+            Batch::Shape => self.shape_read(world),
+            Batch::Keys => self.keys_read(world),
+        }
+    }
+
+    /// Our write of a state was acknowledged (or refused: then the node is gone).
+    pub fn state_written(&mut self, serial: u32, state: XenbusState, now_ns: u64) {
+        if serial == self.serial {
+            self.memory.written(state, now_ns);
+            self.busy = Busy::No;
+            self.look = true;
+        }
+    }
+
+    /// A removal was acknowledged.
+    pub fn removed(&mut self, serial: u32) {
+        if serial == self.serial {
+            self.busy = Busy::No;
+            self.look = true;
+        }
+    }
+
+    fn text(&self, key: &str) -> Option<&str> {
+        let value = self.values.get(&self.below_be(key))?;
+        core::str::from_utf8(value).ok()
+    }
+
+    fn described<H: Hypervisor>(&mut self, world: &mut Surroundings<'_, H>) {
+        let front = format!("/local/domain/{}/", self.guest.0);
+        let Some(fe) = self.text("frontend").filter(|fe| fe.starts_with(&front)) else {
+            // Not complete yet, or not dom0's words: an event will come, or it goes away.
+            self.stage = Stage::Unread;
+            self.fate = if self.values.is_empty() { Fate::Gone } else { Fate::Stays };
+            return;
+        };
+        self.fe = Some(String::from(fe));
+        self.vdev = self.text("dev").unwrap_or("?").to_string();
+        self.read_only = self.text("mode") != Some("w");
+        self.cdrom = self.text("device-type") == Some("cdrom");
+        self.discard = self.text("discard-enable") != Some("0") && !self.read_only;
+        world.xs.watch(&format!("{}/state", self.fe.as_deref().unwrap_or("")), self.watch());
+        let params = self.text("params").unwrap_or("").to_string();
+        match DiskConfig::parse(&params, self.kind == Kind::Qdisk) {
+            Ok(config) => {
+                self.config = Some(config);
+                self.stage = Stage::WaitStore;
+            }
+            Err(fault) => self.fail(world, &fault.to_string()),
+        }
+        self.look = true;
+    }
+
+    fn image_state(&self) -> xenbus::Image {
+        match self.stage {
+            Stage::Ready | Stage::Finishing(_) | Stage::Finished => xenbus::Image::Ready,
+            Stage::Failed => xenbus::Image::Failed,
+            _ => xenbus::Image::Opening,
+        }
+    }
+
+    /// Both ends' states are read: act.
+    fn decide<H: Hypervisor>(&mut self, world: &mut Surroundings<'_, H>) {
+        let state = |path: &str| {
+            let text = self.values.get(path)?;
+            Some(XenbusState::parse(text).unwrap_or(XenbusState::Unknown))
+        };
+        let front = self.fe.as_ref().and_then(|fe| state(&format!("{fe}/state")));
+        if front != self.front_seen {
+            self.connect_refused = false;
+            self.front_seen = front;
+        }
+        let view = View {
+            kind: self.kind,
+            own: state(&self.below_be("state")),
+            front,
+            online: self.text("online").is_some_and(|online| online != "0"),
+            image: self.image_state(),
+            rings: self.rings,
+            connect_refused: self.connect_refused,
+            memory: self.memory,
+            now_ns: world.now_ns,
+        };
+        let action = xenbus::decide(&view);
+        self.act(world, action);
+    }
+
+    fn act<H: Hypervisor>(&mut self, world: &mut Surroundings<'_, H>, action: Action) {
+        match action {
+            Action::Wait => {}
+            Action::WaitFor(ns) => self.wake_ns = Some(world.now_ns + ns),
+            Action::Publish => self.publish(world),
+            Action::Connect => self.read_shape(world),
+            Action::Release => {
+                self.rings = Rings::Releasing;
+                self.release_on(world);
+            }
+            Action::Write(state) => self.write_state(world.xs, state),
+            Action::DeleteState => {
+                let purpose = Purpose::DeviceRemoved { index: self.index, serial: self.serial };
+                world.xs.remove(&self.below_be("state"), purpose);
+                self.busy = Busy::Writing;
+            }
+            Action::DeleteBackend => self.begin_finish(world, Then::DeleteBackend),
+            Action::Forget => self.begin_finish(world, Then::Forget),
+        }
+    }
+
+    pub(crate) fn write_state(&mut self, xs: &mut Xs, state: XenbusState) {
+        let purpose = Purpose::DeviceState { index: self.index, serial: self.serial, state };
+        xs.write(&self.below_be("state"), &state.number().to_string(), purpose);
+        self.busy = Busy::Writing;
+    }
+}

@@ -1,0 +1,331 @@
+//! Making a disk durable: one flush at a time, in the order the image's plan gives.
+//!
+//! A guest's FLUSH waits for the writes that came before it, then for a flush that began after
+//! them. With clean metadata a flush is one sync of each writable file and holds up nothing;
+//! otherwise commits wait until it ends. A flush ends only when the reads that began before it
+//! are done, because what it frees may be written anew.
+
+use platter_image::{FileNo, FlushStep};
+use platter_storage::{Run, Store, StoreFault};
+use platter_xen::{Hypervisor, Region};
+
+use crate::config::Cache;
+use crate::disk::{Disk, Progress};
+use crate::engine::{Engine, Op, OpKind, Stretch, Submitted, move_window};
+use crate::fault::Fault;
+use crate::request::{Request, Stage};
+use crate::table::Id;
+
+/// Longest single write of a flush plan, bytes: the scratch region's size.
+pub const STEP_BYTES_MAX: usize = 64 * 1024;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Mode {
+    Idle,
+    /// Sync the writable files from this one on; nothing is dirty.
+    SyncOnly {
+        next: u16,
+    },
+    /// Follow the image's plan.
+    Plan,
+    /// All steps are done; earlier reads are not.
+    Draining,
+}
+
+/// A step that found no room.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Pending {
+    /// `len` bytes of the scratch region from `from`.
+    Write {
+        file: FileNo,
+        offset: u64,
+        from: usize,
+        len: usize,
+    },
+    Sync {
+        file: FileNo,
+    },
+}
+
+/// The flush of one disk.
+pub struct FlushRun {
+    mode: Mode,
+    /// Number of the flush under way or the last one.
+    number: u64,
+    /// The image asks for a flush (cache pressure, or an order that needs it).
+    pub wanted: bool,
+    pending: Option<Pending>,
+    /// Operations under way.
+    ops: u16,
+    failed: Option<Fault>,
+    /// When dirty metadata was first seen, for the lazy flush.
+    pub dirty_since_ns: Option<u64>,
+    /// For bytes that found no room in their store, and for indirect segments.
+    pub scratch: Region,
+}
+
+impl FlushRun {
+    /// `scratch`: 64 KiB of our own.
+    pub fn new(scratch: Region) -> FlushRun {
+        FlushRun {
+            mode: Mode::Idle,
+            number: 0,
+            wanted: false,
+            pending: None,
+            ops: 0,
+            failed: None,
+            dirty_since_ns: None,
+            scratch,
+        }
+    }
+
+    pub fn is_running(&self) -> bool {
+        self.mode != Mode::Idle
+    }
+
+    /// The last flush that ended did not make everything durable.
+    pub fn failed_last(&self) -> bool {
+        self.mode == Mode::Idle && self.failed.is_some()
+    }
+}
+
+impl Disk {
+    /// Starts a flush if one is due and carries on the one under way.
+    pub fn pump_flush<H: Hypervisor, S: Store<H>>(&mut self, engine: &mut Engine<S>, hv: &mut H) {
+        if self.flush.mode == Mode::Idle && !self.begin_flush(engine, hv) {
+            return;
+        }
+        match self.flush.mode {
+            Mode::SyncOnly { .. } => self.pump_syncs(engine, hv),
+            Mode::Plan => self.pump_plan(engine, hv),
+            Mode::Idle | Mode::Draining => {}
+        }
+        self.end_flush(engine, hv);
+    }
+
+    /// A flush operation was answered.
+    pub fn flush_op_done(&mut self, result: Result<(), Fault>) {
+        self.flush.ops -= 1;
+        if let Err(fault) = result {
+            self.flush.failed.get_or_insert(fault);
+        }
+    }
+
+    /// Is there a reason to flush, and do the writes before it allow it?
+    fn begin_flush<H: Hypervisor, S: Store<H>>(
+        &mut self,
+        engine: &mut Engine<S>,
+        hv: &mut H,
+    ) -> bool {
+        if self.flush_waiters == 0 && !self.flush.wanted {
+            return false;
+        }
+        let waiting = self.requests_waiting_for_flush(engine);
+        if waiting.is_empty() && !self.flush.wanted {
+            return false;
+        }
+        let number = self.flush.number + 1;
+        if self.cache == Cache::Unsafe && !self.flush.wanted {
+            waiting.iter().for_each(|&id| self.flushed(engine, hv, id));
+            return false;
+        }
+        for id in waiting {
+            match &mut engine.requests.get(id).stage {
+                Stage::FlushFirst { by } | Stage::FlushAfter { by } => *by = Some(number),
+                Stage::Moving => {}
+            }
+        }
+        let mode = Mode::SyncOnly { next: 0 };
+        self.flush = FlushRun { number, mode, ..FlushRun::new(self.flush.scratch) };
+        if self.image.is_dirty() {
+            self.flush.mode = Mode::Plan;
+            self.parity ^= 1;
+            self.image.flush_begin();
+        }
+        true
+    }
+
+    /// Requests that wait for a flush and whose earlier writes are all done.
+    fn requests_waiting_for_flush<S>(
+        &self,
+        engine: &Engine<S>,
+    ) -> heapless::Vec<Id, { crate::limits::REQUESTS_MAX }> {
+        let of_mine = || engine.requests.iter().filter(|(_, r)| r.disk == self.index);
+        let earlier_write = |seq: u64| {
+            let writing = |r: &Request| r.changes() && r.seq < seq && !r.is_flushing_after();
+            of_mine().any(|(_, r)| writing(r))
+        };
+        of_mine()
+            .filter(|(_, r)| match r.stage {
+                Stage::FlushFirst { by: None } => !earlier_write(r.seq),
+                Stage::FlushAfter { by: None } => true,
+                _ => false,
+            })
+            .map(|(id, _)| id)
+            .collect()
+    }
+
+    fn pump_syncs<H: Hypervisor, S: Store<H>>(&mut self, engine: &mut Engine<S>, hv: &mut H) {
+        while let Mode::SyncOnly { next } = self.flush.mode {
+            let files = self.files.len() as u16;
+            if next >= files || self.flush.failed.is_some() {
+                self.flush.mode = Mode::Draining;
+                return;
+            }
+            let file = FileNo(next);
+            if self.files[next as usize].writable && !self.submit_sync(engine, hv, file) {
+                return;
+            }
+            self.flush.mode = Mode::SyncOnly { next: next + 1 };
+        }
+    }
+
+    fn pump_plan<H: Hypervisor, S: Store<H>>(&mut self, engine: &mut Engine<S>, hv: &mut H) {
+        loop {
+            if self.flush.failed.is_some() {
+                self.flush.mode = Mode::Draining;
+                return;
+            }
+            let step = match self.flush.pending.take() {
+                Some(pending) => Some(pending),
+                None => match self.image.flush_step() {
+                    FlushStep::Done => {
+                        self.flush.mode = Mode::Draining;
+                        return;
+                    }
+                    FlushStep::Sync { file } => Some(Pending::Sync { file }),
+                    FlushStep::Write { file, offset, bytes } => {
+                        assert!(bytes.len() <= STEP_BYTES_MAX, "a longer step than agreed");
+                        hv.write(self.flush.scratch, 0, bytes);
+                        Some(Pending::Write { file, offset, from: 0, len: bytes.len() })
+                    }
+                },
+            };
+            let done = match step {
+                Some(Pending::Write { file, offset, from, len }) => {
+                    let max = engine.io_bytes_max(self.handle(file)) as usize;
+                    let part = len.min(max);
+                    let sent = self.submit_flush_write(engine, hv, file, offset, from, part);
+                    if sent && part < len {
+                        let (offset, from) = (offset + part as u64, from + part);
+                        self.flush.pending =
+                            Some(Pending::Write { file, offset, from, len: len - part });
+                    }
+                    sent
+                }
+                // What came before a sync is done before it is sent.
+                Some(Pending::Sync { file }) if self.flush.ops == 0 => {
+                    self.submit_sync(engine, hv, file)
+                }
+                _ => false,
+            };
+            if !done {
+                self.flush.pending = step;
+                return;
+            }
+            if matches!(step, Some(Pending::Sync { .. })) {
+                return;
+            }
+        }
+    }
+
+    fn submit_flush_write<H: Hypervisor, S: Store<H>>(
+        &mut self,
+        engine: &mut Engine<S>,
+        hv: &mut H,
+        file: FileNo,
+        offset: u64,
+        from: usize,
+        len: usize,
+    ) -> bool {
+        let stretch = Stretch { handle: self.handle(file), offset, len: len as u32 };
+        let op = Op::new(self.index, stretch, OpKind::FlushWrite);
+        let ours = Run { region: self.flush.scratch, offset: from, len };
+        let submitted = engine.submit_write(hv, op, &mut |hv, _, window| {
+            // The scratch region is used again at once: all of it goes now, or the flush fails.
+            if window.len() < len {
+                return Err(Fault::Store(StoreFault::Limit(window.len() as u32)));
+            }
+            move_window(hv, &window, ours, false);
+            Ok(())
+        });
+        self.note_flush_op(submitted)
+    }
+
+    fn submit_sync<H: Hypervisor, S: Store<H>>(
+        &mut self,
+        engine: &mut Engine<S>,
+        hv: &mut H,
+        file: FileNo,
+    ) -> bool {
+        if self.cache == Cache::Unsafe {
+            return true;
+        }
+        let stretch = Stretch { handle: self.handle(file), offset: 0, len: 0 };
+        let op = Op::new(self.index, stretch, OpKind::FlushSync);
+        let submitted = engine.submit_flush(hv, op);
+        self.note_flush_op(submitted)
+    }
+
+    fn note_flush_op(&mut self, submitted: Submitted) -> bool {
+        match submitted {
+            Submitted::Yes(_) => {
+                self.flush.ops += 1;
+                self.ops += 1;
+                true
+            }
+            Submitted::NoRoom => false,
+            Submitted::Failed(fault) => {
+                self.flush.failed.get_or_insert(fault);
+                true
+            }
+        }
+    }
+
+    fn end_flush<H: Hypervisor, S: Store<H>>(&mut self, engine: &mut Engine<S>, hv: &mut H) {
+        let earlier_reads = self.reads[(self.parity ^ 1) as usize];
+        let with_plan = self.image.flushing();
+        if self.flush.mode != Mode::Draining
+            || self.flush.ops > 0
+            || (with_plan && earlier_reads > 0)
+        {
+            return;
+        }
+        self.flush.mode = Mode::Idle;
+        if with_plan {
+            self.image.flush_end(self.flush.failed.is_none());
+            self.commit_waiting(engine, hv);
+        }
+        let number = self.flush.number;
+        let covered: heapless::Vec<Id, { crate::limits::REQUESTS_MAX }> = engine
+            .requests
+            .iter()
+            .filter(|(_, r)| r.disk == self.index && r.waits_for(number))
+            .map(|(id, _)| id)
+            .collect();
+        for id in covered {
+            if let Some(fault) = self.flush.failed {
+                engine.requests.get(id).failed = Some(fault);
+                self.finish(engine, hv, id);
+            } else {
+                self.flushed(engine, hv, id);
+            }
+        }
+        self.kick = true;
+    }
+
+    /// A request's flush is done: it goes on to its write, or is answered.
+    fn flushed<H: Hypervisor, S: Store<H>>(&mut self, engine: &mut Engine<S>, hv: &mut H, id: Id) {
+        let request = engine.requests.get(id);
+        let goes_on = matches!(request.stage, Stage::FlushFirst { .. }) && request.sectors > 0;
+        if !goes_on {
+            self.finish(engine, hv, id);
+            return;
+        }
+        request.stage = Stage::Moving;
+        self.flush_waiters -= 1;
+        if self.plan(engine, hv, id) == Progress::Parked {
+            self.waiting.push_back(id).expect("as many places as requests");
+        }
+    }
+}

@@ -1,0 +1,42 @@
+//! Every bound of the server, in one place, each with its worst-case memory or its source.
+
+/// Disks attached at once. xenstore's default quota of 1000 nodes allows about 34 with the
+/// toolstack's 15 nodes a disk and ours; more is a matter of that quota (32 is a round number).
+pub const DISKS_MAX: usize = 32;
+/// Stores: 9p shares and disks of the storage domain itself.
+pub const STORES_MAX: usize = 8;
+/// Guest requests in flight over all disks: 2.2 KiB each, most of it 256 segments.
+pub const REQUESTS_MAX: usize = 192;
+/// Requests one disk may always have in flight, whatever the others do.
+pub const REQUESTS_PER_DISK_MIN: usize = 4;
+/// Requests taken from one disk before the next disk has its turn.
+pub const QUANTUM_REQUESTS: usize = 16;
+/// Store operations in flight over all disks: about 100 bytes each.
+pub const OPS_MAX: usize = 256;
+/// Copy jobs (copy-on-write, zeroing of new tables) at once; each holds one bounce buffer.
+pub const JOBS_MAX: usize = 8;
+/// Bytes of a bounce buffer: a default qcow2 cluster.
+pub const BOUNCE_BYTES: usize = 64 * 1024;
+/// Segments of one request, indirect ones included (Linux blkback's limit).
+pub const SEGMENTS_MAX: usize = 256;
+/// Queues of one disk.
+pub const QUEUES_MAX: usize = 4;
+/// Ring order: 16 pages (XENBUS_MAX_RING_GRANT_ORDER in Linux).
+pub const RING_ORDER_MAX: u32 = 4;
+/// Grant copies in one hypercall.
+pub const COPIES_MAX: usize = 64;
+/// Longest `params` taken from xenstore, bytes (half a xenstore node, ours).
+pub const PARAMS_BYTES_MAX: usize = 1024;
+/// Metadata cache of one disk, bytes, before the memory given to the domain scales it.
+pub const CACHE_BYTES_MIN: usize = 256 * 1024;
+pub const CACHE_BYTES_MAX: usize = 8 * 1024 * 1024;
+/// Between writing Closed and deleting the backend directory, so that the toolstack has read
+/// the 6 (libxl waits 10 s for either).
+pub const LINGER_NS: u64 = 300_000_000;
+/// How long an attach may wait for its store to appear; libxl gives up after 10 s, and the
+/// reason should stand in its log before that.
+pub const STORE_WAIT_NS: u64 = 8_000_000_000;
+/// Dirty metadata is flushed after this much time even if the guest never flushes.
+pub const FLUSH_AFTER_NS: u64 = 5_000_000_000;
+/// Between two refreshes of a disk's counters in xenstore.
+pub const STATS_NS: u64 = 2_000_000_000;

@@ -1,0 +1,305 @@
+//! The server's turn: answers in, requests on, answers out; then what it waits for.
+//!
+//! Fairness: disks are served round-robin, each for a quantum, and each may hold its share of
+//! the request table; what finds no room in a store is tried again in the same order.
+
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+
+use platter_storage::{Answer, Done, Store};
+use platter_xen::{DomId, Hypervisor, Port, Region};
+
+use crate::answer::take_op;
+use crate::control::{Control, Ending};
+use crate::device::{Device, Fate, Held, Surroundings};
+use crate::engine::{Engine, Op, OpKind};
+use crate::limits::{
+    CACHE_BYTES_MAX, CACHE_BYTES_MIN, DISKS_MAX, FLUSH_AFTER_NS, REQUESTS_MAX,
+    REQUESTS_PER_DISK_MIN,
+};
+use crate::stores::AnyStore;
+use crate::xs::{Xs, XsEvent};
+
+/// What the machine tells the server at start.
+#[derive(Clone, Copy, Debug)]
+pub struct Setup {
+    pub domid: DomId,
+    pub xenstore_page: Region,
+    pub xenstore_port: Port,
+    /// Bytes of the heap: metadata caches take a part of it.
+    pub heap_bytes: usize,
+}
+
+/// What the caller does after a turn.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Turn {
+    /// There is more to do: another turn.
+    Again,
+    /// Nothing until an event at one of [`Server::ports`], or this time.
+    Sleep { until_ns: u64 },
+    /// The toolstack asked for it, and everything is durable.
+    End(Ending),
+}
+
+/// The storage domain's server.
+pub struct Server {
+    engine: Engine<AnyStore>,
+    xs: Xs,
+    control: Control,
+    devices: Vec<Option<Box<Device>>>,
+    ports: Vec<Port>,
+    /// The files in use, as of the last opening.
+    held: Vec<Held>,
+    /// Where the round-robin starts.
+    first: usize,
+    cache_bytes: usize,
+}
+
+impl Server {
+    /// Takes all memory that serving needs and begins to look for shares and disks.
+    pub fn new<H: Hypervisor>(hv: &mut H, setup: Setup) -> Server {
+        let engine = Engine::new(hv);
+        let mut devices = Vec::new();
+        devices.resize_with(DISKS_MAX, || None);
+        let mut xs = Xs::new(hv, setup.xenstore_page, setup.xenstore_port);
+        // Half of what is left carries the rings of 9p shares; disks need scratch regions too.
+        let control = Control::new(setup.domid, hv.frames_left() / 2, &mut xs);
+        Server {
+            engine,
+            xs,
+            control,
+            devices,
+            ports: Vec::new(),
+            held: Vec::new(),
+            first: 0,
+            cache_bytes: (setup.heap_bytes / 16).clamp(CACHE_BYTES_MIN, CACHE_BYTES_MAX),
+        }
+    }
+
+    /// The event channels to sleep on.
+    pub fn ports(&self) -> &[Port] {
+        &self.ports
+    }
+
+    /// Shares and disks are being looked for; the first answers of xenstore have come.
+    pub fn is_ready(&self) -> bool {
+        self.control.is_ready()
+    }
+
+    /// One turn.
+    pub fn poll<H: Hypervisor>(&mut self, hv: &mut H, now_ns: u64) -> Turn {
+        let mut went_on = self.take_answers(hv, now_ns);
+        went_on |= self.take_control(hv, now_ns);
+        went_on |= self.serve(hv, now_ns);
+        if let Some(ending) = self.end(hv, now_ns) {
+            return Turn::End(ending);
+        }
+        if went_on {
+            return Turn::Again;
+        }
+        self.before_sleep(hv, now_ns)
+    }
+
+    /// Answers of the stores go to whoever asked.
+    fn take_answers<H: Hypervisor>(&mut self, hv: &mut H, now_ns: u64) -> bool {
+        let mut went_on = false;
+        for store in 0..self.engine.stores.len() {
+            while let Some(done) = self.engine.stores[store].store.poll(hv, now_ns) {
+                self.engine.stores[store].full = false;
+                went_on = true;
+                if let Some(op) = take_op(&mut self.engine, done.tag) {
+                    self.dispatch(hv, now_ns, store as u8, op, done);
+                }
+            }
+        }
+        if went_on {
+            self.devices.iter_mut().flatten().filter_map(|d| d.disk.as_mut()).for_each(|disk| {
+                disk.kick = true;
+            });
+        }
+        went_on
+    }
+
+    fn dispatch<H: Hypervisor>(&mut self, hv: &mut H, now_ns: u64, store: u8, op: Op, done: Done) {
+        let index = op.disk as usize;
+        if op.kind == OpKind::Open {
+            self.held.clear();
+            self.held.extend(self.devices.iter().flatten().flat_map(|device| device.held()));
+            let answered = self.with_device(index, hv, now_ns, |device, world| {
+                device.file_answer(world, store, done.result);
+            });
+            if let (false, Ok(Answer::Opened(opened))) = (answered, done.result) {
+                self.engine.stores[store as usize].store.close(hv, opened.file);
+            }
+            return;
+        }
+        let Some(device) = &mut self.devices[index] else { return };
+        if let Some(disk) = &mut device.disk {
+            disk.answered(&mut self.engine, hv, op, done);
+        }
+    }
+
+    /// Runs `act` on a device with its surroundings; false when there is no such device.
+    fn with_device<H: Hypervisor>(
+        &mut self,
+        index: usize,
+        hv: &mut H,
+        now_ns: u64,
+        act: impl FnOnce(&mut Device, &mut Surroundings<'_, H>),
+    ) -> bool {
+        let Some(device) = &mut self.devices[index] else { return false };
+        let mut world = Surroundings {
+            engine: &mut self.engine,
+            xs: &mut self.xs,
+            hv,
+            now_ns,
+            cache_bytes: self.cache_bytes,
+            held: &self.held,
+        };
+        act(device, &mut world);
+        true
+    }
+
+    /// xenstore: what changed, what was answered, and each device's turn.
+    fn take_control<H: Hypervisor>(&mut self, hv: &mut H, now_ns: u64) -> bool {
+        let mut went_on = false;
+        while let Some(event) = self.xs.poll(hv) {
+            went_on = true;
+            match event {
+                XsEvent::Watch { path } => {
+                    self.control.changed(&path, &mut self.xs, &mut self.devices)
+                }
+                XsEvent::Reply { purpose, result } => {
+                    self.reply(hv, now_ns, purpose, result);
+                }
+                XsEvent::Reset => self.control.begin(&mut self.xs),
+                XsEvent::Dead => log::error!("the connection to xenstore is dead"),
+            }
+        }
+        for mount in self.control.mounts_mut() {
+            mount.turn(&mut self.engine, &mut self.xs);
+        }
+        for index in 0..self.devices.len() {
+            let mut fate = Fate::Stays;
+            self.with_device(index, hv, now_ns, |device, world| fate = device.turn(world));
+            if fate == Fate::Gone {
+                self.devices[index] = None;
+                went_on = true;
+            }
+        }
+        went_on
+    }
+
+    fn reply<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        now_ns: u64,
+        purpose: crate::xs::Purpose,
+        result: Result<Vec<u8>, platter_xen::xenstore::XsError>,
+    ) {
+        use crate::xs::Purpose;
+        match purpose {
+            Purpose::DeviceKey { index, serial, key } => {
+                self.with_device(index as usize, hv, now_ns, |device, world| {
+                    device.key_read(world, serial, key, result);
+                });
+            }
+            Purpose::DeviceState { index, serial, state } => {
+                self.with_device(index as usize, hv, now_ns, |device, _| {
+                    device.state_written(serial, state, now_ns);
+                });
+            }
+            Purpose::DeviceRemoved { index, serial } => {
+                self.with_device(index as usize, hv, now_ns, |device, _| device.removed(serial));
+            }
+            Purpose::MountKey { index, key } => {
+                let (engine, xs) = (&mut self.engine, &mut self.xs);
+                if let Some(mount) = self.control.mount(index) {
+                    mount.key_read(engine, xs, hv, key, result);
+                }
+            }
+            Purpose::MountWritten { index } => {
+                if let Some(mount) = self.control.mount(index) {
+                    mount.written();
+                }
+            }
+            other => self.control.answered(other, result, &mut self.xs, &mut self.devices),
+        }
+    }
+
+    /// Requests: taken, planned, carried on, answered.
+    fn serve<H: Hypervisor>(&mut self, hv: &mut H, now_ns: u64) -> bool {
+        let serving = self.devices.iter().flatten().filter(|d| d.is_serving()).count();
+        let share = (REQUESTS_MAX / serving.max(1)).max(REQUESTS_PER_DISK_MIN);
+        let count = self.devices.len();
+        let mut went_on = false;
+        for turn in 0..count {
+            let Some(device) = &mut self.devices[(self.first + turn) % count] else { continue };
+            let serving = device.is_serving();
+            let Some(disk) = &mut device.disk else { continue };
+            if disk.is_quiet() && !serving {
+                continue;
+            }
+            disk.share = share;
+            for queue in &mut disk.queues {
+                queue.active |= hv.take_pending(queue.port);
+            }
+            if disk.kick {
+                went_on |= disk.retry(&mut self.engine, hv);
+                disk.pump_jobs(&mut self.engine, hv);
+            }
+            if serving && disk.queues.iter().any(|queue| queue.active) {
+                went_on |= disk.take_requests(&mut self.engine, hv, now_ns);
+            }
+            disk.lazy_flush(now_ns, FLUSH_AFTER_NS);
+            disk.pump_flush(&mut self.engine, hv);
+            went_on |= disk.kick;
+            disk.publish(hv);
+            device.check_rings();
+        }
+        self.first = (self.first + 1) % count;
+        went_on
+    }
+
+    /// Asks for events, looks once more, and says how long there is nothing to do.
+    fn before_sleep<H: Hypervisor>(&mut self, hv: &mut H, now_ns: u64) -> Turn {
+        let mut until_ns = now_ns.saturating_add(IDLE_NS);
+        self.ports.clear();
+        self.ports.push(self.xs.port());
+        for slot in &self.engine.stores {
+            let AnyStore::NineP(client) = &slot.store;
+            self.ports.extend(client.ports());
+        }
+        let mut more = false;
+        for device in self.devices.iter_mut().flatten() {
+            until_ns = until_ns.min(device.wake_ns.unwrap_or(u64::MAX));
+            let serving = device.is_serving();
+            let Some(disk) = &mut device.disk else { continue };
+            if serving {
+                let wait_ns = disk.throttle.wait_ns();
+                let ready = disk.final_check(hv) && disk.may_take(&self.engine);
+                match ready {
+                    true if wait_ns == 0 => more = true,
+                    true => until_ns = until_ns.min(now_ns + wait_ns),
+                    false => {}
+                }
+            }
+            self.ports.extend(disk.queues.iter().map(|queue| queue.port));
+        }
+        if more { Turn::Again } else { Turn::Sleep { until_ns } }
+    }
+
+    /// A shutdown asked for: every image is marked clean and flushed first, within a bound.
+    fn end<H: Hypervisor>(&mut self, hv: &mut H, now_ns: u64) -> Option<Ending> {
+        let (ending, late) = self.control.ending(now_ns)?;
+        let mut open = false;
+        for index in 0..self.devices.len() {
+            self.with_device(index, hv, now_ns, |device, world| open |= !device.wind_up(world));
+        }
+        let done = !open && self.xs.is_idle();
+        (done || late).then_some(ending)
+    }
+}
+
+/// The longest sleep: statistics and lost events are looked after at least this often.
+const IDLE_NS: u64 = 500_000_000;

@@ -1,0 +1,79 @@
+//! The kinds of store that a storage domain can have, behind one name.
+
+use platter_storage::ninep::Client;
+use platter_storage::{Access, Done, FileId, Store, StoreFault, Submit, Tag, Window};
+use platter_xen::Hypervisor;
+
+/// A 9p share, or a disk of the storage domain itself.
+pub enum AnyStore {
+    NineP(Client),
+}
+
+/// Calls the method of whichever store it is.
+macro_rules! each {
+    ($self:ident, $store:ident => $call:expr) => {
+        match $self {
+            AnyStore::NineP($store) => $call,
+        }
+    };
+}
+
+impl<H: Hypervisor> Store<H> for AnyStore {
+    fn io_bytes_max(&self) -> u32 {
+        each!(self, store => Store::<H>::io_bytes_max(store))
+    }
+
+    fn open(&mut self, hv: &mut H, tag: Tag, path: &str, access: Access) -> Result<(), StoreFault> {
+        each!(self, store => store.open(hv, tag, path, access))
+    }
+
+    fn close(&mut self, hv: &mut H, file: FileId) {
+        each!(self, store => store.close(hv, file));
+    }
+
+    fn size(&mut self, hv: &mut H, tag: Tag, file: FileId) -> Result<Submit, StoreFault> {
+        each!(self, store => store.size(hv, tag, file))
+    }
+
+    fn read(
+        &mut self,
+        hv: &mut H,
+        tag: Tag,
+        file: FileId,
+        offset: u64,
+        len: u32,
+    ) -> Result<Submit, StoreFault> {
+        each!(self, store => store.read(hv, tag, file, offset, len))
+    }
+
+    fn write(
+        &mut self,
+        hv: &mut H,
+        tag: Tag,
+        file: FileId,
+        offset: u64,
+        len: u32,
+        fill: &mut dyn FnMut(&mut H, Window) -> bool,
+    ) -> Result<Submit, StoreFault> {
+        each!(self, store => store.write(hv, tag, file, offset, len, fill))
+    }
+
+    fn flush(&mut self, hv: &mut H, tag: Tag, file: FileId) -> Result<Submit, StoreFault> {
+        each!(self, store => store.flush(hv, tag, file))
+    }
+
+    fn punch(
+        &mut self,
+        hv: &mut H,
+        tag: Tag,
+        file: FileId,
+        offset: u64,
+        len: u64,
+    ) -> Result<Submit, StoreFault> {
+        each!(self, store => store.punch(hv, tag, file, offset, len))
+    }
+
+    fn poll(&mut self, hv: &mut H, now_ns: u64) -> Option<Done> {
+        each!(self, store => store.poll(hv, now_ns))
+    }
+}
