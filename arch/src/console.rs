@@ -75,7 +75,8 @@ struct Console {
     stalled: bool,
     /// Longest wait for room, longer once the domain is about to end.
     wait_ns_max: u64,
-    /// Set while a line is being written: a crash in the middle of it begins a new one.
+    /// Set when the last byte kept did not end a line: a crash in the middle of a line, or what
+    /// comes after a loss, begins a new one.
     mid_line: bool,
     bytes_lost: u64,
 }
@@ -171,13 +172,14 @@ impl Console {
     }
 
     fn put(&mut self, byte: u8) {
-        if self.backlog.push(byte) {
-            return;
-        }
-        if !self.stalled {
+        let mut kept = self.backlog.push(byte);
+        if !kept && !self.stalled {
             self.drain_to(BACKLOG_BYTES / 2);
+            kept = self.backlog.push(byte);
         }
-        if !self.backlog.push(byte) {
+        if kept {
+            self.mid_line = byte != b'\n';
+        } else {
             self.stalled = true;
             self.bytes_lost += 1;
         }
@@ -185,32 +187,41 @@ impl Console {
 
     fn line(&mut self, level: Level, args: fmt::Arguments) {
         let name = NAME.try_lock().map(|name| *name).unwrap_or_default();
-        if core::mem::replace(&mut self.mid_line, true) {
-            writeln!(self).ok();
+        if self.mid_line {
+            self.end_line();
         }
         if self.bytes_lost > 0 && !self.stalled {
             let lost = core::mem::take(&mut self.bytes_lost);
-            writeln!(self, "{name}: warning: {lost} bytes of console output were lost").ok();
+            write!(self, "{name}: warning: {lost} bytes of console output were lost").ok();
+            self.end_line();
         }
         let mark = match level {
             Level::Error => "error: ",
             Level::Warn => "warning: ",
             _ => "",
         };
-        writeln!(self, "{name}: {mark}{args}").ok();
-        self.mid_line = false;
+        write!(self, "{name}: {mark}{args}").ok();
+        self.end_line();
         self.drain();
+    }
+
+    /// Both characters: `xl console` puts the terminal into raw mode.
+    fn end_line(&mut self) {
+        self.put(b'\r');
+        self.put(b'\n');
     }
 }
 
 impl Write for Console {
+    /// A record is one line whatever a guest's words in it are: nobody else ends a line here, or
+    /// sends a terminal its commands.
     fn write_str(&mut self, text: &str) -> fmt::Result {
         for byte in text.bytes() {
-            if byte == b'\n' {
-                // `xl console` puts the terminal into raw mode.
-                self.put(b'\r');
-            }
-            self.put(byte);
+            self.put(match byte {
+                b'\n' => b' ',
+                0..b' ' | 0x7f => b'?',
+                byte => byte,
+            });
         }
         Ok(())
     }
