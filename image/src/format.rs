@@ -8,6 +8,7 @@ use crate::fault::ImageFault;
 use crate::files::{Access, Files};
 use crate::info::{Details, SnapshotInfo};
 use crate::meta::{Meta, Phase};
+use crate::qcow2::Qcow2;
 use crate::qed::Qed;
 use crate::raw::Raw;
 use crate::types::{DiscardPlan, FileNo, ResizePlan, SectorRange, Step, WritePlan};
@@ -18,6 +19,7 @@ use crate::vhd::Vhd;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Format {
     Raw,
+    Qcow2,
     Qed,
     Vdi,
     Vhd,
@@ -28,6 +30,7 @@ impl Format {
     pub fn by_name(name: &str) -> Option<Format> {
         Some(match name {
             "raw" => Format::Raw,
+            "qcow2" => Format::Qcow2,
             "qed" => Format::Qed,
             "vdi" => Format::Vdi,
             "vhd" | "vpc" => Format::Vhd,
@@ -40,6 +43,7 @@ impl Format {
         let (_, suffix) = path.rsplit_once('.')?;
         Some(match suffix {
             "raw" | "img" => Format::Raw,
+            "qcow2" => Format::Qcow2,
             "qed" => Format::Qed,
             "vdi" => Format::Vdi,
             "vhd" => Format::Vhd,
@@ -50,6 +54,7 @@ impl Format {
     pub fn name(self) -> &'static str {
         match self {
             Format::Raw => "raw",
+            Format::Qcow2 => "qcow2",
             Format::Qed => "qed",
             Format::Vdi => "vdi",
             Format::Vhd => "vhd",
@@ -173,6 +178,11 @@ pub(crate) trait Layer {
         Ok(())
     }
 
+    /// Largest unpacked cluster that `map` may answer as `Packed`; 0 for none.
+    fn unpacked_bytes(&self) -> u32 {
+        0
+    }
+
     /// What a child must name to mean this very image: a UUID or content identifier.
     fn identity(&self) -> Option<u128> {
         None
@@ -254,6 +264,7 @@ pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
 /// Any layer, by enum: static dispatch, no boxes on the request path.
 pub(crate) enum AnyLayer {
     Raw(Raw),
+    Qcow2(Qcow2),
     Qed(Qed),
     Vdi(Vdi),
     Vhd(Vhd),
@@ -263,6 +274,7 @@ impl AnyLayer {
     pub fn open(ctx: &mut Ctx, format: Format, file: FileNo, access: Access) -> Step<OpenedLayer> {
         match format {
             Format::Raw => Raw::open(ctx, file, access),
+            Format::Qcow2 => Qcow2::open(ctx, file, access),
             Format::Qed => Qed::open(ctx, file, access),
             Format::Vdi => Vdi::open(ctx, file, access),
             Format::Vhd => Vhd::open(ctx, file, access),
@@ -272,6 +284,7 @@ impl AnyLayer {
     pub fn get_ref(&self) -> &dyn Layer {
         match self {
             AnyLayer::Raw(layer) => layer,
+            AnyLayer::Qcow2(layer) => layer,
             AnyLayer::Qed(layer) => layer,
             AnyLayer::Vdi(layer) => layer,
             AnyLayer::Vhd(layer) => layer,
@@ -281,6 +294,7 @@ impl AnyLayer {
     pub fn get(&mut self) -> &mut dyn Layer {
         match self {
             AnyLayer::Raw(layer) => layer,
+            AnyLayer::Qcow2(layer) => layer,
             AnyLayer::Qed(layer) => layer,
             AnyLayer::Vdi(layer) => layer,
             AnyLayer::Vhd(layer) => layer,

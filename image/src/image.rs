@@ -19,6 +19,7 @@ use crate::types::{
     BlockRef, DiscardPlan, Extent, FileNo, FlushStep, Place, Prepared, ResizePlan, SectorRange,
     Step, Stop, WritePlan,
 };
+use crate::unpack::Unpacker;
 
 /// Writes prepared and not yet committed, per image.
 pub const PLANS_MAX: usize = 64;
@@ -69,6 +70,7 @@ pub struct Image {
     options: Options,
     files: Files,
     meta: Meta,
+    unpacker: Unpacker,
     layers: Vec<AnyLayer>,
     /// Of each layer: its file, its format and the file below as it names it.
     origins: Vec<(FileNo, Format, Option<Parent>)>,
@@ -93,6 +95,7 @@ impl Image {
         Image {
             files: Files::new(name, options.access, info, options.allow_names),
             meta: Meta::new(options.budget_bytes),
+            unpacker: Unpacker::new(0),
             layers: Vec::new(),
             origins: Vec::new(),
             alone: false,
@@ -160,6 +163,9 @@ impl Image {
             self.unready = true;
             self.get_ready()?;
         }
+        // All that serving will need is taken now.
+        let unpacked = self.layers.iter().map(|l| l.get_ref().unpacked_bytes()).max();
+        self.unpacker = Unpacker::new(unpacked.unwrap_or(0) as usize);
         Ok(OpenStep::Ready)
     }
 
@@ -314,9 +320,13 @@ impl Image {
                     continue;
                 }
                 Found::Absent => Place::Zero,
-                Found::Packed(packed) => {
-                    return Err(ImageFault::unsupported(packed.file, "compression", 0).into());
-                }
+                Found::Packed(packed) => match self.unpacker.get(&packed) {
+                    Ok(at) => Place::Memory { offset: at + packed.skip as usize },
+                    Err(stop) => {
+                        self.walks[at] = Some(walk);
+                        return Err(stop);
+                    }
+                },
             };
             self.walks[at] = None;
             return Ok(Extent { sectors, place });
@@ -376,17 +386,24 @@ impl Image {
 
     /// Takes in bytes that a `Miss` asked for.
     pub fn fill(&mut self, block: BlockRef, bytes: &[u8]) {
+        self.unpacker.fill(block, bytes);
         self.meta.fill(block, bytes);
     }
 
     /// The read that a `Miss` asked for failed.
     pub fn fill_failed(&mut self, block: BlockRef) {
+        self.unpacker.fill_failed(block);
         self.meta.fill_failed(block);
     }
 
     /// Bytes of a [`Place::Memory`].
-    pub fn bytes(&self, _offset: usize, _len: usize) -> &[u8] {
-        &[]
+    pub fn bytes(&self, offset: usize, len: usize) -> &[u8] {
+        self.unpacker.bytes(offset, len)
+    }
+
+    /// Longest stretch that a `Miss` of this open image asks for, bytes.
+    pub fn miss_bytes_max(&self) -> u32 {
+        self.unpacker.miss_bytes_max().max(crate::meta::BLOCK_BYTES as u32)
     }
 
     /// Metadata waits to be written.

@@ -19,9 +19,11 @@ mod format;
 mod image;
 mod info;
 mod meta;
+mod qcow2;
 mod qed;
 mod raw;
 mod types;
+mod unpack;
 mod vdi;
 mod vhd;
 

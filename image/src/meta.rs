@@ -29,14 +29,16 @@ pub struct Phase(pub u8);
 impl Phase {
     /// Refcounts, footers: what must be there before anything points at new space.
     pub const BEFORE: Phase = Phase(0);
+    /// What makes blocks of `BEFORE` found: refcount table entries.
+    pub const REACH: Phase = Phase(1);
     /// Tables whose entries point at data.
-    pub const TABLE: Phase = Phase(1);
+    pub const TABLE: Phase = Phase(2);
     /// Tables that point at tables.
-    pub const DIRECTORY: Phase = Phase(2);
+    pub const DIRECTORY: Phase = Phase(3);
     /// Headers that make all that valid.
-    pub const HEADER: Phase = Phase(3);
+    pub const HEADER: Phase = Phase(4);
     /// Number of phases.
-    pub const COUNT: u8 = 4;
+    pub const COUNT: u8 = 5;
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -127,8 +127,15 @@ fn drive<T>(
         match call(image) {
             Ok(answer) => return Ok(answer),
             Err(Stop::Miss(block)) => {
-                let mut bytes = [0; 4096];
-                let bytes = &mut bytes[..block.len as usize];
+                let mut small = [0; 4096];
+                let mut large = Vec::new();
+                let bytes = match block.len as usize {
+                    len if len <= small.len() => &mut small[..len],
+                    len => {
+                        large.resize(len, 0);
+                        &mut large[..]
+                    }
+                };
                 if let Err(fault) = media.read(block.file, block.offset, bytes) {
                     image.fill_failed(block);
                     return Err(fault);

@@ -1,0 +1,395 @@
+//! The qcow2 header, versions 2 and 3, and its extensions (docs/interop/qcow2, "Header" and
+//! "Header extensions"): bytes are checked once, and what [`Header`] holds is within the
+//! specification and within the limits below. It must never trust a length or an offset before
+//! it was compared with the file.
+
+use alloc::string::String;
+
+use crate::fault::{FaultKind, ImageFault};
+use crate::format::Format;
+use crate::types::FileNo;
+
+/// "QFI\xfb".
+pub const MAGIC: u32 = 0x5146_49fb;
+pub const V2_BYTES: usize = 72;
+/// Shortest version 3 header.
+pub const V3_BYTES: usize = 104;
+/// Limits of QEMU's parser (block/qcow2.h), or tighter.
+pub const CLUSTER_BITS_MIN: u32 = 9;
+pub const CLUSTER_BITS_MAX: u32 = 21;
+pub const L1_BYTES_MAX: u64 = 32 << 20;
+pub const REFTABLE_BYTES_MAX: u64 = 8 << 20;
+pub const SNAPSHOTS_MAX: u32 = 65_536;
+pub const SNAPSHOT_TABLE_BYTES_MAX: u64 = 64 << 20;
+pub const BITMAPS_MAX: u32 = 65_535;
+/// Bytes of a bitmap directory (QEMU: 65,535 entries of 1 KiB).
+pub const BITMAP_DIRECTORY_BYTES_MAX: u64 = 64 << 20;
+/// Header and extensions that are read (ours; QEMU: the first cluster). The backing file's name
+/// may stand after it.
+pub const HEADER_BYTES_MAX: usize = 4096;
+
+pub const INCOMPATIBLE_DIRTY: u64 = 1 << 0;
+pub const INCOMPATIBLE_CORRUPT: u64 = 1 << 1;
+pub const INCOMPATIBLE_DATA_FILE: u64 = 1 << 2;
+pub const INCOMPATIBLE_COMPRESSION: u64 = 1 << 3;
+pub const INCOMPATIBLE_EXTENDED_L2: u64 = 1 << 4;
+pub const COMPATIBLE_LAZY_REFCOUNTS: u64 = 1 << 0;
+pub const AUTOCLEAR_BITMAPS: u64 = 1 << 0;
+pub const AUTOCLEAR_DATA_FILE_RAW: u64 = 1 << 1;
+
+const EXTENSION_END: u32 = 0;
+pub const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
+pub const EXTENSION_FEATURE_NAMES: u32 = 0x6803_f857;
+const EXTENSION_BITMAPS: u32 = 0x2385_2875;
+const EXTENSION_CRYPTO: u32 = 0x0537_be77;
+const EXTENSION_DATA_FILE: u32 = 0x4441_5441;
+
+/// Offsets of fields that are written.
+pub mod field {
+    pub const SIZE: u64 = 24;
+    /// `l1_size` and `l1_table_offset`, contiguous.
+    pub const L1: u64 = 36;
+    /// `refcount_table_offset` and `refcount_table_clusters`, contiguous.
+    pub const REFTABLE: u64 = 48;
+    pub const INCOMPATIBLE: u64 = 72;
+    pub const AUTOCLEAR: u64 = 88;
+}
+
+/// A stretch of the file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Stretch {
+    pub offset: u64,
+    pub bytes: u64,
+}
+
+/// A valid header.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Header {
+    pub version: u32,
+    /// Where the name of the backing file stands.
+    pub backing: Option<Stretch>,
+    pub cluster_bits: u32,
+    pub size_bytes: u64,
+    pub l1_entries: u32,
+    pub l1_offset: u64,
+    pub reftable_offset: u64,
+    pub reftable_clusters: u32,
+    pub snapshots: u32,
+    pub snapshots_offset: u64,
+    pub incompatible: u64,
+    pub compatible: u64,
+    pub autoclear: u64,
+    pub refcount_order: u32,
+    pub header_bytes: u32,
+    pub zstd: bool,
+}
+
+/// What the extensions say.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Extensions {
+    /// `Some(None)`: a format is named that is not one of ours.
+    pub backing_format: Option<Option<Format>>,
+    pub data_file: Option<String>,
+    pub bitmap_directory: Option<Stretch>,
+    pub bitmaps: u32,
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_be_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
+}
+
+impl Header {
+    /// Checks the first `HEADER_BYTES_MAX` bytes of a file (zeros beyond its end) that is
+    /// `file_bytes` long.
+    pub fn parse(file: FileNo, b: &[u8], file_bytes: u64) -> Result<Header, ImageFault> {
+        assert!(b.len() >= HEADER_BYTES_MAX);
+        if u32_at(b, 0) != MAGIC {
+            let fault = ImageFault::new(FaultKind::NotThisFormat, file, "magic");
+            return Err(ImageFault { value: u32_at(b, 0).into(), ..fault });
+        }
+        let version = u32_at(b, 4);
+        if version != 2 && version != 3 {
+            return Err(ImageFault::unsupported(file, "qcow2 version", version.into()));
+        }
+        let v3 = version == 3;
+        let u64_v3 = |at| if v3 { u64_at(b, at) } else { 0 };
+        let header = Header {
+            version,
+            backing: match u64_at(b, 8) {
+                0 => None,
+                offset => Some(Stretch { offset, bytes: u32_at(b, 16).into() }),
+            },
+            cluster_bits: u32_at(b, 20),
+            size_bytes: u64_at(b, 24),
+            l1_entries: u32_at(b, 36),
+            l1_offset: u64_at(b, 40),
+            reftable_offset: u64_at(b, 48),
+            reftable_clusters: u32_at(b, 56),
+            snapshots: u32_at(b, 60),
+            snapshots_offset: u64_at(b, 64),
+            incompatible: u64_v3(72),
+            compatible: u64_v3(80),
+            autoclear: u64_v3(88),
+            refcount_order: if v3 { u32_at(b, 96) } else { 4 },
+            header_bytes: if v3 { u32_at(b, 100) } else { V2_BYTES as u32 },
+            zstd: false,
+        };
+        header.check_geometry(file)?;
+        header.check_features(file, b)?;
+        header.check_tables(file, file_bytes)?;
+        Ok(Header { zstd: header.compression(file, b)?, ..header })
+    }
+
+    fn check_geometry(&self, file: FileNo) -> Result<(), ImageFault> {
+        let bits = self.cluster_bits;
+        if !(CLUSTER_BITS_MIN..=CLUSTER_BITS_MAX).contains(&bits) {
+            let max = CLUSTER_BITS_MAX.into();
+            return Err(ImageFault::limit(file, "cluster_bits", bits.into(), max));
+        }
+        if self.refcount_order > 6 {
+            let order = self.refcount_order.into();
+            return Err(ImageFault::limit(file, "refcount_order", order, 6));
+        }
+        let bytes = u64::from(self.header_bytes);
+        if self.version == 3 {
+            if bytes < V3_BYTES as u64 || !bytes.is_multiple_of(8) {
+                return Err(ImageFault::corrupt(file, "header_length", 100, bytes));
+            }
+            let max = (HEADER_BYTES_MAX as u64 - 8).min(1 << bits);
+            if bytes > max {
+                return Err(ImageFault::limit(file, "header_length", bytes, max));
+            }
+        }
+        if self.size_bytes < 512 {
+            return Err(ImageFault::corrupt(file, "size", field::SIZE, self.size_bytes));
+        }
+        // Beyond this no sector number would fit (QEMU: INT64_MAX).
+        if self.size_bytes > i64::MAX as u64 {
+            let max = i64::MAX as u64;
+            return Err(ImageFault::limit(file, "size", self.size_bytes, max));
+        }
+        Ok(())
+    }
+
+    fn check_features(&self, file: FileNo, b: &[u8]) -> Result<(), ImageFault> {
+        match u32_at(b, 32) {
+            0 => {}
+            1 => {
+                let what = "AES encryption of qcow2 (crypt_method; broken by design)";
+                return Err(ImageFault::unsupported(file, what, 1));
+            }
+            2 => {
+                let what = "LUKS encryption of qcow2 (crypt_method): there is no passphrase";
+                return Err(ImageFault::unsupported(file, what, 2));
+            }
+            other => return Err(ImageFault::unsupported(file, "crypt_method", other.into())),
+        }
+        let known = INCOMPATIBLE_DIRTY
+            | INCOMPATIBLE_CORRUPT
+            | INCOMPATIBLE_DATA_FILE
+            | INCOMPATIBLE_COMPRESSION
+            | INCOMPATIBLE_EXTENDED_L2;
+        let unknown = self.incompatible & !known;
+        if unknown != 0 {
+            let what = "an incompatible feature of qcow2 that is not known (its bits)";
+            return Err(ImageFault::unsupported(file, what, unknown));
+        }
+        if self.extended_l2() && self.cluster_bits < 14 {
+            let bits = self.cluster_bits.into();
+            return Err(ImageFault::corrupt(file, "cluster_bits with extended L2", 20, bits));
+        }
+        if self.autoclear & AUTOCLEAR_DATA_FILE_RAW != 0 {
+            if !self.data_file() {
+                let autoclear = self.autoclear;
+                return Err(ImageFault::corrupt(file, "raw data file bit", 88, autoclear));
+            }
+            if self.backing.is_some() {
+                let what = "a raw external data file with a backing file";
+                return Err(ImageFault::unsupported(file, what, self.autoclear));
+            }
+        }
+        if self.data_file() && self.snapshots != 0 {
+            let snapshots = self.snapshots.into();
+            return Err(ImageFault::corrupt(file, "nb_snapshots with a data file", 60, snapshots));
+        }
+        Ok(())
+    }
+
+    fn compression(&self, file: FileNo, b: &[u8]) -> Result<bool, ImageFault> {
+        let present = self.version == 3 && self.header_bytes > V3_BYTES as u32;
+        let kind = if present { b[V3_BYTES] } else { 0 };
+        let flagged = self.incompatible & INCOMPATIBLE_COMPRESSION != 0;
+        match (flagged, kind) {
+            (false, 0) => Ok(false),
+            (true, 1) => Ok(true),
+            (true, 2..) => Err(ImageFault::unsupported(file, "compression_type", kind.into())),
+            _ => Err(ImageFault::corrupt(file, "compression_type", 104, kind.into())),
+        }
+    }
+
+    /// Tables lie on cluster boundaries, start inside the file and are not too large.
+    fn check_tables(&self, file: FileNo, file_bytes: u64) -> Result<(), ImageFault> {
+        let table = |field, at, offset: u64, bytes: u64, max| {
+            if bytes > max {
+                return Err(ImageFault::limit(file, field, bytes, max));
+            }
+            let end = offset.checked_add(bytes).filter(|&end| end <= i64::MAX as u64);
+            let aligned = offset.is_multiple_of(self.cluster_bytes());
+            if end.is_none() || !aligned || offset == 0 || offset >= file_bytes {
+                return Err(ImageFault::corrupt(file, field, at, offset));
+            }
+            Ok(())
+        };
+        let l1_bytes = u64::from(self.l1_entries) * 8;
+        let needed = self.size_bytes.div_ceil(self.cluster_bytes() << self.l2_bits());
+        if needed > u64::from(self.l1_entries) {
+            return Err(ImageFault::corrupt(file, "l1_size", 36, self.l1_entries.into()));
+        }
+        table("the L1 table", 40, self.l1_offset, l1_bytes, L1_BYTES_MAX)?;
+        let bytes = u64::from(self.reftable_clusters) << self.cluster_bits;
+        if bytes == 0 {
+            return Err(ImageFault::corrupt(file, "refcount_table_clusters", 56, 0));
+        }
+        table("the refcount table", 48, self.reftable_offset, bytes, REFTABLE_BYTES_MAX)?;
+        if self.snapshots > SNAPSHOTS_MAX {
+            let (value, max) = (self.snapshots.into(), SNAPSHOTS_MAX.into());
+            return Err(ImageFault::limit(file, "nb_snapshots", value, max));
+        }
+        if self.snapshots > 0 {
+            let bytes = u64::from(self.snapshots) * 40;
+            let max = SNAPSHOT_TABLE_BYTES_MAX;
+            table("the snapshot table", 64, self.snapshots_offset, bytes, max)?;
+        }
+        if let Some(name) = self.backing {
+            let max = crate::files::NAME_BYTES_MAX as u64;
+            if name.bytes > max {
+                return Err(ImageFault::limit(file, "backing_file_size", name.bytes, max));
+            }
+            let end = name.offset.saturating_add(name.bytes);
+            if end > self.cluster_bytes() || name.offset < u64::from(self.header_bytes) {
+                return Err(ImageFault::corrupt(file, "backing_file_offset", 8, name.offset));
+            }
+        }
+        Ok(())
+    }
+
+    pub fn cluster_bytes(&self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    pub fn extended_l2(&self) -> bool {
+        self.incompatible & INCOMPATIBLE_EXTENDED_L2 != 0
+    }
+
+    pub fn data_file(&self) -> bool {
+        self.incompatible & INCOMPATIBLE_DATA_FILE != 0
+    }
+
+    /// log2 of the entries of an L2 table.
+    pub fn l2_bits(&self) -> u32 {
+        self.cluster_bits - if self.extended_l2() { 4 } else { 3 }
+    }
+
+    /// Checks the extensions in the same bytes, up to the end of the first cluster, the name of
+    /// the backing file, or `HEADER_BYTES_MAX`.
+    pub fn extensions(&self, file: FileNo, b: &[u8]) -> Result<Extensions, ImageFault> {
+        let mut found = Extensions::default();
+        let mut end = HEADER_BYTES_MAX.min(1 << self.cluster_bits);
+        if let Some(name) = self.backing {
+            end = end.min(name.offset as usize);
+        }
+        let mut at = self.header_bytes as usize;
+        while at + 8 <= end {
+            let (kind, len) = (u32_at(b, at), u32_at(b, at + 4) as usize);
+            if kind == EXTENSION_END {
+                break;
+            }
+            let start = at + 8;
+            if len > end - start {
+                return Err(ImageFault::corrupt(file, "header extension length", at as u64, {
+                    len as u64
+                }));
+            }
+            let data = &b[start..start + len];
+            match kind {
+                EXTENSION_BACKING_FORMAT => {
+                    let name = core::str::from_utf8(data).unwrap_or("");
+                    found.backing_format = Some(Format::by_name(name));
+                }
+                EXTENSION_DATA_FILE => {
+                    found.data_file = String::from_utf8(data.to_vec()).ok();
+                }
+                EXTENSION_BITMAPS => self.bitmaps(file, at, data, &mut found)?,
+                EXTENSION_CRYPTO => {
+                    let what = "an encryption header without encryption";
+                    return Err(ImageFault::corrupt(file, what, at as u64, kind.into()));
+                }
+                _ => {}
+            }
+            at = start + len.next_multiple_of(8);
+        }
+        Ok(found)
+    }
+
+    fn bitmaps(
+        &self,
+        file: FileNo,
+        at: usize,
+        data: &[u8],
+        found: &mut Extensions,
+    ) -> Result<(), ImageFault> {
+        if data.len() != 24 {
+            let len = data.len() as u64;
+            return Err(ImageFault::corrupt(file, "bitmaps extension length", at as u64, len));
+        }
+        let (count, bytes, offset) = (u32_at(data, 0), u64_at(data, 8), u64_at(data, 16));
+        if count > BITMAPS_MAX || bytes > BITMAP_DIRECTORY_BYTES_MAX {
+            let max = BITMAP_DIRECTORY_BYTES_MAX;
+            return Err(ImageFault::limit(file, "bitmap_directory_size", bytes, max));
+        }
+        if count == 0 || !offset.is_multiple_of(self.cluster_bytes()) || offset == 0 {
+            return Err(ImageFault::corrupt(file, "bitmap_directory_offset", at as u64, offset));
+        }
+        found.bitmaps = count;
+        found.bitmap_directory = Some(Stretch { offset, bytes });
+        Ok(())
+    }
+}
+
+/// The fields of a new header; it never has a snapshot or an extension of its own.
+impl Header {
+    /// The header itself, `header_bytes` long.
+    pub fn emit(&self) -> alloc::vec::Vec<u8> {
+        let mut b = alloc::vec![0; self.header_bytes as usize];
+        let mut put = |at: usize, bytes: &[u8]| b[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0, &MAGIC.to_be_bytes());
+        put(4, &self.version.to_be_bytes());
+        if let Some(name) = self.backing {
+            put(8, &name.offset.to_be_bytes());
+            put(16, &(name.bytes as u32).to_be_bytes());
+        }
+        put(20, &self.cluster_bits.to_be_bytes());
+        put(24, &self.size_bytes.to_be_bytes());
+        put(36, &self.l1_entries.to_be_bytes());
+        put(40, &self.l1_offset.to_be_bytes());
+        put(48, &self.reftable_offset.to_be_bytes());
+        put(56, &self.reftable_clusters.to_be_bytes());
+        put(60, &self.snapshots.to_be_bytes());
+        put(64, &self.snapshots_offset.to_be_bytes());
+        if self.version == 3 {
+            put(72, &self.incompatible.to_be_bytes());
+            put(80, &self.compatible.to_be_bytes());
+            put(88, &self.autoclear.to_be_bytes());
+            put(96, &self.refcount_order.to_be_bytes());
+            put(100, &self.header_bytes.to_be_bytes());
+            if self.header_bytes as usize > V3_BYTES {
+                put(104, &[self.zstd as u8]);
+            }
+        }
+        b
+    }
+}

@@ -1,0 +1,143 @@
+//! qcow2, versions 2 and 3 (docs/interop/qcow2 of QEMU).
+//!
+//! Order guarded (data-then-map), by the phases of the metadata cache: refcounts of new clusters
+//! (`BEFORE`), refcount table entries of new refcount blocks (`REACH`), L2 entries (`TABLE`), L1
+//! entries (`DIRECTORY`), the header (`HEADER`). Freeing goes the other way: a refcount falls only
+//! once the pointer's removal is durable. It must never write where the header, the L1 table, the
+//! refcount table or a directory lies, whatever the tables say.
+
+mod entry;
+mod header;
+mod map;
+
+use alloc::vec;
+
+use crate::fault::{FaultKind, ImageFault};
+use crate::files::Access;
+use crate::format::{AnyLayer, Ctx, Found, Layer, OpenedLayer, Parent, read_only};
+use crate::info::Details;
+use crate::types::{DiscardPlan, FileNo, SECTOR_BYTES, SectorRange, Step, WritePlan};
+
+use entry::Kind;
+use header::{HEADER_BYTES_MAX, Header};
+
+/// An open qcow2 file.
+pub(crate) struct Qcow2 {
+    file: FileNo,
+    /// Where guest data lies: `file`, or the external data file.
+    data: FileNo,
+    kind: Kind,
+    header: Header,
+    bitmaps: u32,
+    access: Access,
+}
+
+impl Qcow2 {
+    pub fn open(ctx: &mut Ctx, file: FileNo, access: Access) -> Step<OpenedLayer> {
+        let mut bytes = [0; HEADER_BYTES_MAX];
+        ctx.read(file, 0, &mut bytes)?;
+        let header = Header::parse(file, &bytes, ctx.files.size(file))?;
+        let extensions = header.extensions(file, &bytes)?;
+        let data = match (&extensions.data_file, header.data_file()) {
+            (_, false) => file,
+            (Some(name), true) => ctx.files.open(file, name, access)?,
+            (None, true) => {
+                let what = "an external data file without a name";
+                return Err(ImageFault::unsupported(file, what, 0).into());
+            }
+        };
+        let parent = match header.backing {
+            None => None,
+            Some(stretch) => {
+                let mut name = vec![0; stretch.bytes as usize];
+                ctx.read(file, stretch.offset, &mut name)?;
+                let name = alloc::string::String::from_utf8(name).map_err(|_| {
+                    ImageFault::corrupt(file, "the backing file's name, not UTF-8", 8, 0)
+                })?;
+                let format = match extensions.backing_format {
+                    None => None,
+                    Some(Some(format)) => Some(format),
+                    Some(None) => {
+                        let what = "the backing file's format is not one that can be opened";
+                        return Err(ImageFault::new(FaultKind::Refused, file, what).into());
+                    }
+                };
+                Some(Parent { name, format })
+            }
+        };
+        let kind = Kind {
+            cluster_bits: header.cluster_bits,
+            v3: header.version == 3,
+            extended: header.extended_l2(),
+            data_file: header.data_file(),
+        };
+        let layer = Qcow2 { file, data, kind, bitmaps: extensions.bitmaps, access, header };
+        Ok(OpenedLayer { layer: AnyLayer::Qcow2(layer), parent })
+    }
+
+    fn cluster_bytes(&self) -> u64 {
+        1 << self.kind.cluster_bits
+    }
+}
+
+impl Layer for Qcow2 {
+    fn sectors(&self) -> u64 {
+        self.header.size_bytes / SECTOR_BYTES
+    }
+
+    fn map(&mut self, ctx: &mut Ctx, range: SectorRange) -> Step<(Found, u64)> {
+        self.map_range(ctx, range)
+    }
+
+    fn prepare(&mut self, _ctx: &mut Ctx, _slot: u16, _range: SectorRange) -> Step<WritePlan> {
+        Err(read_only(self.file, "the file is open read-only").into())
+    }
+
+    fn commit(&mut self, _ctx: &mut Ctx, _slot: u16) {}
+
+    fn abandon(&mut self, _ctx: &mut Ctx, _slot: u16) {}
+
+    fn discard(&mut self, _ctx: &mut Ctx, _range: SectorRange, _zero: bool) -> Step<DiscardPlan> {
+        Err(read_only(self.file, "the file is open read-only").into())
+    }
+
+    fn unpacked_bytes(&self) -> u32 {
+        if self.kind.data_file { 0 } else { self.cluster_bytes() as u32 }
+    }
+
+    fn note(&self) -> Option<&'static str> {
+        if self.header.size_bytes.is_multiple_of(SECTOR_BYTES) {
+            return None;
+        }
+        Some("the size is not a multiple of 512 bytes: the last partial sector is not served")
+    }
+
+    fn details(&self) -> Details {
+        let header = &self.header;
+        let mut features = vec![];
+        let mut name = |on: bool, name| {
+            if on {
+                features.push(name);
+            }
+        };
+        name(header.compatible & header::COMPATIBLE_LAZY_REFCOUNTS != 0, "lazy refcounts");
+        name(header.zstd, "zstd compression");
+        name(header.extended_l2(), "extended L2 entries");
+        name(header.data_file(), "external data file");
+        name(header.autoclear & header::AUTOCLEAR_DATA_FILE_RAW != 0, "raw external data");
+        name(self.bitmaps > 0, "bitmaps");
+        Details {
+            variant: if self.kind.v3 { "v3" } else { "v2" },
+            cluster_bytes: self.cluster_bytes(),
+            features,
+            figures: vec![
+                ("refcount_bits", 1 << header.refcount_order),
+                ("bitmaps", self.bitmaps.into()),
+            ],
+            names: vec![],
+            dirty: header.incompatible & header::INCOMPATIBLE_DIRTY != 0,
+            corrupt: header.incompatible & header::INCOMPATIBLE_CORRUPT != 0,
+            snapshots: header.snapshots,
+        }
+    }
+}

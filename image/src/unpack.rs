@@ -1,0 +1,346 @@
+//! Compressed clusters: their packed bytes are asked for like metadata, and unpacked into a cache
+//! of one or two clusters whose memory is taken when the image is opened.
+//!
+//! Bounds: a packed stream is read up to one cluster and some slack, whatever its entry claims;
+//! never more than one cluster comes out of it, and exactly one must (for zlib: a rest of zeros);
+//! a zstd frame whose window is larger than [`WINDOW_BYTES_MAX`] is refused before it is decoded.
+
+use alloc::boxed::Box;
+use alloc::vec;
+use alloc::vec::Vec;
+
+use miniz_oxide::inflate::TINFLStatus;
+use miniz_oxide::inflate::core::inflate_flags as flags;
+use miniz_oxide::inflate::core::{DecompressorOxide, decompress};
+use ruzstd::decoding::FrameDecoder;
+
+use crate::fault::ImageFault;
+use crate::format::{Codec, Packed};
+use crate::types::{BlockRef, FileNo, Step, Stop};
+
+/// Most bytes that one `Miss` for packed bytes asks for.
+const PIECE_BYTES: u64 = 64 << 10;
+/// What a packed cluster may be longer than an unpacked one (ours: zlib's and VMDK's framing).
+const SLACK_BYTES: u64 = 4096;
+/// Largest zstd window: the largest cluster of any format (ours).
+const WINDOW_BYTES_MAX: u64 = 2 << 20;
+/// Up to this cluster size two are kept, else one.
+const TWO_UP_TO_BYTES: usize = 64 << 10;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    Free,
+    /// Packed bytes are being fetched; `have` of them are there, `asked` is under way.
+    Loading {
+        have: u64,
+        asked: Option<BlockRef>,
+    },
+    Ready,
+}
+
+struct Slot {
+    state: State,
+    file: FileNo,
+    /// Where the packed stream starts: with `file` the cluster's name.
+    offset: u64,
+    packed: Vec<u8>,
+    unpacked: Vec<u8>,
+    used_at: u64,
+}
+
+/// The cache of unpacked clusters of one image.
+pub(crate) struct Unpacker {
+    slots: Vec<Slot>,
+    unpacked_max: usize,
+    deflate: Option<Box<DecompressorOxide>>,
+    zstd: FrameDecoder,
+    clock: u64,
+}
+
+impl Unpacker {
+    /// For clusters of up to `unpacked_max` bytes; none at all when it is 0.
+    pub fn new(unpacked_max: usize) -> Unpacker {
+        let count = match unpacked_max {
+            0 => 0,
+            max if max <= TWO_UP_TO_BYTES => 2,
+            _ => 1,
+        };
+        let slot = || Slot {
+            state: State::Free,
+            file: FileNo(0),
+            offset: 0,
+            packed: vec![0; unpacked_max + SLACK_BYTES as usize + 1024],
+            unpacked: vec![0; unpacked_max],
+            used_at: 0,
+        };
+        Unpacker {
+            slots: (0..count).map(|_| slot()).collect(),
+            unpacked_max,
+            deflate: (count > 0).then(Box::default),
+            zstd: FrameDecoder::new(),
+            clock: 0,
+        }
+    }
+
+    /// Longest `Miss`; 0 when there will be none.
+    pub fn miss_bytes_max(&self) -> u32 {
+        if self.slots.is_empty() { 0 } else { PIECE_BYTES as u32 }
+    }
+
+    /// Where in the cache the unpacked bytes of a cluster start (its `skip` not counted).
+    pub fn get(&mut self, packed: &Packed) -> Step<usize> {
+        self.clock += 1;
+        let index = match self.find(packed) {
+            Some(index) => index,
+            None => self.take(packed)?,
+        };
+        self.slots[index].used_at = self.clock;
+        if let State::Loading { have, asked } = self.slots[index].state {
+            if asked.is_some() {
+                return Err(Stop::Busy);
+            }
+            let (start, end) = span(packed);
+            if start + have < end {
+                let len = (end - start - have).min(PIECE_BYTES) as u32;
+                let block = BlockRef { file: packed.file, offset: start + have, len };
+                self.slots[index].state = State::Loading { have, asked: Some(block) };
+                return Err(Stop::Miss(block));
+            }
+            // Whatever comes of it, the next one who asks starts afresh after a fault.
+            self.slots[index].state = State::Free;
+            self.unpack(index, packed)?;
+            self.slots[index].state = State::Ready;
+        }
+        Ok(index * self.unpacked_max)
+    }
+
+    /// Unpacked bytes.
+    pub fn bytes(&self, offset: usize, len: usize) -> &[u8] {
+        let (index, within) = (offset / self.unpacked_max, offset % self.unpacked_max);
+        &self.slots[index].unpacked[within..within + len]
+    }
+
+    /// Takes in bytes that `get` asked for.
+    pub fn fill(&mut self, block: BlockRef, bytes: &[u8]) {
+        for slot in &mut self.slots {
+            if let State::Loading { have, asked: Some(asked) } = slot.state
+                && asked == block
+            {
+                let (at, len) = (have as usize, block.len as usize);
+                let given = len.min(bytes.len());
+                slot.packed[at..at + given].copy_from_slice(&bytes[..given]);
+                slot.packed[at + given..at + len].fill(0);
+                slot.state = State::Loading { have: have + u64::from(block.len), asked: None };
+            }
+        }
+    }
+
+    /// The bytes could not be read.
+    pub fn fill_failed(&mut self, block: BlockRef) {
+        for slot in &mut self.slots {
+            if matches!(slot.state, State::Loading { asked: Some(asked), .. } if asked == block) {
+                slot.state = State::Free;
+            }
+        }
+    }
+
+    /// Drops what is kept of clusters that start in a stretch which changed hands.
+    pub fn forget(&mut self, file: FileNo, offset: u64, len: u64) {
+        for slot in &mut self.slots {
+            let within = slot.offset >= offset && slot.offset - offset < len;
+            if slot.file == file && within && slot.state == State::Ready {
+                slot.state = State::Free;
+            }
+        }
+    }
+
+    fn find(&self, packed: &Packed) -> Option<usize> {
+        self.slots.iter().position(|slot| {
+            slot.state != State::Free && slot.file == packed.file && slot.offset == packed.offset
+        })
+    }
+
+    fn take(&mut self, packed: &Packed) -> Step<usize> {
+        assert!(packed.unpacked_bytes as usize <= self.unpacked_max, "a layer's own limit");
+        let idle = |slot: &Slot| match slot.state {
+            State::Free => Some(0),
+            State::Ready => Some(slot.used_at),
+            State::Loading { asked, .. } => asked.is_none().then_some(slot.used_at),
+        };
+        let choice = self.slots.iter().enumerate().filter_map(|(i, s)| Some((idle(s)?, i))).min();
+        let Some((_, index)) = choice else { return Err(Stop::Busy) };
+        let slot = &mut self.slots[index];
+        slot.state = State::Loading { have: 0, asked: None };
+        (slot.file, slot.offset) = (packed.file, packed.offset);
+        Ok(index)
+    }
+
+    fn unpack(&mut self, index: usize, packed: &Packed) -> Result<(), ImageFault> {
+        let slot = &mut self.slots[index];
+        let (start, end) = span(packed);
+        let input = &slot.packed[(packed.offset - start) as usize..(end - start) as usize];
+        let output = &mut slot.unpacked[..packed.unpacked_bytes as usize];
+        let deflate = self.deflate.as_mut().expect("made with the slots");
+        let done = match packed.codec {
+            Codec::Deflate => inflate(deflate, input, output, 0),
+            Codec::Zlib => inflate(deflate, input, output, flags::TINFL_FLAG_PARSE_ZLIB_HEADER),
+            Codec::Zstd => unzstd(&mut self.zstd, input, output),
+        };
+        match done {
+            Some(len) if len == output.len() => Ok(()),
+            Some(len) if packed.codec == Codec::Zlib => {
+                output[len..].fill(0);
+                Ok(())
+            }
+            short => {
+                let value = short.unwrap_or(0) as u64;
+                let what = "the unpacked length of a compressed cluster";
+                Err(ImageFault::corrupt(packed.file, what, packed.offset, value))
+            }
+        }
+    }
+}
+
+/// The stretch of the file to fetch: whole sectors around the packed bytes.
+fn span(packed: &Packed) -> (u64, u64) {
+    let start = packed.offset & !511;
+    let len = u64::from(packed.packed_bytes)
+        .min(u64::from(packed.unpacked_bytes) + SLACK_BYTES)
+        .saturating_add(packed.offset - start);
+    // Formats check that offsets stay far below 2^63.
+    (start, start + len.next_multiple_of(512))
+}
+
+/// Bytes that came out, at most all of `output`; `None` for a broken stream.
+fn inflate(
+    state: &mut DecompressorOxide,
+    input: &[u8],
+    output: &mut [u8],
+    more: u32,
+) -> Option<usize> {
+    state.init();
+    let how =
+        flags::TINFL_FLAG_USING_NON_WRAPPING_OUTPUT_BUF | flags::TINFL_FLAG_IGNORE_ADLER32 | more;
+    let (status, _, written) = decompress(state, input, output, 0, how);
+    match status {
+        TINFLStatus::Done | TINFLStatus::HasMoreOutput => Some(written),
+        // A full cluster is enough: the stream may go on in bytes that were not fetched.
+        _ if written == output.len() => Some(written),
+        _ => None,
+    }
+}
+
+/// Like `inflate`, for one zstd frame.
+fn unzstd(state: &mut FrameDecoder, input: &[u8], output: &mut [u8]) -> Option<usize> {
+    if window_bytes(input)? > WINDOW_BYTES_MAX {
+        return None;
+    }
+    let mut source = input;
+    state.reset(&mut source).ok()?;
+    let mut done = 0;
+    while done < output.len() {
+        let (read, written) = state.decode_from_to(source, &mut output[done..]).ok()?;
+        source = source.get(read..)?;
+        done += written;
+        if written == 0 && (read == 0 || state.is_finished()) {
+            break;
+        }
+    }
+    Some(done)
+}
+
+/// The memory that a zstd frame asks for (RFC 8878, 3.1.1.1).
+fn window_bytes(input: &[u8]) -> Option<u64> {
+    if input.get(..4)? != [0x28, 0xb5, 0x2f, 0xfd] {
+        return None;
+    }
+    let descriptor = *input.get(4)?;
+    let single_segment = descriptor & 0x20 != 0;
+    if !single_segment {
+        let window = *input.get(5)?;
+        let base = 1u64 << (10 + (window >> 3));
+        return Some(base + base / 8 * u64::from(window & 7));
+    }
+    let at = 5 + [0, 1, 2, 4][usize::from(descriptor & 3)];
+    let width = match descriptor >> 6 {
+        0 => 1,
+        1 => 2,
+        2 => 4,
+        _ => 8,
+    };
+    let mut size = [0; 8];
+    size[..width].copy_from_slice(input.get(at..at + width)?);
+    let size = u64::from_le_bytes(size);
+    Some(if width == 2 { size + 256 } else { size })
+}
+
+#[cfg(test)]
+mod tests {
+    //! Would miss: what an image says of a compressed cluster; this is only about the streams.
+
+    use super::*;
+
+    fn packed(codec: Codec, bytes: u32) -> Packed {
+        let (file, offset, skip) = (FileNo(0), 1024 + 100, 0);
+        Packed { file, offset, packed_bytes: bytes, unpacked_bytes: 65536, skip, codec }
+    }
+
+    fn run(unpacker: &mut Unpacker, packed: &Packed, stream: &[u8]) -> Step<usize> {
+        let mut file = vec![0; 1 << 20];
+        file[packed.offset as usize..][..stream.len()].copy_from_slice(stream);
+        loop {
+            match unpacker.get(packed) {
+                Err(Stop::Miss(block)) => {
+                    assert!(block.len <= PIECE_BYTES as u32 && block.offset % 512 == 0);
+                    let at = block.offset as usize;
+                    assert_eq!(unpacker.get(packed), Err(Stop::Busy));
+                    unpacker.fill(block, &file[at..at + block.len as usize]);
+                }
+                answer => return answer,
+            }
+        }
+    }
+
+    #[test]
+    fn deflate_comes_out_whole_or_not_at_all() {
+        let data: Vec<u8> = (0..65536u32).map(|i| (i / 7 % 251) as u8).collect();
+        let stream = miniz_oxide::deflate::compress_to_vec(&data, 6);
+        let mut unpacker = Unpacker::new(65536);
+        let cluster = packed(Codec::Deflate, stream.len() as u32);
+        let at = run(&mut unpacker, &cluster, &stream).unwrap();
+        assert_eq!(unpacker.bytes(at, 65536), data);
+        // Kept: no further miss.
+        assert_eq!(unpacker.get(&cluster), Ok(at));
+        unpacker.forget(FileNo(0), 1024, 512);
+        assert!(matches!(unpacker.get(&cluster), Err(Stop::Miss(_))));
+
+        let short = miniz_oxide::deflate::compress_to_vec(&data[..65535], 6);
+        let mut unpacker = Unpacker::new(65536);
+        let cluster = packed(Codec::Deflate, short.len() as u32);
+        assert!(matches!(run(&mut unpacker, &cluster, &short), Err(Stop::Fault(_))));
+    }
+
+    #[test]
+    fn a_bomb_ends_at_one_cluster() {
+        let stream = miniz_oxide::deflate::compress_to_vec(&vec![0; 64 << 20], 9);
+        let mut unpacker = Unpacker::new(65536);
+        let cluster = packed(Codec::Deflate, stream.len() as u32);
+        let at = run(&mut unpacker, &cluster, &stream).unwrap();
+        assert_eq!(unpacker.bytes(at, 65536), [0; 65536]);
+        // And a claim of 4 GiB of packed bytes fetches no more than a cluster and some.
+        assert_eq!(span(&packed(Codec::Deflate, u32::MAX)), (1024, 1024 + 65536 + 4096 + 512));
+    }
+
+    #[test]
+    fn a_zstd_window_is_checked_before_memory_is_taken() {
+        // Frame header of zstd --long=31: window descriptor 0xa8 is 2 GiB.
+        let huge = [0x28, 0xb5, 0x2f, 0xfd, 0x00, 0xa8];
+        assert_eq!(window_bytes(&huge), Some(2 << 30));
+        let mut unpacker = Unpacker::new(65536);
+        let cluster = packed(Codec::Zstd, 512);
+        assert!(matches!(run(&mut unpacker, &cluster, &huge), Err(Stop::Fault(_))));
+        // Single segment, content size in two bytes: 256 is added.
+        assert_eq!(window_bytes(&[0x28, 0xb5, 0x2f, 0xfd, 0x60, 0, 0xff]), Some(65536));
+        assert_eq!(window_bytes(&[0x28, 0xb5, 0x2f]), None);
+    }
+}
