@@ -85,7 +85,7 @@ fn a_producer_running_back_into_taken_requests_breaks_the_ring() {
     let permits = [(); 2].map(|()| back.take(&hv).unwrap().unwrap().1);
     hv.store_u32(front.region(), REQ_PROD, 1);
     assert!(back.take(&hv).is_err());
-    permits.map(Permit::abandon);
+    permits.into_iter().for_each(Permit::abandon);
 }
 
 #[test]

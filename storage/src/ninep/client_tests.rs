@@ -18,6 +18,7 @@ fn world(platter: bool) -> World {
     server.add("dir", MODE_DIR, 0);
     server.file("dir/c.qcow2", 100);
     server.add("link", MODE_SYMLINK, 0);
+    server.file("link/d.raw", 100);
     server.add("pipe", 0o010_600, 0);
     World::new(server)
 }
@@ -86,6 +87,7 @@ fn opens_regular_files_only() {
         ("dir/absent", StoreFault::NotFound),
         ("dir", StoreFault::NotAFile),
         ("link", StoreFault::NotAFile),
+        ("link/d.raw", StoreFault::NotAFile),
         ("pipe", StoreFault::NotAFile),
         ("", StoreFault::BadPath),
         ("/a.raw", StoreFault::BadPath),
@@ -384,6 +386,33 @@ fn a_server_that_forgot_our_fids_is_another_server() {
     assert_eq!(world.poll_all(), []);
     read(&mut world, 2, file, 0, 512);
     assert_eq!(world.poll_all().len(), 1);
+}
+
+#[test]
+fn answers_that_no_server_may_give_end_the_session() {
+    for fault in 0..2 {
+        let mut world = world(false);
+        let file = open(&mut world, "a.raw").unwrap().file;
+        match fault {
+            0 => world.server.faults.read_extra = 1,
+            _ => world.server.faults.wrong_ring = true,
+        }
+        read(&mut world, 1, file, 0, 512);
+        assert_eq!(results(world.poll_all()), [(1, Err(StoreFault::Gone))]);
+        assert!(matches!(world.client.session(), Session::Broken(_)));
+    }
+}
+
+#[test]
+fn a_reads_bytes_stay_on_the_ring_until_the_next_poll() {
+    let mut world = world(false);
+    let file = open(&mut world, "a.raw").unwrap().file;
+    read(&mut world, 1, file, 0, 512);
+    world.server.run(&mut world.hv);
+    window_bytes(&mut world);
+    assert_eq!(world.answers_held(), 11 + 512);
+    assert_eq!(world.poll(), None);
+    assert_eq!(world.answers_held(), 0);
 }
 
 #[test]

@@ -44,6 +44,10 @@ pub struct Faults {
     pub io_error: Option<u32>,
     /// Takes requests and answers none.
     pub deaf: bool,
+    /// Answers reads with so many bytes beyond what was asked.
+    pub read_extra: u32,
+    /// Answers on the ring after the one that was asked.
+    pub wrong_ring: bool,
     /// Flips bits of answers: the state of a xorshift generator.
     pub garble: Option<u32>,
 }
@@ -183,7 +187,8 @@ impl Server {
         if let Some(seed) = &mut self.faults.garble {
             garble(seed, &mut answer);
         }
-        let ring = &self.rings[index];
+        let index = index + usize::from(self.faults.wrong_ring);
+        let ring = &self.rings[index % self.rings.len()];
         let prod = hv.load_u32(ring.interface, IN_PROD);
         let cons = hv.load_u32(ring.interface, IN_CONS);
         let len = answer.len() as u32;
@@ -282,6 +287,7 @@ impl Server {
     ) -> Answer<'static> {
         let qid = self.qid(path);
         let io_max = self.faults.io_max.unwrap_or(u32::MAX);
+        let read_extra = self.faults.read_extra;
         let node = self.nodes.get_mut(path).unwrap();
         let size = node.bytes.len() as u64;
         match request {
@@ -291,7 +297,8 @@ impl Server {
             Request::Lopen { .. } => Answer::Lopen { qid, iounit: 0 },
             Request::Read { offset, count, .. } => {
                 let start = (*offset).min(size) as usize;
-                let end = (start + (*count).min(io_max) as usize).min(node.bytes.len());
+                let end =
+                    (start + ((*count).min(io_max) + read_extra) as usize).min(node.bytes.len());
                 data.extend_from_slice(&node.bytes[start..end]);
                 Answer::Read { count: data.len() as u32 }
             }
@@ -433,6 +440,12 @@ impl World {
             }
         }
         all
+    }
+
+    /// Bytes of answers that the client has not given back.
+    pub fn answers_held(&self) -> u32 {
+        let word = |ring: &Ring, offset| self.hv.load_u32(ring.interface, offset);
+        self.server.rings.iter().map(|ring| word(ring, IN_PROD) - word(ring, IN_CONS)).sum()
     }
 
     fn requests_wait(&self) -> bool {
