@@ -27,10 +27,10 @@ pub struct Geometry {
     /// Most bytes of one read or write, a multiple of 4096.
     pub io_bytes_max: u32,
     pub read_only: bool,
-    /// Discards are taken: the range may read as anything afterwards.
-    pub discard: bool,
-    /// Ranges can be made to read as zeros without sending zeros.
-    pub zeroes: bool,
+    /// Most sectors of one discard, which leaves the range to read as anything; 0: none taken.
+    pub discard_sectors_max: u32,
+    /// Most sectors of one operation that makes a range read as zeros; 0: none taken.
+    pub zeroes_sectors_max: u32,
 }
 
 /// What to do.
@@ -51,8 +51,7 @@ pub struct DiskIo {
     pub op: DiskOp,
     /// First 512-byte sector.
     pub sector: u64,
-    /// Length in 512-byte sectors, at most `io_bytes_max` for reads and writes. Of a discard or
-    /// zeroes the device may take less than asked: see [`DiskSubmit::Taken`].
+    /// Length in 512-byte sectors, within the limits of [`Geometry`].
     pub sectors: u32,
     /// First page of the data in the pool; the data starts at its byte 0.
     pub page: u16,
@@ -61,8 +60,8 @@ pub struct DiskIo {
 /// The answer to a submit.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum DiskSubmit {
-    /// Taken: this many sectors from the start, all of them for reads and writes.
-    Taken(u32),
+    /// Taken whole; an answer will come.
+    Taken,
     /// No room now; nothing was done.
     NoRoom,
     /// Refused for good; no answer will come.
@@ -81,6 +80,13 @@ pub struct DiskDone {
 
 /// Something with disks in it. Static dispatch: `H` is the machine or the simulator.
 pub trait Device<H: Hypervisor> {
+    /// Units so far; grows while namespaces are found, never shrinks.
+    fn units(&self) -> usize;
+
+    /// What follows the device's name in the name of a unit: the namespace's number of an NVMe
+    /// controller, nothing for a disk that is its own device.
+    fn unit_number(&self, unit: usize) -> Option<u32>;
+
     /// Geometry of one unit; `None` while it is not ready, absent or gone.
     fn geometry(&self, unit: usize) -> Option<Geometry>;
 

@@ -9,6 +9,7 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+pub mod block_store;
 pub mod bytes;
 pub mod disk;
 #[cfg(test)]
@@ -16,10 +17,13 @@ pub mod disk;
 mod fake;
 pub mod ext4;
 pub mod lvm;
+#[cfg(test)]
+mod machine;
 pub mod meta;
 pub mod ninep;
 pub mod partition;
 pub mod pool;
+pub mod resolve;
 pub mod store;
 #[cfg(test)]
 mod vectors;

@@ -39,8 +39,7 @@ impl Pool {
     pub fn new<H: Hypervisor>(hv: &mut H, pages: usize) -> Option<Pool> {
         assert!((RUN_PAGES_MAX..=POOL_PAGES_MAX).contains(&pages), "pool size is ours");
         let region = hv.frames_alloc(pages)?;
-        let mut used = Vec::new();
-        used.resize(pages.div_ceil(64), 0);
+        let used = alloc::vec![0; pages.div_ceil(64)];
         Some(Pool { region, used, free_pages: pages, next: 0, peers: Vec::new() })
     }
 

@@ -71,6 +71,14 @@ impl<'a> Group<'a> {
         self.text.string(self.node, "id")
     }
 
+    /// Whether a physical volume belongs to this group.
+    pub fn holds(&self, uuid: &Uuid) -> bool {
+        let Some(pvs) = self.text.section(self.node, "physical_volumes") else { return false };
+        self.text.members(pvs).any(|(pv, _, _)| {
+            self.text.string(pv, "id").and_then(plain_uuid).as_ref() == Some(uuid)
+        })
+    }
+
     /// The map of logical volume `name` over `found`, and whether it may be written.
     /// `capacity` answers the sectors of a disk.
     pub fn volume(

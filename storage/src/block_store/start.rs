@@ -1,0 +1,337 @@
+//! Cutting a request to one run of one disk, sending it, and what follows a device's answer.
+
+use platter_xen::{Hypervisor, PAGE_BYTES};
+
+use super::ops::{Kind, Op};
+use super::{BlockStore, File};
+use crate::disk::{Device, DiskDone, DiskIo, DiskOp, DiskSubmit, DiskTag, Geometry};
+use crate::pool::RUN_PAGES_MAX;
+use crate::store::{FileId, StoreFault, Submit, Tag, Window};
+use crate::volume::Spot;
+
+/// Bytes that any one operation moves at most.
+const RUN_BYTES: u64 = (RUN_PAGES_MAX * PAGE_BYTES) as u64;
+
+/// A stretch of a file cut to one run of one disk.
+struct Cut {
+    disk: u8,
+    /// First byte on the disk.
+    at: u64,
+    /// At least 1.
+    bytes: u64,
+    geometry: Geometry,
+}
+
+/// Where a stretch of a file begins.
+enum Begins {
+    Disk(Cut),
+    Zeros(u64),
+    End,
+}
+
+impl<D> BlockStore<D> {
+    /// The run that byte `offset` of a file lies on, up to `len` bytes of it.
+    fn cut<H: Hypervisor>(&self, file: &File, offset: u64, len: u64) -> Result<Begins, StoreFault>
+    where
+        D: Device<H>,
+    {
+        let left = file.layout.size_bytes.saturating_sub(offset);
+        let len = len.min(left);
+        let Some(spot) = file.layout.spot(offset / 512).filter(|_| len > 0) else {
+            return Ok(Begins::End);
+        };
+        let within = offset % 512;
+        let run = |sectors: u64| len.min(sectors.saturating_mul(512) - within);
+        let place = match spot {
+            Spot::Zeros(sectors) => return Ok(Begins::Zeros(run(sectors))),
+            Spot::Disk(place) => place,
+        };
+        let geometry = self.geometry::<H>(place.disk).ok_or(StoreFault::Gone)?;
+        let at = place.sector.checked_mul(512).ok_or(StoreFault::BeyondEnd)? + within;
+        let bytes = run(place.sectors);
+        let cut = Cut { disk: place.disk, at, bytes, geometry };
+        // The disk may have shrunk since the file was opened.
+        let end = at.saturating_add(bytes).div_ceil(512);
+        if end > geometry.sectors { Err(StoreFault::BeyondEnd) } else { Ok(Begins::Disk(cut)) }
+    }
+
+    pub(super) fn start_read<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        tag: Tag,
+        file: FileId,
+        offset: u64,
+        len: u32,
+    ) -> Result<Submit, StoreFault>
+    where
+        D: Device<H>,
+    {
+        let op = Op { kind: Kind::Read, tag, ..Op::NEW };
+        let (op, from_disk) = match self.cut::<H>(self.file(file)?, offset, u64::from(len))? {
+            // Nothing to read: answered without a device.
+            Begins::End => (op, false),
+            Begins::Zeros(bytes) => (Op { len: bytes.min(RUN_BYTES) as u32, ..op }, false),
+            Begins::Disk(cut) => {
+                let block = u64::from(cut.geometry.block_bytes);
+                let within = cut.at % block;
+                let most = u64::from(cut.geometry.io_bytes_max).min(RUN_BYTES) - within;
+                let bytes = cut.bytes.min(most);
+                let sectors = ((within + bytes).div_ceil(block) * block / 512) as u32;
+                let sector = (cut.at - within) / 512;
+                let (within, len) = (within as u32, bytes as u32);
+                (Op { disk: cut.disk, sector, sectors, within, len, ..op }, true)
+            }
+        };
+        let Some(index) = self.enter(op) else { return Ok(Submit::NoRoom) };
+        if from_disk {
+            self.try_start(hv, index);
+        } else {
+            if op.len > 0 {
+                let run = self.pool.run(self.ops.get(index).page, 0, op.len as usize);
+                hv.zero(run.region, run.offset, run.len);
+            }
+            self.ops.finish(index);
+        }
+        Ok(Submit::Taken(op.len))
+    }
+
+    pub(super) fn start_write<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        tag: Tag,
+        file: FileId,
+        (offset, len): (u64, u32),
+        fill: &mut dyn FnMut(&mut H, Window) -> bool,
+    ) -> Result<Submit, StoreFault>
+    where
+        D: Device<H>,
+    {
+        let open = self.writable(file)?;
+        let end = offset.checked_add(u64::from(len)).ok_or(StoreFault::BeyondEnd)?;
+        if end > open.layout.size_bytes || len == 0 {
+            return Err(StoreFault::BeyondEnd);
+        }
+        let Begins::Disk(cut) = self.cut::<H>(open, offset, u64::from(len))? else {
+            return Err(StoreFault::NoSpace);
+        };
+        let block = u64::from(cut.geometry.block_bytes);
+        let within = cut.at % block;
+        let whole = cut.bytes / block * block;
+        let op = Op { tag, disk: cut.disk, ..Op::NEW };
+        let op = if within == 0 && whole > 0 {
+            let len = whole.min(u64::from(cut.geometry.io_bytes_max)).min(RUN_BYTES) as u32;
+            Op { kind: Kind::Write, sector: cut.at / 512, sectors: len / 512, len, ..op }
+        } else {
+            let len = cut.bytes.min(block - within) as u32;
+            let (sector, sectors) = ((cut.at - within) / 512, (block / 512) as u32);
+            let within = within as u32;
+            Op { kind: Kind::Modify, sector, sectors, within, len, ..op }
+        };
+        let Some(index) = self.enter(op) else { return Ok(Submit::NoRoom) };
+        let window = self.window(self.ops.get(index));
+        if !fill(hv, window) {
+            let op = self.ops.cancel(index);
+            self.free_pages(&op);
+            return Ok(Submit::Taken(0));
+        }
+        self.try_start(hv, index);
+        Ok(Submit::Taken(op.len))
+    }
+
+    /// Zeroes or discards the first run of a range.
+    pub(super) fn start_range<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        tag: Tag,
+        file: FileId,
+        kind: Kind,
+        (offset, len): (u64, u64),
+    ) -> Result<Submit, StoreFault>
+    where
+        D: Device<H>,
+    {
+        let open = self.writable(file)?;
+        let end = offset.checked_add(len).ok_or(StoreFault::BeyondEnd)?;
+        if end > open.layout.size_bytes || len == 0 {
+            return Err(StoreFault::BeyondEnd);
+        }
+        let Begins::Disk(cut) = self.cut::<H>(open, offset, len)? else {
+            return Err(StoreFault::NoSpace);
+        };
+        let block = u64::from(cut.geometry.block_bytes);
+        let most = match kind {
+            Kind::Zeroes => cut.geometry.zeroes_sectors_max,
+            _ => cut.geometry.discard_sectors_max,
+        };
+        let bytes = cut.bytes.min(u64::from(most) * 512).min(1 << 31) / block * block;
+        if most == 0 || bytes == 0 || cut.at % block != 0 {
+            return Err(StoreFault::Unsupported);
+        }
+        let (sector, sectors) = (cut.at / 512, (bytes / 512) as u32);
+        let op = Op { kind, tag, disk: cut.disk, sector, sectors, len: bytes as u32, ..Op::NEW };
+        let Some(index) = self.ops.take(op) else { return Ok(Submit::NoRoom) };
+        self.try_start(hv, index);
+        Ok(Submit::Taken(bytes as u32))
+    }
+
+    /// Enters an operation with its pages; `None` when there is no room for either.
+    pub(super) fn enter(&mut self, mut op: Op) -> Option<u16> {
+        if !self.ops.has_room() {
+            return None;
+        }
+        let bytes = (op.sectors as usize * 512).max(op.len as usize);
+        if bytes > 0 {
+            let pages = bytes.div_ceil(PAGE_BYTES);
+            op.page = self.pool.take(pages)?;
+            op.pages = pages as u8;
+        }
+        if op.kind == Kind::Modify {
+            let Some(scratch) = self.pool.take(1) else {
+                self.pool.give(op.page, usize::from(op.pages));
+                return None;
+            };
+            (op.scratch, op.scratch_pages) = (scratch, 1);
+        }
+        self.ops.take(op)
+    }
+
+    /// Sends what can be sent of an operation; the rest waits.
+    pub(super) fn try_start<H: Hypervisor>(&mut self, hv: &mut H, index: u16)
+    where
+        D: Device<H>,
+    {
+        if self.ops.must_wait(index) {
+            self.ops.wait(index);
+            return;
+        }
+        if self.ops.get(index).kind == Kind::Flush {
+            return self.start_flush(hv, index);
+        }
+        let op = self.ops.get(index);
+        let (kind, page) = match op.kind {
+            Kind::Read | Kind::Meta => (DiskOp::Read, op.page),
+            Kind::Write => (DiskOp::Write, op.page),
+            Kind::Modify if op.merged => (DiskOp::Write, op.page),
+            Kind::Modify => (DiskOp::Read, op.scratch),
+            Kind::Zeroes => (DiskOp::Zeroes, 0),
+            Kind::Discard => (DiskOp::Discard, 0),
+            Kind::Flush => (DiskOp::Flush, 0),
+        };
+        let io = DiskIo { op: kind, sector: op.sector, sectors: op.sectors, page };
+        match self.send(hv, op.disk, index, io) {
+            DiskSubmit::Taken => self.ops.get_mut(index).parts = 1,
+            DiskSubmit::NoRoom => self.ops.wait(index),
+            DiskSubmit::Fault(fault) => {
+                self.ops.get_mut(index).result = Err(fault);
+                self.end(hv, index);
+            }
+        }
+    }
+
+    /// An operation has nothing left to do: its answer is ready.
+    fn end<H: Hypervisor>(&mut self, hv: &mut H, index: u16) {
+        if self.ops.get(index).kind == Kind::Meta {
+            return self.finish_meta(hv, index);
+        }
+        self.ops.finish(index);
+    }
+
+    fn send<H: Hypervisor>(&mut self, hv: &mut H, disk: u8, index: u16, io: DiskIo) -> DiskSubmit
+    where
+        D: Device<H>,
+    {
+        let Some(disk) = self.disks.get(usize::from(disk)) else {
+            return DiskSubmit::Fault(StoreFault::Gone);
+        };
+        let Some(attached) = self.devices.get_mut(disk.device) else {
+            return DiskSubmit::Fault(StoreFault::Gone);
+        };
+        attached.device.submit(hv, &self.pool, disk.unit, DiskTag(index), io)
+    }
+
+    /// Sends a flush to every disk that has not had it yet.
+    fn start_flush<H: Hypervisor>(&mut self, hv: &mut H, index: u16)
+    where
+        D: Device<H>,
+    {
+        let io = DiskIo { op: DiskOp::Flush, sector: 0, sectors: 0, page: 0 };
+        let mut left = self.ops.get(index).flush_left;
+        while left != 0 {
+            let disk = left.trailing_zeros() as u8;
+            match self.send(hv, disk, index, io) {
+                DiskSubmit::Taken => self.ops.get_mut(index).parts += 1,
+                DiskSubmit::NoRoom => break,
+                DiskSubmit::Fault(fault) => self.ops.get_mut(index).result = Err(fault),
+            }
+            left &= left - 1;
+        }
+        self.ops.get_mut(index).flush_left = left;
+        if left != 0 {
+            self.ops.wait(index);
+        } else if self.ops.get(index).parts == 0 {
+            self.ops.finish(index);
+        }
+    }
+
+    /// Tries everything that waits once, in order.
+    pub(super) fn restart_waiting<H: Hypervisor>(&mut self, hv: &mut H)
+    where
+        D: Device<H>,
+    {
+        for _ in 0..self.ops.waiting() {
+            let Some(index) = self.ops.next_waiting() else { return };
+            self.try_start(hv, index);
+        }
+    }
+
+    pub(super) fn poll_devices<H: Hypervisor>(&mut self, hv: &mut H, now_ns: u64)
+    where
+        D: Device<H>,
+    {
+        for device in 0..self.devices.len() {
+            while let Some(done) = self.devices[device].device.poll(hv, &self.pool, now_ns) {
+                self.finish_part(hv, done);
+            }
+        }
+        self.find_units();
+    }
+
+    /// One answer of a device.
+    fn finish_part<H: Hypervisor>(&mut self, hv: &mut H, done: DiskDone)
+    where
+        D: Device<H>,
+    {
+        let index = done.tag.0;
+        let op = self.ops.get_mut(index);
+        assert!(op.parts > 0, "a device answered what it was not asked");
+        op.parts -= 1;
+        op.pages_lost |= done.pages_lost;
+        if let Err(fault) = done.result {
+            op.result = Err(fault);
+        }
+        let failed = op.result.is_err();
+        if op.kind == Kind::Modify && !op.merged && !failed {
+            op.merged = true;
+            let op = *op;
+            self.merge(hv, &op);
+            return self.try_start(hv, index);
+        }
+        // A flush that still waits for room at another disk ends when it has been there.
+        if op.parts == 0 && op.flush_left == 0 {
+            self.end(hv, index);
+        }
+    }
+
+    /// Completes the buffer of a read-modify-write from the old block.
+    fn merge<H: Hypervisor>(&mut self, hv: &mut H, op: &Op) {
+        let block = op.sectors as usize * 512;
+        let (from, to) = (op.within as usize, (op.within + op.len) as usize);
+        for (start, end) in [(0, from), (to, block)] {
+            let old = self.pool.run(op.scratch, start, end - start);
+            let new = self.pool.run(op.page, start, end - start);
+            if end > start {
+                hv.move_bytes((old.region, old.offset), (new.region, new.offset), end - start);
+            }
+        }
+    }
+}

@@ -1,0 +1,450 @@
+//! The block store over disks in memory that answer in any order, late, or with faults.
+//! Misses: real devices (their own tests), many seeds of whole systems (`make sim`).
+
+use alloc::vec::Vec;
+use core::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use super::*;
+use crate::Opened;
+use crate::disk::{DiskDone, DiskIo, DiskOp, DiskSubmit, DiskTag};
+use crate::machine::Fake;
+use crate::vectors::expand;
+
+/// A disk in memory. Operations lie in a queue until the test lets them happen.
+#[derive(Clone)]
+struct Mem {
+    bytes: Rc<RefCell<Vec<u8>>>,
+    block_bytes: u32,
+    queue: Rc<RefCell<Vec<(DiskTag, DiskIo)>>>,
+    room: usize,
+    /// Operations that may still happen, and from which end of the queue.
+    allowed: Rc<Cell<usize>>,
+    newest_first: Rc<Cell<bool>>,
+    fail: Rc<Cell<Option<StoreFault>>>,
+    flushes: Rc<Cell<usize>>,
+}
+
+impl Mem {
+    fn new(bytes: Vec<u8>, block_bytes: u32) -> Mem {
+        Mem {
+            bytes: Rc::new(RefCell::new(bytes)),
+            block_bytes,
+            queue: Rc::default(),
+            room: 64,
+            allowed: Rc::new(Cell::new(usize::MAX)),
+            newest_first: Rc::default(),
+            fail: Rc::default(),
+            flushes: Rc::default(),
+        }
+    }
+
+    fn act(&self, hv: &mut Fake, pool: &Pool, io: DiskIo) {
+        let at = io.sector as usize * 512;
+        let len = io.sectors as usize * 512;
+        let mut bytes = self.bytes.borrow_mut();
+        match io.op {
+            DiskOp::Read => {
+                let run = pool.run(io.page, 0, len);
+                hv.write(run.region, run.offset, &bytes[at..at + len]);
+            }
+            DiskOp::Write => {
+                let run = pool.run(io.page, 0, len);
+                hv.read(run.region, run.offset, &mut bytes[at..at + len]);
+            }
+            DiskOp::Flush => self.flushes.set(self.flushes.get() + 1),
+            DiskOp::Discard => {}
+            DiskOp::Zeroes => bytes[at..at + len].fill(0),
+        }
+    }
+}
+
+impl Device<Fake> for Mem {
+    fn units(&self) -> usize {
+        1
+    }
+    fn unit_number(&self, _: usize) -> Option<u32> {
+        None
+    }
+    fn geometry(&self, _: usize) -> Option<Geometry> {
+        Some(Geometry {
+            sectors: self.bytes.borrow().len() as u64 / 512,
+            block_bytes: self.block_bytes,
+            io_bytes_max: 64 * 1024,
+            read_only: false,
+            discard_sectors_max: 0,
+            zeroes_sectors_max: 256,
+        })
+    }
+    fn submit(
+        &mut self,
+        _: &mut Fake,
+        _: &Pool,
+        unit: usize,
+        tag: DiskTag,
+        io: DiskIo,
+    ) -> DiskSubmit {
+        assert_eq!(unit, 0);
+        let block = u64::from(self.block_bytes / 512);
+        assert!(io.sector % block == 0 && u64::from(io.sectors) % block == 0, "unaligned");
+        assert!(io.sector + u64::from(io.sectors) <= self.bytes.borrow().len() as u64 / 512);
+        let mut queue = self.queue.borrow_mut();
+        if queue.len() == self.room {
+            return DiskSubmit::NoRoom;
+        }
+        queue.push((tag, io));
+        DiskSubmit::Taken
+    }
+    fn poll(&mut self, hv: &mut Fake, pool: &Pool, _: u64) -> Option<DiskDone> {
+        if self.allowed.get() == 0 || self.queue.borrow().is_empty() {
+            return None;
+        }
+        self.allowed.set(self.allowed.get() - 1);
+        let at = if self.newest_first.get() { self.queue.borrow().len() - 1 } else { 0 };
+        let (tag, io) = self.queue.borrow_mut().remove(at);
+        let result = self.fail.take().map_or(Ok(()), Err);
+        if result.is_ok() {
+            self.act(hv, pool, io);
+        }
+        Some(DiskDone { tag, result, pages_lost: false })
+    }
+    fn poll_at_ns(&self) -> Option<u64> {
+        None
+    }
+}
+
+struct World {
+    hv: Fake,
+    store: BlockStore<Mem>,
+    disks: Vec<Mem>,
+}
+
+impl World {
+    fn new(disks: &[(&str, Mem)]) -> World {
+        let mut hv = Fake::new(4096);
+        let mut store = BlockStore::new(&mut hv, 256, 32).unwrap();
+        for (name, disk) in disks {
+            store.attach(name, disk.clone());
+        }
+        let disks = disks.iter().map(|(_, disk)| disk.clone()).collect();
+        World { hv, store, disks }
+    }
+
+    fn one(disk: Mem) -> World {
+        World::new(&[("xvda", disk)])
+    }
+
+    fn poll(&mut self) -> Option<Done> {
+        self.store.poll(&mut self.hv, 0)
+    }
+
+    /// The next answer; idle polls in between are counted.
+    fn done(&mut self) -> Done {
+        (0..10_000).find_map(|_| self.poll()).expect("an answer")
+    }
+
+    fn open(&mut self, path: &str, access: Access) -> Result<Opened, StoreFault> {
+        self.store.open(&mut self.hv, Tag(99), path, access)?;
+        let done = self.done();
+        assert_eq!(done.tag, Tag(99));
+        done.result.map(|answer| match answer {
+            Answer::Opened(opened) => opened,
+            other => panic!("{other:?}"),
+        })
+    }
+
+    fn write(&mut self, tag: u32, file: FileId, offset: u64, bytes: &[u8]) -> u32 {
+        let mut put = |hv: &mut Fake, window: Window| {
+            let run = window.runs[0];
+            hv.write(run.region, run.offset, &bytes[..run.len]);
+            true
+        };
+        let len = bytes.len() as u32;
+        match self.store.write(&mut self.hv, Tag(tag), file, offset, len, &mut put).unwrap() {
+            Submit::Taken(len) => len,
+            Submit::NoRoom => 0,
+        }
+    }
+
+    fn write_all(&mut self, file: FileId, mut offset: u64, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let taken = self.write(7, file, offset, bytes);
+            assert_eq!(self.done().result, Ok(Answer::Written(taken)));
+            offset += u64::from(taken);
+            bytes = &bytes[taken as usize..];
+        }
+    }
+
+    fn read_all(&mut self, file: FileId, mut offset: u64, len: usize) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        while bytes.len() < len {
+            let want = (len - bytes.len()) as u32;
+            self.store.read(&mut self.hv, Tag(8), file, offset, want).unwrap();
+            let Ok(Answer::Read(window)) = self.done().result else { panic!("not read") };
+            let run = window.runs[0];
+            if run.len == 0 {
+                break;
+            }
+            bytes.extend(self.hv.bytes(run.region, run.offset, run.len));
+            offset += run.len as u64;
+        }
+        bytes
+    }
+}
+
+fn pattern(len: usize, salt: usize) -> Vec<u8> {
+    (0..len).map(|at| (at / 512 * 31 + at + salt) as u8).collect()
+}
+
+#[test]
+fn a_whole_disk_reads_and_writes_any_bytes() {
+    for block in [512, 4096] {
+        let mut expected = pattern(1 << 20, 1);
+        let mut world = World::one(Mem::new(expected.clone(), block));
+        assert!(world.poll().is_none());
+        let opened = world.open("xvda", Access::ReadWrite).unwrap();
+        assert_eq!((opened.size_bytes, opened.block_bytes), (1 << 20, block));
+        for (offset, len) in [(0, 512), (4096, 70_000), (5000, 300), (3584, 1024), (1, 9000)] {
+            let bytes = pattern(len, offset + 77);
+            world.write_all(opened.file, offset as u64, &bytes);
+            expected[offset..offset + len].copy_from_slice(&bytes);
+        }
+        assert!(*world.disks[0].bytes.borrow() == expected);
+        assert!(world.read_all(opened.file, 0, 2 << 20) == expected);
+        assert!(world.read_all(opened.file, 777, 5000) == expected[777..5777]);
+        assert!(world.store.pool.free_pages() < 256);
+        world.poll();
+        assert_eq!(world.store.pool.free_pages(), 256);
+    }
+}
+
+#[test]
+fn writes_to_one_large_block_are_merged_whatever_the_order_of_answers() {
+    for newest_first in [false, true] {
+        let mut world = World::one(Mem::new(alloc::vec![0; 64 << 10], 4096));
+        let file = world.open("xvda", Access::ReadWrite).unwrap().file;
+        let disk = world.disks[0].clone();
+        disk.newest_first.set(newest_first);
+        disk.allowed.set(0);
+        // Eight sectors of one block, then all of the block, then a sector again.
+        for sector in 0..8u64 {
+            assert_eq!(world.write(sector as u32, file, sector * 512, &[1; 512]), 512);
+        }
+        assert_eq!(world.write(8, file, 0, &[2; 4096]), 4096);
+        assert_eq!(world.write(9, file, 512, &[3; 512]), 512);
+        disk.allowed.set(usize::MAX);
+        for _ in 0..10 {
+            assert!(matches!(world.done().result, Ok(Answer::Written(_))));
+        }
+        let mut expected = alloc::vec![2; 4096];
+        expected[512..1024].fill(3);
+        assert!(disk.bytes.borrow()[..4096] == expected);
+    }
+}
+
+#[test]
+fn random_small_writes_in_flight_lose_nothing() {
+    let mut state = 12345u32;
+    let mut random = move |below: usize| {
+        state ^= state << 13;
+        state ^= state >> 17;
+        state ^= state << 5;
+        state as usize % below
+    };
+    let mut expected = alloc::vec![0u8; 64 << 10];
+    let mut world = World::one(Mem::new(expected.clone(), 4096));
+    let file = world.open("xvda", Access::ReadWrite).unwrap().file;
+    let disk = world.disks[0].clone();
+    let mut flying = 0;
+    let mut busy = alloc::vec![false; 128];
+    let mut tags: Vec<(usize, usize)> = Vec::new();
+    for round in 0..3000u32 {
+        disk.newest_first.set(random(2) == 0);
+        disk.allowed.set(random(3));
+        let (start, count) = (random(120), 1 + random(8));
+        let range = start..start + count;
+        // A guest does not write a sector twice at once: its order would be open.
+        if !busy[range.clone()].contains(&true) {
+            let bytes = alloc::vec![round as u8; count * 512];
+            let taken = world.write(tags.len() as u32, file, start as u64 * 512, &bytes);
+            let sectors = taken as usize / 512;
+            if taken > 0 {
+                expected[start * 512..start * 512 + taken as usize].fill(round as u8);
+                busy[start..start + sectors].fill(true);
+                tags.push((start, sectors));
+                flying += 1;
+            }
+        }
+        while let Some(done) = world.poll() {
+            let (start, sectors) = tags[done.tag.0 as usize];
+            assert_eq!(done.result, Ok(Answer::Written(sectors as u32 * 512)));
+            busy[start..start + sectors].fill(false);
+            flying -= 1;
+        }
+    }
+    disk.allowed.set(usize::MAX);
+    while flying > 0 {
+        world.done();
+        flying -= 1;
+    }
+    assert!(*disk.bytes.borrow() == expected);
+}
+
+#[test]
+fn a_full_device_lets_operations_wait_and_a_full_table_says_no_room() {
+    let mut disk = Mem::new(alloc::vec![0; 1 << 20], 512);
+    disk.room = 2;
+    let mut world = World::one(disk);
+    let file = world.open("xvda", Access::ReadWrite).unwrap().file;
+    world.poll();
+    let disk = world.disks[0].clone();
+    disk.allowed.set(0);
+    let mut taken = 0;
+    while world.write(taken, file, u64::from(taken) * 512, &[9; 512]) > 0 {
+        taken += 1;
+    }
+    assert_eq!(taken, 32);
+    assert_eq!(disk.queue.borrow().len(), 2);
+    disk.allowed.set(usize::MAX);
+    for tag in 0..32 {
+        assert_eq!(world.done(), Done { tag: Tag(tag), result: Ok(Answer::Written(512)) });
+    }
+}
+
+#[test]
+fn a_flush_is_sent_and_a_fault_is_answered() {
+    let mut world = World::one(Mem::new(alloc::vec![0; 1 << 20], 512));
+    let file = world.open("xvda", Access::ReadWrite).unwrap().file;
+    let disk = world.disks[0].clone();
+    world.store.flush(&mut world.hv, Tag(1), file).unwrap();
+    assert_eq!(world.done().result, Ok(Answer::Flushed));
+    assert_eq!(disk.flushes.get(), 1);
+    disk.fail.set(Some(StoreFault::Io(5)));
+    world.store.flush(&mut world.hv, Tag(2), file).unwrap();
+    assert_eq!(world.done().result, Err(StoreFault::Io(5)));
+    assert_eq!(disk.flushes.get(), 1);
+    disk.fail.set(Some(StoreFault::Io(6)));
+    world.write(3, file, 0, &[1; 512]);
+    assert_eq!(world.done().result, Err(StoreFault::Io(6)));
+}
+
+#[test]
+fn punching_zeroes_whole_blocks_and_refuses_parts() {
+    let mut world = World::one(Mem::new(alloc::vec![7; 1 << 20], 4096));
+    let file = world.open("xvda", Access::ReadWrite).unwrap().file;
+    let hv = &mut world.hv;
+    let punch = |store: &mut BlockStore<Mem>, hv: &mut Fake, offset, len| {
+        store.punch(hv, Tag(1), file, offset, len)
+    };
+    assert_eq!(punch(&mut world.store, hv, 4096, 300_000), Ok(Submit::Taken(256 * 512)));
+    assert_eq!(punch(&mut world.store, hv, 512, 4096), Err(StoreFault::Unsupported));
+    assert_eq!(punch(&mut world.store, hv, 4096, 1 << 20), Err(StoreFault::BeyondEnd));
+    assert_eq!(world.done().result, Ok(Answer::Punched));
+    let disk = world.disks[0].bytes.borrow();
+    assert!(disk[4096..4096 + 256 * 512].iter().all(|&byte| byte == 0));
+    assert_eq!((disk[4095], disk[4096 + 256 * 512]), (7, 7));
+}
+
+fn gpt_with_ext4() -> Mem {
+    let mut disk = expand(include_bytes!("../../vectors/gpt.sparse"), 64 << 20);
+    let fs = expand(include_bytes!("../../vectors/ext4-default.sparse"), 8 << 20);
+    disk[8192 * 512..][..fs.len()].copy_from_slice(&fs);
+    Mem::new(disk, 512)
+}
+
+fn letters(blocks: usize) -> Vec<u8> {
+    (0..blocks * 4096).map(|at| b'A' + (at / 4096 % 26) as u8).collect()
+}
+
+#[test]
+fn files_on_ext4_on_a_partition_are_read_and_written_in_place() {
+    let mut world = World::one(gpt_with_ext4());
+    let label = world.open("xvda/images/images/fragments.raw", Access::ReadWrite).unwrap();
+    let number = world.open("xvda/p2/images/fragments.raw", Access::ReadOnly).unwrap();
+    assert_eq!(label.identity, number.identity);
+    assert_eq!((label.size_bytes, label.can_grow, label.can_punch), (40 * 4096, false, true));
+    assert!(world.read_all(number.file, 0, 1 << 20) == letters(40));
+    world.write_all(label.file, 10_000, &[b'!'; 20_000]);
+    let mut expected = letters(40);
+    expected[10_000..30_000].fill(b'!');
+    assert!(world.read_all(number.file, 0, 1 << 20) == expected);
+    // Not one byte outside the file changed.
+    let plain = world.open("xvda/p2/images/plain.raw", Access::ReadOnly).unwrap();
+    assert!(world.read_all(plain.file, 0, 1 << 20) == letters(5));
+    let before = gpt_with_ext4();
+    let fs = 8192 * 512..8192 * 512 + (8 << 20);
+    let (now, then) = (world.disks[0].bytes.borrow(), before.bytes.borrow());
+    let pairs = now[fs.clone()].iter().zip(&then[fs]);
+    let changed = pairs.filter(|(now, then)| now != then).count();
+    assert_eq!(changed, 20_000);
+}
+
+#[test]
+fn holes_read_as_zeros() {
+    let mut world = World::one(gpt_with_ext4());
+    let opened = world.open("xvda/p2/images/holes.raw", Access::ReadOnly).unwrap();
+    let mut expected = letters(9);
+    expected[3 * 4096..6 * 4096].fill(0);
+    assert!(world.read_all(opened.file, 0, 1 << 20) == expected);
+    assert!(matches!(
+        world.open("xvda/p2/images/holes.raw", Access::ReadWrite),
+        Err(StoreFault::Refused(why)) if why.contains("holes")
+    ));
+}
+
+#[test]
+fn what_is_open_for_writing_is_not_served_under_another_name() {
+    let mut world = World::one(gpt_with_ext4());
+    let file = world.open("xvda/p2/images/plain.raw", Access::ReadWrite).unwrap().file;
+    for path in ["xvda", "xvda/p2"] {
+        assert!(matches!(world.open(path, Access::ReadOnly), Err(StoreFault::Refused(_))));
+    }
+    assert!(world.open("xvda/p1", Access::ReadWrite).is_ok());
+    assert!(world.open("xvda/p2/images/fragments.raw", Access::ReadWrite).is_ok());
+    world.store.close(&mut world.hv, file);
+    assert!(world.open("xvda", Access::ReadOnly).is_err());
+}
+
+#[test]
+fn lvm_over_three_disks_is_one_volume() {
+    let disk = |sparse: &[u8]| Mem::new(expand(sparse, 64 << 20), 512);
+    let mut world = World::new(&[
+        ("xvda", disk(include_bytes!("../../vectors/lvm-pv0.sparse"))),
+        ("xvdb", disk(include_bytes!("../../vectors/lvm-pv1.sparse"))),
+        ("xvdc", disk(include_bytes!("../../vectors/lvm-pv2.sparse"))),
+    ]);
+    let striped = world.open("xvdb/vg0/striped", Access::ReadWrite).unwrap();
+    assert_eq!(striped.size_bytes, 12 << 20);
+    let bytes = pattern(300_000, 5);
+    world.write_all(striped.file, 1 << 20, &bytes);
+    assert!(world.read_all(striped.file, 1 << 20, bytes.len()) == bytes);
+    // The 65th chunk of 16 KiB is the second disk's: extent 10, chunk 21 there.
+    let at = (2048 + 10 * 2048) * 512 + 21 * 16_384;
+    assert!(world.disks[1].bytes.borrow()[at..at + 16_384] == bytes[..16_384]);
+    world.store.flush(&mut world.hv, Tag(1), striped.file).unwrap();
+    assert_eq!(world.done().result, Ok(Answer::Flushed));
+    assert!(world.disks.iter().all(|disk| disk.flushes.get() == 1));
+    assert!(world.open("xvda/vg0/images", Access::ReadWrite).is_ok());
+    assert_eq!(world.open("xvda/vg0/none", Access::ReadOnly), Err(StoreFault::NotFound));
+    assert_eq!(world.open("xvda/vg1/images", Access::ReadOnly), Err(StoreFault::NotFound));
+    assert_eq!(world.open("xvda/vg0", Access::ReadOnly), Err(StoreFault::NotAFile));
+    assert_eq!(world.open("xvdz", Access::ReadOnly), Err(StoreFault::NotFound));
+}
+
+#[test]
+fn a_fault_while_opening_is_the_answer_of_the_opening() {
+    let mut world = World::one(gpt_with_ext4());
+    world.disks[0].fail.set(Some(StoreFault::Io(5)));
+    assert_eq!(world.open("xvda/p2", Access::ReadOnly), Err(StoreFault::Io(5)));
+    assert!(world.open("xvda/p2", Access::ReadOnly).is_ok());
+}
+
+#[test]
+fn a_disk_that_grew_has_its_new_size() {
+    let mut world = World::one(Mem::new(alloc::vec![0; 1 << 20], 512));
+    let file = world.open("xvda", Access::ReadWrite).unwrap().file;
+    world.disks[0].bytes.borrow_mut().resize(2 << 20, 0);
+    world.store.size(&mut world.hv, Tag(4), file).unwrap();
+    assert_eq!(world.done().result, Ok(Answer::Size(2 << 20)));
+    world.write_all(file, (2 << 20) - 512, &[1; 512]);
+}

@@ -1,0 +1,161 @@
+//! A machine for unit tests: pages in a vector, grants in a table, one device behind the bus.
+//! Not a simulator: no schedule of its own.
+
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+use core::cell::RefCell;
+
+use platter_xen::{
+    Bus, DomId, GrantCopy, Gref, Hypervisor, Mmio, PAGE_BYTES, Port, Refusal, Region,
+};
+
+/// Registers behind the bus.
+pub trait Registers {
+    fn read_u32(&mut self, offset: usize) -> u32;
+    fn write_u32(&mut self, offset: usize, value: u32);
+}
+
+/// Machine addresses are scattered: page n is at frame `n * 7 + 3`.
+pub const FRAME_STEP: u64 = 7;
+pub const FRAME_BASE: u64 = 3;
+
+#[derive(Default)]
+pub struct Fake {
+    pub pages: Vec<u8>,
+    pub frames_max: usize,
+    pub taken: usize,
+    /// Page of each gref, `None` once revoked.
+    pub grants: Vec<Option<u32>>,
+    /// Pending bit of each port; index is the port.
+    pub ports: Vec<bool>,
+    pub notified: Vec<u32>,
+    pub registers: Option<RefCell<Box<dyn Registers>>>,
+}
+
+impl Fake {
+    pub fn new(frames_max: usize) -> Fake {
+        Fake { frames_max, ..Fake::default() }
+    }
+
+    fn at(&self, region: Region, offset: usize, len: usize) -> usize {
+        assert!(offset + len <= region.bytes(), "access beyond its region");
+        region.first_page as usize * PAGE_BYTES + offset
+    }
+
+    /// Index into `pages` of a machine address, as a device sees it.
+    pub fn dma(address: u64) -> usize {
+        let frame = address / PAGE_BYTES as u64;
+        assert!(frame >= FRAME_BASE && (frame - FRAME_BASE) % FRAME_STEP == 0, "not our page");
+        let page = (frame - FRAME_BASE) / FRAME_STEP;
+        page as usize * PAGE_BYTES + (address % PAGE_BYTES as u64) as usize
+    }
+
+    pub fn bytes(&self, region: Region, offset: usize, len: usize) -> Vec<u8> {
+        let at = self.at(region, offset, len);
+        self.pages[at..at + len].to_vec()
+    }
+}
+
+impl Hypervisor for Fake {
+    fn frames_alloc(&mut self, pages: usize) -> Option<Region> {
+        if self.taken + pages > self.frames_max {
+            return None;
+        }
+        let first_page = (self.pages.len() / PAGE_BYTES) as u32;
+        self.pages.resize(self.pages.len() + pages * PAGE_BYTES, 0);
+        self.taken += pages;
+        Some(Region { first_page, pages: pages as u32 })
+    }
+    fn frames_free(&mut self, region: Region) {
+        self.taken -= region.pages as usize;
+    }
+    fn frames_left(&self) -> usize {
+        self.frames_max - self.taken
+    }
+    fn dma_address(&self, region: Region, index: usize) -> u64 {
+        let page = u64::from(region.page(index).first_page);
+        (page * FRAME_STEP + FRAME_BASE) * PAGE_BYTES as u64
+    }
+    fn read(&self, region: Region, offset: usize, into: &mut [u8]) {
+        let at = self.at(region, offset, into.len());
+        into.copy_from_slice(&self.pages[at..at + into.len()]);
+    }
+    fn write(&mut self, region: Region, offset: usize, from: &[u8]) {
+        let at = self.at(region, offset, from.len());
+        self.pages[at..at + from.len()].copy_from_slice(from);
+    }
+    fn load_u32(&self, region: Region, offset: usize) -> u32 {
+        let at = self.at(region, offset, 4);
+        u32::from_le_bytes(self.pages[at..at + 4].try_into().unwrap())
+    }
+    fn store_u32(&mut self, region: Region, offset: usize, value: u32) {
+        self.write(region, offset, &value.to_le_bytes());
+    }
+    fn fence(&self) {}
+    fn move_bytes(&mut self, from: (Region, usize), to: (Region, usize), len: usize) {
+        let from = self.at(from.0, from.1, len);
+        let to = self.at(to.0, to.1, len);
+        self.pages.copy_within(from..from + len, to);
+    }
+    fn zero(&mut self, region: Region, offset: usize, len: usize) {
+        let at = self.at(region, offset, len);
+        self.pages[at..at + len].fill(0);
+    }
+    fn grant(&mut self, _: DomId, page: Region, _: bool) -> Result<Gref, Refusal> {
+        assert_eq!(page.pages, 1);
+        self.grants.push(Some(page.first_page));
+        Ok(Gref(self.grants.len() as u32 - 1))
+    }
+    fn revoke(&mut self, gref: Gref) -> bool {
+        self.grants[gref.0 as usize].take().is_some()
+    }
+    fn map(&mut self, _: DomId, grefs: &[Gref]) -> Result<Region, Refusal> {
+        let page = |gref: &Gref| self.grants.get(gref.0 as usize).copied().flatten();
+        let first_page = page(&grefs[0]).ok_or(Refusal::Grant(-3))?;
+        Ok(Region { first_page, pages: grefs.len() as u32 })
+    }
+    fn unmap(&mut self, _: Region) {}
+    fn copy(&mut self, _: &mut [GrantCopy]) {
+        panic!("storage copies no grants");
+    }
+    fn bind_interdomain(&mut self, _: DomId, _: Port) -> Result<Port, Refusal> {
+        self.alloc_unbound(DomId(0))
+    }
+    fn alloc_unbound(&mut self, _: DomId) -> Result<Port, Refusal> {
+        self.ports.push(false);
+        self.notified.push(0);
+        Ok(Port(self.ports.len() as u32 - 1))
+    }
+    fn close_port(&mut self, _: Port) {}
+    fn notify(&mut self, port: Port) {
+        self.notified[port.0 as usize] += 1;
+    }
+    fn take_pending(&mut self, port: Port) -> bool {
+        core::mem::take(&mut self.ports[port.0 as usize])
+    }
+}
+
+impl Bus for Fake {
+    fn map_mmio(&mut self, _: u64, pages: usize) -> Result<Mmio, Refusal> {
+        Ok(Mmio { first_page: 0, pages: pages as u32 })
+    }
+    fn unmap_mmio(&mut self, _: Mmio) {}
+    fn mmio_read_u32(&self, mmio: Mmio, offset: usize) -> u32 {
+        assert!(offset + 4 <= mmio.pages as usize * PAGE_BYTES);
+        self.registers.as_ref().map_or(!0, |device| device.borrow_mut().read_u32(offset))
+    }
+    fn mmio_write_u32(&mut self, mmio: Mmio, offset: usize, value: u32) {
+        assert!(offset + 4 <= mmio.pages as usize * PAGE_BYTES);
+        if let Some(device) = &self.registers {
+            device.borrow_mut().write_u32(offset, value);
+        }
+    }
+    fn mmio_read_u64(&self, mmio: Mmio, offset: usize) -> u64 {
+        let low = u64::from(self.mmio_read_u32(mmio, offset));
+        u64::from(self.mmio_read_u32(mmio, offset + 4)) << 32 | low
+    }
+    fn mmio_write_u64(&mut self, mmio: Mmio, offset: usize, value: u64) {
+        self.mmio_write_u32(mmio, offset, value as u32);
+        self.mmio_write_u32(mmio, offset + 4, (value >> 32) as u32);
+    }
+}

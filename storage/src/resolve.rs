@@ -1,0 +1,247 @@
+//! From a path to the sectors that it names: `xvda`, `xvda/p2`, `xvda/LABEL`, `xvda/VG/LV`,
+//! `xvda/p1/dir/a.qcow2`, `xvda/VG/LV/a.qcow2`.
+//!
+//! The first component is a disk. The next is looked for as a partition (number, label, GUID),
+//! then as a volume group with a physical volume on that disk or partition, then as a name on
+//! an ext4 filesystem there. Straight-line code over [`Disks`]: a missing block stops it, and it
+//! starts again when that block is there.
+
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+
+use crate::ext4::{self, Mapper};
+use crate::lvm::{Group, Member, PhysicalVolume, read_label, read_text};
+use crate::meta::{Disks, MetaFault, VolumeReader, refused};
+use crate::partition::{Scheme, Table, read_table};
+use crate::volume::{Layout, Volume};
+use crate::{Access, StoreFault};
+
+/// Physical volumes looked at over all disks (ours).
+const MEMBERS_MAX: usize = 256;
+
+/// What a path names.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Resolved {
+    pub layout: Layout,
+    /// The disk, when the path names all of it: its size may change.
+    pub whole_disk: bool,
+    /// False for a volume that LVM marks read-only.
+    pub writable: bool,
+    /// See [`crate::Opened::identity`].
+    pub identity: u64,
+}
+
+/// Finds what `path` names. `mapper` keeps the extents of a file between calls.
+pub fn resolve(
+    disks: &dyn Disks,
+    path: &str,
+    access: Access,
+    mapper: &mut Mapper,
+) -> Result<Resolved, MetaFault> {
+    let (name, rest) = split(path);
+    let disk = (0..disks.count()).find(|&disk| disks.name(disk) == name);
+    let disk = disk.ok_or(StoreFault::NotFound)?;
+    let sectors = disks.sectors(disk);
+    if sectors == 0 {
+        return Err(StoreFault::Gone.into());
+    }
+    let whole = Volume::linear(disk, 0, sectors);
+    let Some(rest) = rest else {
+        return Ok(Resolved { whole_disk: true, ..plain(whole, true) });
+    };
+    let table = table_of(disks, disk, &whole)?;
+    let (word, after) = split(rest);
+    let (partition, ambiguous) = table.find(word);
+    if ambiguous {
+        return refused("several partitions have that label: name one by number or GUID");
+    }
+    let Some(partition) = partition else {
+        let range = (0, sectors);
+        return within(disks, disk, range, whole, rest, access, mapper);
+    };
+    let range = (partition.sector, partition.sectors);
+    let volume = Volume::linear(disk, range.0, range.1);
+    match after {
+        None => Ok(plain(volume, true)),
+        Some(rest) => within(disks, disk, range, volume, rest, access, mapper),
+    }
+}
+
+/// What `rest` names inside a disk or partition: a logical volume or a file.
+fn within(
+    disks: &dyn Disks,
+    disk: u8,
+    range: (u64, u64),
+    volume: Volume,
+    rest: &str,
+    access: Access,
+    mapper: &mut Mapper,
+) -> Result<Resolved, MetaFault> {
+    let (word, after) = split(rest);
+    if let Some((volume, writable)) = logical_volume(disks, disk, range, word, after)? {
+        let after = after.and_then(|after| split(after).1);
+        return match after {
+            None => Ok(plain(volume, writable)),
+            Some(path) => file(disks, volume, writable, path, access, mapper),
+        };
+    }
+    file(disks, volume, true, rest, access, mapper)
+}
+
+fn plain(volume: Volume, writable: bool) -> Resolved {
+    let identity = identity_of(&volume, 0);
+    Resolved { layout: Layout::whole(volume), whole_disk: false, writable, identity }
+}
+
+/// Disk and sector of a byte of the volume: no two things start at the same place, but a disk
+/// and its first bytes, which is one thing.
+fn identity_of(volume: &Volume, sector: u64) -> u64 {
+    volume.place(sector).map_or(u64::MAX, |place| u64::from(place.disk) << 48 | place.sector)
+}
+
+fn file(
+    disks: &dyn Disks,
+    volume: Volume,
+    writable: bool,
+    path: &str,
+    access: Access,
+    mapper: &mut Mapper,
+) -> Result<Resolved, MetaFault> {
+    let reader = VolumeReader { disks, volume: &volume };
+    if !ext4::is_ext4(&reader)? {
+        return Err(StoreFault::NotFound.into());
+    }
+    let found = ext4::open(&reader, path, access, mapper)?;
+    let extents = core::mem::take(mapper).into_extents();
+    let first = extents.first().map(|extent| extent.sector);
+    // A file without a block is told apart by its inode; bit 63 keeps it from all places.
+    let none = 1 << 63 | identity_of(&volume, 0) ^ u64::from(found.inode) << 16;
+    let identity = first.map_or(none, |sector| identity_of(&volume, sector));
+    let layout = Layout { volume, extents: Some(extents), size_bytes: found.size_bytes };
+    Ok(Resolved { layout, whole_disk: false, writable, identity })
+}
+
+/// The first component and the rest, if any.
+fn split(path: &str) -> (&str, Option<&str>) {
+    match path.split_once('/') {
+        Some((word, rest)) => (word, Some(rest)),
+        None => (path, None),
+    }
+}
+
+fn table_of(disks: &dyn Disks, disk: u8, whole: &Volume) -> Result<Table, MetaFault> {
+    read_table(&VolumeReader { disks, volume: whole }, disks.block_bytes(disk))
+}
+
+/// A physical volume that was found.
+struct Found {
+    member: Member,
+    label: PhysicalVolume,
+}
+
+impl Found {
+    fn volume(&self) -> Volume {
+        Volume::linear(self.member.disk, self.member.sector, self.member.sectors)
+    }
+}
+
+/// The logical volume `rest` of group `group`, if that group has a physical volume in `range`
+/// of `disk`. `None` when it has not.
+fn logical_volume(
+    disks: &dyn Disks,
+    disk: u8,
+    range: (u64, u64),
+    group: &str,
+    rest: Option<&str>,
+) -> Result<Option<(Volume, bool)>, MetaFault> {
+    // A scan over everything only where the place that was named holds LVM at all.
+    let mut here = Vec::new();
+    scan_disk(disks, disk, &mut here)?;
+    let inside = |member: &Member| {
+        member.disk == disk && member.sector >= range.0 && member.sector - range.0 < range.1
+    };
+    if !here.iter().any(|found| inside(&found.member)) {
+        return Ok(None);
+    }
+    let mut all = Vec::new();
+    for disk in 0..disks.count() {
+        scan_disk(disks, disk, &mut all)?;
+    }
+    let mut best: Option<Newest> = None;
+    for found in &all {
+        newest_text(disks, found, group, &mut best)?;
+    }
+    let Some(Newest { text, .. }) = best else { return Ok(None) };
+    let parsed = Group::parse(&text)?;
+    // Not by whose text it was: a physical volume may have none of its own.
+    let is_here = |found: &&Found| inside(&found.member) && parsed.holds(&found.member.uuid);
+    if here.iter().find(is_here).is_none() {
+        return Ok(None);
+    }
+    let name = rest.map(|rest| split(rest).0).ok_or(StoreFault::NotAFile)?;
+    let members: Vec<Member> = all.iter().map(|found| found.member).collect();
+    Ok(Some(parsed.volume(name, &members, &|disk| disks.sectors(disk))?))
+}
+
+/// The current text of a group so far.
+struct Newest {
+    seqno: u64,
+    id: String,
+    text: Vec<u8>,
+}
+
+/// Reads the texts of one physical volume; keeps the newest of `group` in `best`.
+fn newest_text(
+    disks: &dyn Disks,
+    found: &Found,
+    group: &str,
+    best: &mut Option<Newest>,
+) -> Result<(), MetaFault> {
+    let volume = found.volume();
+    let reader = VolumeReader { disks, volume: &volume };
+    for &area in &found.label.areas {
+        let Some(text) = read_text(&reader, area)? else { continue };
+        let parsed = Group::parse(&text)?;
+        if parsed.name() != group {
+            continue;
+        }
+        let (seqno, id) = (parsed.seqno(), parsed.id().unwrap_or("").to_string());
+        match best {
+            Some(newest) if newest.id != id => {
+                return refused("two LVM volume groups have that name");
+            }
+            Some(newest) if newest.seqno >= seqno => {}
+            _ => *best = Some(Newest { seqno, id, text }),
+        }
+    }
+    Ok(())
+}
+
+/// Physical volumes on a disk: on all of it, or on its partitions.
+fn scan_disk(disks: &dyn Disks, disk: u8, into: &mut Vec<Found>) -> Result<(), MetaFault> {
+    let sectors = disks.sectors(disk);
+    if sectors == 0 {
+        return Ok(());
+    }
+    let whole = Volume::linear(disk, 0, sectors);
+    let table = match table_of(disks, disk, &whole) {
+        Err(MetaFault::Miss(miss)) => return Err(MetaFault::Miss(miss)),
+        // Another disk's broken table is not this opening's concern.
+        Err(MetaFault::Refused(_)) => return Ok(()),
+        Ok(table) => table,
+    };
+    let ranges: Vec<(u64, u64)> = match table.scheme {
+        Scheme::None => alloc::vec![(0, sectors)],
+        _ => table.partitions.iter().map(|part| (part.sector, part.sectors)).collect(),
+    };
+    for (sector, sectors) in ranges {
+        let volume = Volume::linear(disk, sector, sectors);
+        let Some(label) = read_label(&VolumeReader { disks, volume: &volume })? else { continue };
+        if into.len() == MEMBERS_MAX {
+            return refused("more than 256 LVM physical volumes");
+        }
+        let member = Member { uuid: label.uuid, disk, sector, sectors };
+        into.push(Found { member, label });
+    }
+    Ok(())
+}
