@@ -25,24 +25,45 @@ use super::resize::Moving;
 /// known to write larger blocks; in those only blocks that exist are written.
 const BITMAP_BYTES_MAX: u64 = BLOCK_BYTES;
 
+/// Sectors whose bits are set together, so that a bitmap holds only whole bytes: libvhdi reads
+/// it byte by byte, and Windows itself writes 4 KiB at least. What the guest did not write of
+/// them is copied from what the image reads there.
+const GROUP: u64 = 8;
+
+/// What a plan makes visible.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Plan {
-    Free,
-    /// All sectors are there: nothing to make visible.
-    Over,
-    /// Bits `first` and `count - 1` more of the bitmap at byte `bitmap` become set.
-    Bits {
-        bitmap: u64,
-        first: u64,
-        count: u64,
-    },
-    /// The block gets its place at byte `bitmap`.
-    New {
-        block: u64,
-        bitmap: u64,
-        first: u64,
-        count: u64,
-    },
+enum Effect {
+    /// All sectors are there.
+    Nothing,
+    /// The bits of the sectors become set.
+    Bits,
+    /// The block gets its place.
+    Block,
+}
+
+/// A write in flight: sectors of a block, those that are copied around it included.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Plan {
+    effect: Effect,
+    block: u64,
+    /// Byte of the block's bitmap.
+    bitmap: u64,
+    first: u64,
+    count: u64,
+}
+
+/// Sectors of a block that a write covers.
+#[derive(Clone, Copy)]
+struct Span {
+    block: u64,
+    first: u64,
+    count: u64,
+}
+
+impl Span {
+    fn end(self) -> u64 {
+        self.first + self.count
+    }
 }
 
 /// What only the top layer of a writable image has.
@@ -70,7 +91,7 @@ pub(super) struct Writer {
     handing_out: [u8; FOOTER_BYTES],
     /// Places of blocks that were reserved and given back: they hold anything.
     spares: heapless::Vec<u64, PLANS_MAX>,
-    plans: [Plan; PLANS_MAX],
+    plans: [Option<Plan>; PLANS_MAX],
 }
 
 impl Writer {
@@ -100,7 +121,7 @@ impl Writer {
             stage: 0,
             handing_out: [0; FOOTER_BYTES],
             spares: heapless::Vec::new(),
-            plans: [Plan::Free; PLANS_MAX],
+            plans: [None; PLANS_MAX],
         }
     }
 
@@ -122,6 +143,15 @@ impl Writer {
 
     pub fn can_grow(&self) -> bool {
         self.fixed_footer.is_none()
+    }
+
+    /// A write that copies sectors around it must not meet one that changes them.
+    fn wait_for_others(&self, whole: Span) -> Step<()> {
+        let meets = |plan: &Plan| {
+            let end = plan.first + plan.count;
+            plan.block == whole.block && plan.first < whole.end() && whole.first < end
+        };
+        if self.plans.iter().flatten().any(meets) { Err(Stop::Busy) } else { Ok(()) }
     }
 
     /// Takes everything up to `end` for metadata.
@@ -224,29 +254,81 @@ impl Vhd {
         range: SectorRange,
     ) -> Step<WritePlan> {
         if self.kind == Kind::Fixed {
-            writer.plans[slot as usize] = Plan::Over;
+            let plan = Plan { effect: Effect::Nothing, block: 0, bitmap: 0, first: 0, count: 0 };
+            writer.plans[slot as usize] = Some(plan);
             return Ok(self.write_plan(slot, range.count, range.start_bytes()));
         }
         writer.footer_dirty |= core::mem::take(&mut writer.recovered);
         let block = range.start / self.block_sectors;
-        let within = range.start % self.block_sectors;
-        let count = range.count.min(self.block_sectors - within);
-        let Some(bitmap) = self.block(ctx, block)? else {
-            return self.plan_new(ctx, writer, slot, block, within, count);
-        };
-        let (present, run) = bit_run(ctx, self.file, bitmap, within, count)?;
-        let data = bitmap + self.bitmap_bytes + within * SECTOR_BYTES;
-        if present && run == count {
-            writer.plans[slot as usize] = Plan::Over;
-            return Ok(self.write_plan(slot, count, data));
+        let first = range.start % self.block_sectors;
+        let span = Span { block, first, count: range.count.min(self.block_sectors - first) };
+        match self.block(ctx, block)? {
+            Some(bitmap) => self.plan_old(ctx, writer, slot, span, bitmap),
+            None => self.plan_new(ctx, writer, slot, span),
         }
-        // As far as the bits lie in one cache block.
-        let byte = bitmap + within / 8;
-        let bits = (BLOCK_BYTES - byte % BLOCK_BYTES) * 8 - within % 8;
-        let count = count.min(bits);
-        ctx.meta.pin(self.file, byte)?;
-        writer.plans[slot as usize] = Plan::Bits { bitmap, first: within, count };
-        Ok(self.write_plan(slot, count, data))
+    }
+
+    /// A write into a block that has its place.
+    fn plan_old(
+        &self,
+        ctx: &mut Ctx,
+        writer: &mut Writer,
+        slot: u16,
+        span: Span,
+        bitmap: u64,
+    ) -> Step<WritePlan> {
+        let Span { block, first, mut count } = span;
+        let (present, run) = bit_run(ctx, self.file, bitmap, first, count)?;
+        let (mut head, mut tail) = (first, span.end());
+        let over = present && run == count;
+        if !over {
+            // As far as the bits lie in one cache block, in whole groups.
+            let byte = bitmap + first / 8;
+            count = count.min((BLOCK_BYTES - byte % BLOCK_BYTES) * 8 - first % 8);
+            let around = self.group(Span { count, ..span });
+            (head, tail) = (around.first, around.end());
+            let end = first + count;
+            if head < first
+                && bit_run(ctx, self.file, bitmap, head, first - head)? == (true, first - head)
+            {
+                head = first;
+            }
+            if end < tail && bit_run(ctx, self.file, bitmap, end, tail - end)? == (true, tail - end)
+            {
+                tail = end;
+            }
+        }
+        let whole = Span { block, first: head, count: tail - head };
+        writer.wait_for_others(whole)?;
+        if !over {
+            ctx.meta.pin(self.file, bitmap + first / 8)?;
+        }
+        let effect = if over { Effect::Nothing } else { Effect::Bits };
+        writer.plans[slot as usize] =
+            Some(Plan { effect, block, bitmap, first: head, count: tail - head });
+        let data = bitmap + self.bitmap_bytes + first * SECTOR_BYTES;
+        let mut plan = self.write_plan(slot, count, data);
+        self.copy_around(&mut plan, Span { count, ..span }, whole);
+        Ok(plan)
+    }
+
+    /// The groups that a span touches, as far as the disk reaches.
+    fn group(&self, span: Span) -> Span {
+        let first = span.first - span.first % GROUP;
+        let disk_end = self.sectors - span.block * self.block_sectors;
+        let end = span.end().next_multiple_of(GROUP).min(self.block_sectors).min(disk_end);
+        Span { first, count: end.max(span.end()) - first, ..span }
+    }
+
+    /// What lies in `whole` around `span` is copied from what the image reads now.
+    fn copy_around(&self, plan: &mut WritePlan, span: Span, whole: Span) {
+        let start = span.block * self.block_sectors;
+        if whole.first < span.first {
+            plan.head = Some(SectorRange::new(start + whole.first, span.first - whole.first));
+        }
+        if span.end() < whole.end() {
+            plan.tail = Some(SectorRange::new(start + span.end(), whole.end() - span.end()));
+        }
     }
 
     fn write_plan(&self, slot: u16, sectors: u64, offset: u64) -> WritePlan {
@@ -267,18 +349,16 @@ impl Vhd {
         ctx: &mut Ctx,
         writer: &mut Writer,
         slot: u16,
-        block: u64,
-        within: u64,
-        count: u64,
+        span: Span,
     ) -> Step<WritePlan> {
+        let Span { block, first, count } = span;
         if self.bitmap_bytes > BITMAP_BYTES_MAX {
             let bytes = self.block_sectors * SECTOR_BYTES;
             let field = "new blocks in a VHD with blocks above 16 MiB";
             return Err(ImageFault::unsupported(self.file, field, bytes).into());
         }
-        let same = |plan: &Plan| matches!(plan, Plan::New { block: other, .. } if *other == block);
         // A flush under way may be writing the footer where the block would go.
-        if writer.plans.iter().any(same) || ctx.meta.flushing() {
+        if writer.plans.iter().flatten().any(|plan| plan.block == block) || ctx.meta.flushing() {
             return Err(Stop::Busy);
         }
         let spare = writer.spares.last().copied();
@@ -310,23 +390,29 @@ impl Vhd {
             }
         }
         let data = bitmap + self.bitmap_bytes;
-        let mut plan = self.write_plan(slot, count, data + within * SECTOR_BYTES);
+        let mut plan = self.write_plan(slot, count, data + first * SECTOR_BYTES);
+        let mut whole = span;
         if self.kind == Kind::Dynamic {
             let fresh = spare.is_none() && data >= writer.fresh_from;
-            self.zero_around(&mut plan, data, fresh, within, count);
+            self.zero_around(&mut plan, data, fresh, span);
+        } else {
+            whole = self.group(span);
+            self.copy_around(&mut plan, span, whole);
         }
-        writer.plans[slot as usize] = Plan::New { block, bitmap, first: within, count };
+        let Span { first, count, .. } = whole;
+        writer.plans[slot as usize] =
+            Some(Plan { effect: Effect::Block, block, bitmap, first, count });
         Ok(plan)
     }
 
     /// All bits of a dynamic disk's new block are set (QEMU reads no bitmaps), so the rest of
     /// the block must read as zeros. Fresh space does; its last sector is written so that the
     /// file is as long as the block.
-    fn zero_around(&self, plan: &mut WritePlan, data: u64, fresh: bool, within: u64, count: u64) {
-        let after = within + count;
+    fn zero_around(&self, plan: &mut WritePlan, data: u64, fresh: bool, span: Span) {
+        let after = span.end();
         let end = self.block_sectors;
         let (head, tail) =
-            if fresh { (0..0, after.max(end - 1)..end) } else { (0..within, after..end) };
+            if fresh { (0..0, after.max(end - 1)..end) } else { (0..span.first, after..end) };
         for zeros in [head, tail] {
             if !zeros.is_empty() {
                 let offset = data + zeros.start * SECTOR_BYTES;
@@ -346,15 +432,14 @@ impl Vhd {
 
     pub(super) fn commit_plan(&mut self, ctx: &mut Ctx, slot: u16) {
         let file = self.file;
-        let plan = self.take_plan(slot);
-        match plan {
-            Plan::Free => panic!("a commit without a plan"),
-            Plan::Over => {}
-            Plan::Bits { bitmap, first, count } => {
+        let Plan { effect, block, bitmap, first, count } = self.take_plan(slot);
+        match effect {
+            Effect::Nothing => {}
+            Effect::Bits => {
                 set_bits(ctx, file, bitmap, first, count);
                 ctx.meta.unpin(file, bitmap + first / 8);
             }
-            Plan::New { block, bitmap, first, count } => {
+            Effect::Block => {
                 self.fill_bitmap(ctx, bitmap);
                 if self.kind == Kind::Differencing {
                     set_bits(ctx, file, bitmap, first, count);
@@ -367,11 +452,11 @@ impl Vhd {
     }
 
     pub(super) fn abandon_plan(&mut self, ctx: &mut Ctx, slot: u16) {
-        match self.take_plan(slot) {
-            Plan::Free => panic!("an abandoned plan that was none"),
-            Plan::Over => {}
-            Plan::Bits { bitmap, first, .. } => ctx.meta.unpin(self.file, bitmap + first / 8),
-            Plan::New { block, bitmap, .. } => {
+        let Plan { effect, block, bitmap, first, .. } = self.take_plan(slot);
+        match effect {
+            Effect::Nothing => {}
+            Effect::Bits => ctx.meta.unpin(self.file, bitmap + first / 8),
+            Effect::Block => {
                 self.unpin_new(ctx, block, bitmap);
                 let writer = self.writer.as_mut().expect("a plan has a writer");
                 writer.spares.push(bitmap).expect("no more spares than plans in flight");
@@ -381,7 +466,7 @@ impl Vhd {
 
     fn take_plan(&mut self, slot: u16) -> Plan {
         let writer = self.writer.as_mut().expect("a plan has a writer");
-        core::mem::replace(&mut writer.plans[slot as usize], Plan::Free)
+        writer.plans[slot as usize].take().expect("a plan in flight")
     }
 
     fn unpin_new(&self, ctx: &mut Ctx, block: u64, bitmap: u64) {

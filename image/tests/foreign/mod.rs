@@ -1,0 +1,215 @@
+//! What image tests share: scratch files, making images, and readers by other authors.
+//!
+//! The readers are Python packages (libvhdi-python, dissect.hypervisor) in a virtual environment
+//! under build/. Where it is missing the comparison is skipped and says so;
+//! `PLATTER_READERS=install` makes it.
+
+#![allow(dead_code)]
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use platter_image::{
+    Access, CheckParams, CheckProgress, CheckReport, Create, CreateParams, Format, Options, Repair,
+};
+use platter_tool::engine::{Engine, options};
+use platter_tool::medium::RamFolder;
+
+/// A directory of its own, removed at the end.
+pub struct Scratch(pub PathBuf);
+
+impl Scratch {
+    pub fn new(name: &str) -> Scratch {
+        let path = std::env::temp_dir().join(format!("platter-{}-{name}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Scratch(path)
+    }
+
+    pub fn run(&self, program: &str, args: &[&str]) -> Output {
+        let output = Command::new(program).args(args).current_dir(&self.0).output();
+        output.unwrap_or_else(|error| panic!("{program} must be installed: {error}"))
+    }
+
+    pub fn ok(&self, program: &str, args: &[&str]) -> String {
+        let output = self.run(program, args);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{program} {args:?}: {error}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// The disk as QEMU reads it.
+    pub fn by_qemu(&self, format: &str, name: &str) -> Vec<u8> {
+        self.ok("qemu-img", &["convert", "-f", format, "-O", "raw", name, "out.raw"]);
+        std::fs::read(self.0.join("out.raw")).unwrap()
+    }
+
+    pub fn put(&self, name: &str, bytes: &[u8]) {
+        std::fs::write(self.0.join(name), bytes).unwrap();
+    }
+
+    pub fn get(&self, name: &str) -> Vec<u8> {
+        std::fs::read(self.0.join(name)).unwrap()
+    }
+
+    /// The disk as a reader of another author reads it, `None` where it is not installed.
+    pub fn by_reader(&self, reader: &str, names: &[&str]) -> Option<Vec<u8>> {
+        let python = python()?;
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/foreign/read.py");
+        let mut args = vec![script.to_str().unwrap(), reader];
+        args.extend(names);
+        let output = self.run(python.to_str().unwrap(), &args);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{reader} {names:?}: {error}");
+        Some(output.stdout)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// The Python of the readers' environment.
+fn python() -> Option<PathBuf> {
+    static FOUND: std::sync::OnceLock<Option<PathBuf>> = std::sync::OnceLock::new();
+    FOUND.get_or_init(find_python).clone()
+}
+
+fn find_python() -> Option<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../build/venv-images");
+    let root = std::env::var_os("PLATTER_READERS_ENV").map_or(root, PathBuf::from);
+    let python = root.join("bin/python");
+    let holds = |python: &Path| {
+        let args = ["-c", "import pyvhdi, dissect.hypervisor"];
+        let run = Command::new(python).args(args).output();
+        run.is_ok_and(|output| output.status.success())
+    };
+    if holds(&python) {
+        return Some(python);
+    }
+    if std::env::var("PLATTER_READERS").as_deref() != Ok("install") {
+        eprintln!("skipped: readers of other authors (PLATTER_READERS=install installs them)");
+        return None;
+    }
+    let run = |program: &Path, args: &[&str]| {
+        let status = Command::new(program).args(args).status().unwrap();
+        assert!(status.success(), "{program:?} {args:?}");
+    };
+    run(Path::new("python3"), &["-m", "venv", root.to_str().unwrap()]);
+    let packages = ["libvhdi-python", "dissect.hypervisor"];
+    run(&root.join("bin/pip"), &[&["install", "-q"][..], &packages].concat());
+    assert!(holds(&python), "the readers can be imported");
+    Some(python)
+}
+
+/// A new image's bytes.
+pub fn made(params: &CreateParams) -> Vec<u8> {
+    let mut plan = Create::new(params).unwrap_or_else(|fault| panic!("create: {fault}"));
+    assert_eq!(plan.files().len(), 1);
+    let mut bytes = vec![0; plan.files()[0].bytes as usize];
+    while let Some(write) = plan.next_write() {
+        bytes[write.offset as usize..][..write.bytes.len()].copy_from_slice(write.bytes);
+    }
+    bytes
+}
+
+pub fn params(format: Format, sectors: u64) -> CreateParams<'static> {
+    CreateParams {
+        format,
+        name: "image",
+        sectors,
+        cluster_bytes: 0,
+        options: &[],
+        backing: None,
+        seed: 7,
+        unix_seconds: 1_700_000_000,
+    }
+}
+
+pub fn rw(format: Format) -> Options {
+    options(format, Access::ReadWrite)
+}
+
+pub fn ro(format: Format) -> Options {
+    options(format, Access::ReadOnly)
+}
+
+/// The whole disk as this engine reads it.
+pub fn read_all(engine: &mut Engine) -> Vec<u8> {
+    let mut bytes = vec![0xee; engine.sectors() as usize * 512];
+    engine.read(0, &mut bytes).unwrap_or_else(|fault| panic!("read: {fault}"));
+    bytes
+}
+
+pub fn open(folder: &RamFolder, name: &str, options: Options) -> Engine {
+    Engine::open(folder, name, options).unwrap_or_else(|fault| panic!("open: {fault}"))
+}
+
+/// The sentence with which opening an image is refused.
+pub fn refused(bytes: Vec<u8>, name: &str, options: Options) -> String {
+    let folder = RamFolder::new();
+    folder.put(name, bytes.clone());
+    let fault = match Engine::open(&folder, name, options) {
+        Ok(_) => panic!("opened"),
+        Err(fault) => fault.to_string(),
+    };
+    assert!(folder.bytes(name).unwrap() == bytes, "a refused image is not changed");
+    fault
+}
+
+/// Makes the disk longer, durably.
+pub fn grow(engine: &mut Engine, sectors: u64) {
+    let plan = engine.drive(|image| image.resize(sectors));
+    let plan = plan.unwrap_or_else(|fault| panic!("resize: {fault}"));
+    if let Some((file, len)) = plan.grow {
+        engine.medium(file).set_len(len).unwrap();
+    }
+    engine.flush().unwrap();
+}
+
+/// Checks the top layer with as little memory as can be.
+pub fn check_all(engine: &mut Engine) -> CheckReport {
+    let params = CheckParams { repair: Repair::Nothing, budget_bytes: 0 };
+    engine.image().check_begin(params).unwrap();
+    loop {
+        let step = engine.drive(|image| image.check_step());
+        match step.unwrap_or_else(|fault| panic!("check: {fault}")) {
+            CheckProgress::More { .. } => {}
+            CheckProgress::Done(report) => return report,
+        }
+    }
+}
+
+/// A stream of numbers (splitmix64).
+pub struct Rng(pub u64);
+
+impl Rng {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub fn below(&mut self, limit: u64) -> u64 {
+        self.next() % limit
+    }
+}
+
+/// Random writes of up to `sectors_max`, on the engine and on the model alike.
+pub fn scribble(engine: &mut Engine, model: &mut [u8], rng: &mut Rng, count: u64, max: u64) {
+    let sectors = engine.sectors();
+    for n in 0..count {
+        let start = rng.below(sectors);
+        let len = (1 + rng.below(max)).min(sectors - start);
+        let byte = (rng.next() % 255) as u8 + 1;
+        let range = start as usize * 512..(start + len) as usize * 512;
+        model[range.clone()].fill(byte);
+        engine.write(start, &model[range]).unwrap_or_else(|fault| panic!("write: {fault}"));
+        if n % 5 == 4 {
+            engine.flush().unwrap();
+        }
+    }
+}
