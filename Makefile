@@ -20,3 +20,8 @@ endef
 .PHONY: kernel
 kernel:
 	$(call bare_kernel,platter-kernel,platter)
+
+# A kernel that tests the machine under Xen, or crashes in the way its command line names.
+.PHONY: probe
+probe:
+	$(call bare_kernel,platter-arch,probe)

@@ -257,17 +257,17 @@ impl GrantMaps {
     }
 
     fn unmap_pages(&mut self, first: usize, count: usize) {
-        for page in first..first + count {
-            let mut op = [UnmapRef {
-                host_addr: map_address(page),
-                dev_bus_addr: 0,
-                handle: self.handles[page],
-                status: GENERAL_ERROR,
-            }];
-            // SAFETY: the page is ours to unmap: no reference into the window exists.
-            let result = unsafe { grant_table_op(GNTTABOP_UNMAP, &mut op) };
-            assert!(result.is_ok() && op[0].status == OKAY, "a grant did not unmap");
-        }
+        let of_page = |page: usize| UnmapRef {
+            host_addr: map_address(page),
+            dev_bus_addr: 0,
+            handle: self.handles[page],
+            status: GENERAL_ERROR,
+        };
+        let mut ops: Vec<UnmapRef> = (first..first + count).map(of_page).collect();
+        // SAFETY: the pages are ours to unmap: no reference into the window exists.
+        let result = unsafe { grant_table_op(GNTTABOP_UNMAP, &mut ops) };
+        let unmapped = result.is_ok() && ops.iter().all(|op| op.status == OKAY);
+        assert!(unmapped, "a grant did not unmap: {result:?}");
     }
 }
 

@@ -58,7 +58,8 @@ pub struct Machine {
 impl Machine {
     /// # Safety
     /// From `pool_start` to the end of `space` all is unused, and writable as far as it is
-    /// mapped; the xenstore page is mapped, and the windows are empty but for the shared page. Once only.
+    /// mapped; the xenstore page is mapped, and the windows hold nothing but the shared page.
+    /// Once only.
     pub(crate) unsafe fn new(
         space: AddressSpace,
         pool_start: u32,
