@@ -8,7 +8,7 @@
 //!
 //! The first half of this file is plain arithmetic and layout without a hypervisor: a server
 //! over ordinary mapped memory uses the same. The interface page: `in_cons`@0, `in_prod`@4,
-//! `out_cons`@64, `out_prod`@68, `ring_order`@72, grefs from 76. "In" is towards the frontend.
+//! `out_cons`@64, `out_prod`@68, `ring_order`@128, grefs from 132 (each index pair has 56 bytes of padding). "In" is towards the frontend.
 
 use alloc::format;
 use alloc::string::String;
@@ -21,8 +21,8 @@ pub const IN_CONS: usize = 0;
 pub const IN_PROD: usize = 4;
 pub const OUT_CONS: usize = 64;
 pub const OUT_PROD: usize = 68;
-pub const RING_ORDER: usize = 72;
-pub const GREFS: usize = 76;
+pub const RING_ORDER: usize = 128;
+pub const GREFS: usize = 132;
 
 /// Two halves of at least a page each.
 pub const ORDER_MIN: u32 = 1;

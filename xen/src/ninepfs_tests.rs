@@ -46,16 +46,16 @@ fn the_interface_page_as_bytes() {
     let (hv, ring) = ring(2);
     let mut page = [0; PAGE_BYTES];
     hv.read(ring.interface, 0, &mut page);
-    assert_eq!(page[..72], [0; 72]);
+    assert_eq!(page[..128], [0; 128]);
     // order 2, then grefs 1 to 4 (0 is the interface page's own).
-    assert_eq!(page[72..92], [2, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 4, 0, 0, 0]);
+    assert_eq!(page[128..148], [2, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 4, 0, 0, 0]);
     let interface = Interface::parse(&page).unwrap();
     assert_eq!(interface.grefs, [Gref(1), Gref(2), Gref(3), Gref(4)]);
     for order in [0, 10, u32::MAX] {
-        page[72..76].copy_from_slice(&u32::to_le_bytes(order));
+        page[128..132].copy_from_slice(&u32::to_le_bytes(order));
         assert_eq!(Interface::parse(&page), Err(Broken::Order(order)));
     }
-    page[72..76].copy_from_slice(&[9, 0, 0, 0]);
+    page[128..132].copy_from_slice(&[9, 0, 0, 0]);
     assert_eq!(Interface::parse(&page).unwrap().grefs.len(), 512);
 }
 
