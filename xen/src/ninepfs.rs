@@ -8,7 +8,8 @@
 //!
 //! The first half of this file is plain arithmetic and layout without a hypervisor: a server
 //! over ordinary mapped memory uses the same. The interface page: `in_cons`@0, `in_prod`@4,
-//! `out_cons`@64, `out_prod`@68, `ring_order`@128, grefs from 132 (each index pair has 56 bytes of padding). "In" is towards the frontend.
+//! `out_cons`@64, `out_prod`@68, `ring_order`@128, grefs from 132: 56 bytes of padding follow
+//! each pair of indexes. "In" is towards the frontend.
 
 use alloc::format;
 use alloc::string::String;

@@ -345,3 +345,50 @@ fn numbers_and_names() {
     assert_eq!(TxId::parse(b"42\0"), Some(TxId(42)));
     assert_eq!(TxId::parse(b"0\0"), None);
 }
+
+#[test]
+fn random_bytes_from_the_server_never_panic_nor_pile_up() {
+    let mut seed = 1u32;
+    let mut next = || {
+        seed ^= seed << 13;
+        seed ^= seed >> 17;
+        seed ^= seed << 5;
+        seed
+    };
+    let mut ends = [0; 3];
+    for _ in 0..2000 {
+        let mut world = World::new();
+        watch(&mut world, "/b", 4);
+        for _ in 0..10 {
+            world.read(1);
+            assert_eq!(world.poll(), None);
+            let kind =
+                [kind::READ, kind::WATCH_EVENT, kind::ERROR, next() % 20][next() as usize % 4];
+            let oldest = world.client.in_flight.first().map_or(0, |entry| entry.req_id);
+            let mut bytes = message(kind, oldest, b"/b/1/state\x004\0");
+            match next() % 12 {
+                0 => bytes[next() as usize % 16] ^= 1 << (next() % 8),
+                1 => bytes.truncate(next() as usize % bytes.len()),
+                _ => {}
+            }
+            let there = world.hv.load_u32(world.page, RSP_PROD);
+            let there = there.wrapping_sub(world.hv.load_u32(world.page, RSP_CONS));
+            if there as usize + bytes.len() <= RING_BYTES as usize {
+                world.server_put(&bytes);
+            }
+            while let Some(event) = world.poll() {
+                ends[match event {
+                    Event::Reply { .. } => 0,
+                    Event::Watch { .. } => 1,
+                    Event::Reset | Event::Dead(_) => 2,
+                }] += 1;
+            }
+            world.server_bytes();
+            assert!(world.client.incoming.capacity() <= 3 * PAYLOAD_BYTES_MAX);
+            if matches!(world.client.state, State::Dead) {
+                break;
+            }
+        }
+    }
+    assert!(ends.iter().all(|count| *count > 100), "each kind was reached: {ends:?}");
+}

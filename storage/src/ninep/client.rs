@@ -92,6 +92,10 @@ pub struct Client {
     pub(super) depth: u32,
     /// The server speaks the platter dialect.
     pub(super) extended: bool,
+    /// This session, or the last one, got as far as Up.
+    pub(super) was_up: bool,
+    /// Some rings are given back already: none of them is to be used again.
+    pub(super) releasing: bool,
     /// Where the search for room, and for answers, starts: round-robin.
     lane_next: usize,
     answer_next: usize,
@@ -124,6 +128,8 @@ impl Client {
             msize: 0,
             depth: 1,
             extended: false,
+            was_up: false,
+            releasing: false,
             lane_next: 0,
             answer_next: 0,
             held: None,
@@ -432,7 +438,9 @@ impl Client {
     ) -> Result<Result<Reply, StoreFault>, StoreFault> {
         let reply = match (op.kind, answer) {
             // A fid of ours is unknown: this is another server than the one it was opened at.
-            (_, Answer::Lerror { ecode: 2 | 9 }) => return Err(StoreFault::Protocol),
+            // An attribute may be missing for another reason: the file was deleted.
+            (Kind::Read | Kind::Write | Kind::Fsync, Answer::Lerror { ecode: 2 })
+            | (_, Answer::Lerror { ecode: 9 }) => return Err(StoreFault::Protocol),
             (_, Answer::Lerror { ecode }) => return Ok(Err(fault_of(*ecode))),
             (Kind::Read, Answer::Read { count }) if *count <= op.len => {
                 Reply::Read(window(self.lanes[lane].ring.in_spans(RREAD_BYTES, *count)))

@@ -416,6 +416,16 @@ fn a_reads_bytes_stay_on_the_ring_until_the_next_poll() {
 }
 
 #[test]
+fn a_deleted_file_disturbs_no_other() {
+    let mut world = world(false);
+    let file = open(&mut world, "a.raw").unwrap().file;
+    world.server.faults.getattr_error = Some(2);
+    world.client.size(&mut world.hv, Tag(1), file).unwrap();
+    assert_eq!(results(world.poll_all()), [(1, Err(StoreFault::NotFound))]);
+    assert_eq!(world.client.session(), Session::Up);
+}
+
+#[test]
 fn versions_that_do_not_do() {
     let mut server = Server::new(false);
     server.msize_max = 4000;

@@ -33,7 +33,14 @@ pub enum MountFault {
     Setup(SetupFault),
     /// A server came back with less than our rings need, and the old one still maps them.
     Shrunk,
+    /// Several sessions in a row failed before anything could be opened, the last one for this
+    /// reason. Tried again with a new server only.
+    GivenUp(&'static str),
 }
+
+/// Sessions that fail before they are up until we stop: a server that cannot do is not asked in
+/// a loop.
+const FAILURES_MAX: u32 = 3;
 
 /// What the caller does next.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -53,12 +60,16 @@ pub struct Mount {
     frames_max: usize,
     /// Our own state as we wrote it last; the toolstack starts with Initialising.
     own: XenbusState,
+    /// Sessions in a row that never were up, and why the last one failed.
+    failures: u32,
+    failure: &'static str,
 }
 
 impl Mount {
     /// `domid`: the backend's (`backend-id`). `frames_max`: what all rings of the share may take.
     pub fn new(domid: DomId, frames_max: usize) -> Mount {
-        Mount { domid, frames_max, own: XenbusState::Initialising }
+        let own = XenbusState::Initialising;
+        Mount { domid, frames_max, own, failures: 0, failure: "" }
     }
 
     /// Decides from the backend's nodes. Call at each event on the backend's `state`, after each
@@ -69,7 +80,7 @@ impl Mount {
         client: &mut Client,
         back: BackNodes<'_>,
     ) -> MountStep {
-        use XenbusState::{Closed, Closing, Connected, InitWait, Initialised, Initialising};
+        use XenbusState::{Closed, Connected, InitWait, Initialised, Initialising};
         let theirs = back.state.and_then(XenbusState::parse).unwrap_or(XenbusState::Unknown);
         match (self.own, theirs) {
             (Initialising, InitWait) => self.offer(hv, client, back),
@@ -83,6 +94,7 @@ impl Mount {
             }
             (Initialised | Connected, _) => {
                 // The server has gone, or we gave it up.
+                self.count(client);
                 if client.session().is_connected() {
                     client.lose(Session::Down);
                 }
@@ -90,9 +102,25 @@ impl Mount {
                 let fresh = matches!(theirs, Initialising | InitWait);
                 self.write(if fresh { Initialising } else { Closed })
             }
-            (Closed, Closed | Initialising | InitWait) => self.write(Initialising),
-            (Closed, Closing) => MountStep::Wait,
+            (Closed, Initialising) => {
+                self.failures = 0;
+                self.write(Initialising)
+            }
+            (Closed, Closed | InitWait) if self.failures >= FAILURES_MAX => {
+                MountStep::Refused(MountFault::GivenUp(self.failure))
+            }
+            (Closed, Closed | InitWait) => self.write(Initialising),
             _ => MountStep::Wait,
+        }
+    }
+
+    fn count(&mut self, client: &Client) {
+        match client.session() {
+            Session::Broken(reason) if !client.was_up => {
+                self.failures += 1;
+                self.failure = reason;
+            }
+            _ => self.failures = 0,
         }
     }
 
@@ -109,11 +137,15 @@ impl Mount {
     ) -> MountStep {
         let offer = Offer::parse(back.versions, back.max_rings, back.max_ring_page_order);
         let rings = offer.map_err(MountFault::Offer).and_then(|offer| {
+            let fits = !client.releasing && client.fits(offer);
+            if !fits && !client.release(hv) {
+                return Err(MountFault::Shrunk);
+            }
             if client.lanes.is_empty() {
                 let shape = offer.choose(self.frames_max).map_err(MountFault::Offer)?;
                 client.set_up(hv, self.domid, shape)
             } else {
-                client.restart(hv, self.domid, offer)
+                client.restart(hv, self.domid)
             }
         });
         match rings {
@@ -154,16 +186,24 @@ impl Client {
         Ok(self.addresses())
     }
 
+    /// The rings that we have are within what a server offers.
+    fn fits(&self, offer: Offer) -> bool {
+        let order = self.lanes.first().map_or(0, |lane| lane.ring.order());
+        self.lanes.len() as u32 <= offer.rings_max && order <= offer.order_max
+    }
+
+    /// Gives all rings back. False while an old server still maps some.
+    fn release<H: Hypervisor>(&mut self, hv: &mut H) -> bool {
+        self.lanes.retain_mut(|lane| !lane.ring.try_release(hv));
+        self.releasing = !self.lanes.is_empty();
+        !self.releasing
+    }
+
     fn restart<H: Hypervisor>(
         &mut self,
         hv: &mut H,
         domid: DomId,
-        offer: Offer,
     ) -> Result<Vec<(Gref, Port)>, MountFault> {
-        let order = self.lanes[0].ring.order();
-        if self.lanes.len() as u32 > offer.rings_max || order > offer.order_max {
-            return Err(MountFault::Shrunk);
-        }
         for lane in &mut self.lanes {
             let restarted = lane.ring.restart(hv, domid);
             restarted.map_err(|refusal| MountFault::Setup(SetupFault::Refused(refusal)))?;

@@ -94,15 +94,40 @@ fn every_way_of_going_leads_back() {
 }
 
 #[test]
-fn a_smaller_server_than_before_is_refused_with_a_reason() {
+fn a_smaller_server_than_before_waits_until_the_old_one_lets_go() {
     let mut world = World::unmounted(Server::new(false), 100);
+    let frames = world.hv.frames_left();
     update(&mut world, back("2"));
     update(&mut world, back("4"));
     update(&mut world, back("6"));
     update(&mut world, back("6"));
+    let held = world.hv.grants[4].take(); // still mapped, to the fake
     let fewer = BackNodes { max_rings: Some(b"1"), ..back("2") };
-    assert_eq!(update(&mut world, fewer), MountStep::Refused(MountFault::Shrunk));
-    assert_eq!(state_written(update(&mut world, back("2"))), "3");
+    for _ in 0..2 {
+        assert_eq!(update(&mut world, fewer), MountStep::Refused(MountFault::Shrunk));
+    }
+    // Even if the old offer comes back: some of the rings are gone.
+    assert_eq!(update(&mut world, back("2")), MountStep::Refused(MountFault::Shrunk));
+    world.hv.grants[4] = held;
+    assert_eq!(state_written(update(&mut world, fewer)), "3");
+    assert_eq!(frames - world.hv.frames_left(), 65, "one ring of order 6 fits 100 frames");
+}
+
+#[test]
+fn a_server_that_cannot_do_is_not_asked_in_a_loop() {
+    let mut server = Server::new(false);
+    server.msize_max = 100;
+    let mut world = World::unmounted(server, 100);
+    for _ in 0..40 {
+        world.handshake_once();
+        world.poll_all();
+    }
+    let refused =
+        MountStep::Refused(MountFault::GivenUp("the 9p server wants an unusable message size"));
+    assert_eq!(world.step(), refused);
+    assert_eq!(world.server.served[&100], 2 * FAILURES_MAX, "two dialects, three times");
+    // A new server starts at 1.
+    assert_eq!(state_written(update(&mut world, back("1"))), "1");
 }
 
 #[test]

@@ -54,6 +54,7 @@ impl Client {
     /// Begins a session over rings that the server has mapped.
     pub(super) fn session_start(&mut self) {
         self.lose(Session::Version { platter: true, sent: false });
+        self.was_up = false;
     }
 
     /// Sends the handshake message that is due.
@@ -116,6 +117,7 @@ impl Client {
                 if head.tag == ATTACH_TAG && qid.kind & QID_DIR != 0 =>
             {
                 self.session = Session::Up;
+                self.was_up = true;
                 self.reopen_files();
                 Ok(())
             }

@@ -42,6 +42,8 @@ pub struct Faults {
     pub io_max: Option<u32>,
     /// This errno for every read, write and fsync.
     pub io_error: Option<u32>,
+    /// This errno for every getattr.
+    pub getattr_error: Option<u32>,
     /// Takes requests and answers none.
     pub deaf: bool,
     /// Answers reads with so many bytes beyond what was asked.
@@ -213,6 +215,10 @@ impl Server {
         let is_io =
             matches!(request, Request::Read { .. } | Request::Write { .. } | Request::Fsync { .. });
         if let Some(ecode) = self.faults.io_error.filter(|_| is_io) {
+            return Answer::Lerror { ecode };
+        }
+        let is_getattr = matches!(request, Request::Getattr { .. });
+        if let Some(ecode) = self.faults.getattr_error.filter(|_| is_getattr) {
             return Answer::Lerror { ecode };
         }
         match request {
@@ -403,22 +409,26 @@ impl World {
     /// Lets both ends follow each other to rest.
     pub fn handshake(&mut self) {
         for _ in 0..20 {
-            let moved = self.step() != MountStep::Wait;
-            let state = match (self.server.state, self.front_state()) {
-                (2, "3") => {
-                    self.server.take_rings(&self.hv, &self.nodes.clone());
-                    4
-                }
-                (4, "5" | "6") => 6,
-                (6, "1") => 2,
-                (state, _) => state,
-            };
-            let followed = std::mem::replace(&mut self.server.state, state) != state;
-            if !moved && !followed {
+            if !self.handshake_once() {
                 return;
             }
         }
         panic!("the handshake does not rest");
+    }
+
+    /// One step of both ends. False when neither moved.
+    pub fn handshake_once(&mut self) -> bool {
+        let moved = matches!(self.step(), MountStep::Write(_));
+        let state = match (self.server.state, self.front_state()) {
+            (2, "3") => {
+                self.server.take_rings(&self.hv, &self.nodes.clone());
+                4
+            }
+            (4, "5" | "6") => 6,
+            (6, "1") => 2,
+            (state, _) => state,
+        };
+        moved | (std::mem::replace(&mut self.server.state, state) != state)
     }
 
     pub fn poll(&mut self) -> Option<Done> {
