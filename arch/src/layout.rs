@@ -33,7 +33,7 @@ pub(crate) const GRANT_TABLE_FRAMES_MAX: usize = 64;
 pub(crate) const MMIO: u64 = WINDOW_BASE + 256 * PAGE;
 pub(crate) const MMIO_PAGES: usize = 256;
 
-/// Mapped grants: 2048 ring pages, more than Xen's default of 1024 maptrack frames needs here.
+/// Mapped grants: ring pages, 16 for each of 128 rings.
 pub(crate) const GRANT_MAPS: u64 = WINDOW_BASE + 512 * PAGE;
 pub(crate) const GRANT_MAPS_PAGES: usize = 2048;
 
