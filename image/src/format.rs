@@ -8,6 +8,7 @@ use crate::fault::ImageFault;
 use crate::files::{Access, Files};
 use crate::info::{Details, SnapshotInfo};
 use crate::meta::{Meta, Phase};
+use crate::qcow::Qcow;
 use crate::qcow2::Qcow2;
 use crate::qed::Qed;
 use crate::raw::Raw;
@@ -21,6 +22,7 @@ pub enum Format {
     Raw,
     Qcow2,
     Qed,
+    Qcow,
     Vdi,
     Vhd,
 }
@@ -32,6 +34,7 @@ impl Format {
             "raw" => Format::Raw,
             "qcow2" => Format::Qcow2,
             "qed" => Format::Qed,
+            "qcow" => Format::Qcow,
             "vdi" => Format::Vdi,
             "vhd" | "vpc" => Format::Vhd,
             _ => return None,
@@ -45,6 +48,7 @@ impl Format {
             "raw" | "img" => Format::Raw,
             "qcow2" => Format::Qcow2,
             "qed" => Format::Qed,
+            "qcow" => Format::Qcow,
             "vdi" => Format::Vdi,
             "vhd" => Format::Vhd,
             _ => return None,
@@ -56,6 +60,7 @@ impl Format {
             Format::Raw => "raw",
             Format::Qcow2 => "qcow2",
             Format::Qed => "qed",
+            Format::Qcow => "qcow",
             Format::Vdi => "vdi",
             Format::Vhd => "vhd",
         }
@@ -183,6 +188,11 @@ pub(crate) trait Layer {
         0
     }
 
+    /// The parent, of a layer that knew it only once it was ready (asked once).
+    fn late_parent(&mut self) -> Option<Parent> {
+        None
+    }
+
     /// What a child must name to mean this very image: a UUID or content identifier.
     fn identity(&self) -> Option<u128> {
         None
@@ -254,6 +264,7 @@ pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
     match params.format {
         Format::Raw => crate::raw::create(params),
         Format::Qed => crate::qed::create(params),
+        Format::Qcow => crate::qcow::create(params),
         Format::Vdi => crate::vdi::create(params),
         Format::Vhd => crate::vhd::create(params),
         #[allow(unreachable_patterns)]
@@ -266,6 +277,7 @@ pub(crate) enum AnyLayer {
     Raw(Raw),
     Qcow2(Qcow2),
     Qed(Qed),
+    Qcow(Qcow),
     Vdi(Vdi),
     Vhd(Vhd),
 }
@@ -276,6 +288,7 @@ impl AnyLayer {
             Format::Raw => Raw::open(ctx, file, access),
             Format::Qcow2 => Qcow2::open(ctx, file, access),
             Format::Qed => Qed::open(ctx, file, access),
+            Format::Qcow => Qcow::open(ctx, file, access),
             Format::Vdi => Vdi::open(ctx, file, access),
             Format::Vhd => Vhd::open(ctx, file, access),
         }
@@ -286,6 +299,7 @@ impl AnyLayer {
             AnyLayer::Raw(layer) => layer,
             AnyLayer::Qcow2(layer) => layer,
             AnyLayer::Qed(layer) => layer,
+            AnyLayer::Qcow(layer) => layer,
             AnyLayer::Vdi(layer) => layer,
             AnyLayer::Vhd(layer) => layer,
         }
@@ -296,6 +310,7 @@ impl AnyLayer {
             AnyLayer::Raw(layer) => layer,
             AnyLayer::Qcow2(layer) => layer,
             AnyLayer::Qed(layer) => layer,
+            AnyLayer::Qcow(layer) => layer,
             AnyLayer::Vdi(layer) => layer,
             AnyLayer::Vhd(layer) => layer,
         }

@@ -19,6 +19,7 @@ mod format;
 mod image;
 mod info;
 mod meta;
+mod qcow;
 mod qcow2;
 mod qed;
 mod raw;

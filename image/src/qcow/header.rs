@@ -1,0 +1,123 @@
+//! The qcow version 1 header (QEMU block/qcow.c, "QCowHeader"): 48 bytes, big-endian.
+
+use crate::fault::{FaultKind, ImageFault};
+use crate::files::NAME_BYTES_MAX;
+use crate::types::{FileNo, SECTOR_BYTES};
+
+/// Bytes of the header.
+pub(super) const HEADER_BYTES: usize = 48;
+/// "QFI\xfb".
+const MAGIC: u32 = 0x5146_49fb;
+const VERSION: u32 = 1;
+/// Cluster and table sizes as powers of two (QEMU's limits).
+const CLUSTER_BITS: core::ops::RangeInclusive<u8> = 9..=16;
+const L2_BITS: core::ops::RangeInclusive<u8> = 6..=13;
+/// Entries of an L1 table (QEMU: its bytes fit a C int).
+const L1_ENTRIES_MAX: u64 = i32::MAX as u64 / 8;
+
+/// Offset of the disk's size.
+pub(super) const SIZE_AT: u64 = 24;
+
+/// A header whose fields are valid, alone and together.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Header {
+    /// Where the backing file's name is and its length; length 0 for none.
+    pub name_offset: u64,
+    pub name_bytes: usize,
+    pub mtime: u32,
+    pub disk_bytes: u64,
+    pub cluster_bits: u8,
+    pub l2_bits: u8,
+    pub l1_offset: u64,
+}
+
+impl Header {
+    pub fn cluster_bytes(&self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    /// Entries of an L2 table.
+    pub fn l2_entries(&self) -> u64 {
+        1 << self.l2_bits
+    }
+
+    /// Entries of the L1 table.
+    pub fn l1_entries(&self) -> u64 {
+        self.disk_bytes.div_ceil(self.l2_entries() * self.cluster_bytes())
+    }
+
+    /// First byte after the L1 table.
+    pub fn l1_end(&self) -> u64 {
+        self.l1_offset.saturating_add(self.l1_entries() * 8)
+    }
+
+    pub fn parse(file: FileNo, bytes: &[u8; HEADER_BYTES]) -> Result<Header, ImageFault> {
+        let u32_at = |at: usize| u32::from_be_bytes(bytes[at..at + 4].try_into().expect("4"));
+        let u64_at = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().expect("8"));
+        let corrupt = |field, offset, value| Err(ImageFault::corrupt(file, field, offset, value));
+        let magic = u32_at(0);
+        if magic != MAGIC {
+            let fault = ImageFault::new(FaultKind::NotThisFormat, file, "the magic of qcow");
+            return Err(ImageFault { value: magic.into(), ..fault });
+        }
+        if u32_at(4) != VERSION {
+            let fault = ImageFault::new(FaultKind::NotThisFormat, file, "the version of qcow");
+            return Err(ImageFault { value: u32_at(4).into(), ..fault });
+        }
+        let header = Header {
+            name_offset: u64_at(8),
+            name_bytes: if u64_at(8) != 0 { u32_at(16) as usize } else { 0 },
+            mtime: u32_at(20),
+            disk_bytes: u64_at(24),
+            cluster_bits: bytes[32],
+            l2_bits: bytes[33],
+            l1_offset: u64_at(40),
+        };
+        if !CLUSTER_BITS.contains(&header.cluster_bits) {
+            return corrupt("cluster_bits", 32, header.cluster_bits.into());
+        }
+        if !L2_BITS.contains(&header.l2_bits) {
+            return corrupt("l2_bits", 33, header.l2_bits.into());
+        }
+        match u32_at(36) {
+            0 => {}
+            1 => return Err(ImageFault::unsupported(file, "AES encryption of qcow", 1)),
+            other => return corrupt("crypt_method", 36, other.into()),
+        }
+        if header.disk_bytes < SECTOR_BYTES || header.l1_entries() > L1_ENTRIES_MAX {
+            return corrupt("size", SIZE_AT, header.disk_bytes);
+        }
+        if header.l1_offset < HEADER_BYTES as u64 || header.l1_offset % 8 != 0 {
+            return corrupt("l1_table_offset", 40, header.l1_offset);
+        }
+        let (name, max) = (header.name_bytes as u64, NAME_BYTES_MAX as u64);
+        if name > max {
+            return Err(ImageFault::limit(file, "backing_file_size", name, max));
+        }
+        if header.name_offset != 0 && name == 0 {
+            return corrupt("backing_file_size", 16, 0);
+        }
+        if name > 0 && header.name_offset < HEADER_BYTES as u64 {
+            return corrupt("backing_file_offset", 8, header.name_offset);
+        }
+        Ok(header)
+    }
+
+    pub fn emit(&self) -> [u8; HEADER_BYTES] {
+        let mut bytes = [0; HEADER_BYTES];
+        let mut put = |offset: usize, value: &[u8]| {
+            bytes[offset..offset + value.len()].copy_from_slice(value);
+        };
+        put(0, &MAGIC.to_be_bytes());
+        put(4, &VERSION.to_be_bytes());
+        if self.name_bytes > 0 {
+            put(8, &self.name_offset.to_be_bytes());
+            put(16, &(self.name_bytes as u32).to_be_bytes());
+        }
+        put(20, &self.mtime.to_be_bytes());
+        put(24, &self.disk_bytes.to_be_bytes());
+        put(32, &[self.cluster_bits, self.l2_bits]);
+        put(40, &self.l1_offset.to_be_bytes());
+        bytes
+    }
+}
