@@ -103,7 +103,7 @@ impl Control {
         let mut known = false;
         for device in devices.iter_mut().flatten().filter(|d| d.concerns(path)) {
             device.look = true;
-            known = true;
+            known |= path.len() >= device.be.len();
         }
         let Some(below) = path.strip_prefix(self.tree.as_str()).filter(|_| !known) else { return };
         let mut parts = below.trim_start_matches('/').split('/').filter(|part| !part.is_empty());

@@ -284,7 +284,7 @@ impl Disk {
         grefs: &[Gref],
         into: &mut [u8],
     ) -> Result<(), Fault> {
-        let page = self.flush.scratch;
+        let page = self.flush.scratch.page(0);
         for (gref, part) in grefs.iter().zip(into.chunks_mut(PAGE_BYTES)) {
             let mut copy = [GrantCopy {
                 domid: self.guest,

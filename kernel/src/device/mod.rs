@@ -203,7 +203,9 @@ impl Device {
 
     /// Does an event at `path` concern it?
     pub fn concerns(&self, path: &str) -> bool {
+        // A merged event names the watch's own path, above ours.
         path.starts_with(self.be.as_str())
+            || self.be.starts_with(path)
             || self.fe.as_deref().is_some_and(|fe| path.starts_with(fe))
     }
 
