@@ -120,12 +120,7 @@ impl Image {
 
     /// Opens the next part. `Stop` is handled as for any planner; a fault ends the attempt.
     pub fn open_step(&mut self) -> Step<OpenStep> {
-        self.get_ready()?;
-        while let Some((file, format)) = self.next {
-            let access =
-                if self.layers.is_empty() { self.options.access } else { Access::ReadOnly };
-            let mut ctx = ctx!(self);
-            let opened = AnyLayer::open(&mut ctx, format, file, access);
+        loop {
             if let Some((file, wanted)) = self.files.wanted() {
                 return Ok(OpenStep::File {
                     file,
@@ -134,34 +129,14 @@ impl Image {
                     access: wanted.access,
                 });
             }
-            let opened = opened?;
-            let next = match &opened.parent {
-                None => None,
-                Some(_) if self.alone => None,
-                Some(parent) => {
-                    let format = parent.format.or_else(|| Format::by_suffix(&parent.name));
-                    let Some(format) = format else {
-                        let why = "the format of the backing file is not given and its name \
-                                   has no known suffix";
-                        return Err(ImageFault::new(FaultKind::Refused, file, why).into());
-                    };
-                    if self.layers.len() + 1 >= DEPTH_MAX {
-                        let depth = DEPTH_MAX as u64;
-                        return Err(ImageFault::limit(file, "chain depth", depth + 1, depth).into());
-                    }
-                    match self.files.open(file, &parent.name, Access::ReadOnly) {
-                        Ok(below) => Some((below, format)),
-                        Err(Stop::Busy) => continue,
-                        Err(stop) => return Err(stop),
-                    }
-                }
-            };
-            self.check_parent(file, &opened.layer)?;
-            self.layers.push(opened.layer);
-            self.origins.push((file, format, opened.parent));
-            self.next = next;
-            self.unready = true;
-            self.get_ready()?;
+            let step = if self.unready { self.get_ready() } else { self.open_next() };
+            match step {
+                Ok(true) => break,
+                Ok(false) => {}
+                // It waits for a file to be opened.
+                Err(Stop::Busy) if self.files.wanted().is_some() => {}
+                Err(stop) => return Err(stop),
+            }
         }
         // All that serving will need is taken now.
         let unpacked = self.layers.iter().map(|l| l.get_ref().unpacked_bytes()).max();
@@ -169,13 +144,43 @@ impl Image {
         Ok(OpenStep::Ready)
     }
 
-    fn get_ready(&mut self) -> Step<()> {
-        if self.unready {
-            let layer = self.layers.last_mut().expect("a layer was opened").get();
-            layer.ready(&mut ctx!(self))?;
-            self.unready = false;
+    /// Opens the next layer; true when there is none.
+    fn open_next(&mut self) -> Step<bool> {
+        let Some((file, format)) = self.next else { return Ok(true) };
+        let access = if self.layers.is_empty() { self.options.access } else { Access::ReadOnly };
+        let opened = AnyLayer::open(&mut ctx!(self), format, file, access)?;
+        self.check_parent(file, &opened.layer)?;
+        self.layers.push(opened.layer);
+        self.origins.push((file, format, opened.parent));
+        self.next = None;
+        self.unready = true;
+        Ok(false)
+    }
+
+    /// Gets the layer opened last ready and finds the file below it.
+    fn get_ready(&mut self) -> Step<bool> {
+        let layer = self.layers.last_mut().expect("a layer was opened").get();
+        layer.ready(&mut ctx!(self))?;
+        let (file, _, parent) = self.origins.last_mut().expect("a layer has an origin");
+        if parent.is_none() {
+            *parent = layer.late_parent();
         }
-        Ok(())
+        if let (Some(parent), false) = (parent, self.alone) {
+            let format = parent.format.or_else(|| Format::by_suffix(&parent.name));
+            let Some(format) = format else {
+                let why = "the format of the backing file is not given and its name has no \
+                           known suffix";
+                return Err(ImageFault::new(FaultKind::Refused, *file, why).into());
+            };
+            if self.layers.len() >= DEPTH_MAX {
+                let depth = DEPTH_MAX as u64;
+                return Err(ImageFault::limit(*file, "chain depth", depth + 1, depth).into());
+            }
+            let below = self.files.open(*file, &parent.name, Access::ReadOnly)?;
+            self.next = Some((below, format));
+        }
+        self.unready = false;
+        Ok(false)
     }
 
     /// Is `below`, just opened, the parent that the last layer was made on?
