@@ -21,6 +21,10 @@ pub mod lvm;
 mod machine;
 pub mod meta;
 pub mod ninep;
+pub mod nvme;
+#[cfg(test)]
+#[path = "../../sim/src/nvme_model.rs"]
+mod nvme_model;
 pub mod partition;
 pub mod pool;
 pub mod resolve;

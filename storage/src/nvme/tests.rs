@@ -1,0 +1,455 @@
+//! The driver against a model of a controller (`sim/src/nvme_model.rs`), alone and under the
+//! block store, with every fault the model has. Misses: real controllers' habits (the rig has
+//! QEMU's), concurrent access by a second domain.
+
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+use core::cell::RefCell;
+use std::rc::Rc;
+
+use super::*;
+use crate::block_store::BlockStore;
+use crate::machine::{Fake, Registers};
+use crate::nvme_model::{Dma, NvmeModel};
+use crate::{Access, Answer, FileId, Store, Submit, Tag, Window};
+
+type Model = Rc<RefCell<NvmeModel>>;
+
+struct Port(Model);
+
+impl Registers for Port {
+    fn read_u32(&mut self, offset: usize) -> u32 {
+        self.0.borrow().read_u32(offset)
+    }
+    fn write_u32(&mut self, offset: usize, value: u32) {
+        self.0.borrow_mut().write_u32(offset, value);
+    }
+}
+
+struct Memory<'a>(&'a mut Fake);
+
+impl Dma for Memory<'_> {
+    fn read(&self, address: u64, into: &mut [u8]) {
+        let at = Fake::dma(address);
+        into.copy_from_slice(&self.0.pages[at..at + into.len()]);
+    }
+    fn write(&mut self, address: u64, from: &[u8]) {
+        let at = Fake::dma(address);
+        self.0.pages[at..at + from.len()].copy_from_slice(from);
+    }
+}
+
+const MS: u64 = 1_000_000;
+const SECOND: u64 = 1000 * MS;
+
+struct World {
+    hv: Fake,
+    model: Model,
+    store: BlockStore<Nvme>,
+    now_ns: u64,
+    /// The model executes the newest command first.
+    newest_first: bool,
+}
+
+impl World {
+    fn new(bytes: usize, block_bytes: u32) -> World {
+        let model = NvmeModel::new(alloc::vec![0; bytes], block_bytes);
+        let model: Model = Rc::new(RefCell::new(model));
+        let mut hv = Fake::new(4096);
+        hv.registers = Some(RefCell::new(Box::new(Port(model.clone()))));
+        let mmio = hv.map_mmio(0xFEB0_0000, MMIO_PAGES).unwrap();
+        let nvme = Nvme::new(&mut hv, mmio).unwrap();
+        let mut store = BlockStore::new(&mut hv, 512, 128).unwrap();
+        store.attach("nvme0", nvme);
+        World { hv, model, store, now_ns: 0, newest_first: false }
+    }
+
+    /// Some milliseconds pass; the controller works.
+    fn step(&mut self, ms: u64) {
+        self.now_ns += ms * MS;
+        let newest = self.newest_first;
+        let mut pick = |count: usize| if newest { count - 1 } else { 0 };
+        let mut model = self.model.borrow_mut();
+        model.step(&mut Memory(&mut self.hv), 16, &mut pick);
+    }
+
+    fn poll(&mut self) -> Option<crate::Done> {
+        self.store.poll(&mut self.hv, self.now_ns)
+    }
+
+    /// The next answer, within so many seconds.
+    fn done_within(&mut self, seconds: u64) -> Option<crate::Done> {
+        for _ in 0..seconds * 10 {
+            if let Some(done) = self.poll() {
+                return Some(done);
+            }
+            self.step(100);
+        }
+        None
+    }
+
+    fn done(&mut self) -> crate::Done {
+        self.done_within(60).expect("an answer within a minute")
+    }
+
+    fn open(&mut self) -> FileId {
+        for _ in 0..50 {
+            self.poll();
+            self.step(1);
+        }
+        self.store.open(&mut self.hv, Tag(1), "nvme0n1", Access::ReadWrite).unwrap();
+        match self.done().result {
+            Ok(Answer::Opened(opened)) => opened.file,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn write(&mut self, tag: u32, file: FileId, offset: u64, bytes: &[u8]) -> u32 {
+        let mut put = |hv: &mut Fake, window: Window| {
+            let run = window.runs[0];
+            hv.write(run.region, run.offset, &bytes[..run.len]);
+            true
+        };
+        let len = bytes.len() as u32;
+        let submit = self.store.write(&mut self.hv, Tag(tag), file, offset, len, &mut put);
+        match submit.unwrap() {
+            Submit::Taken(len) => len,
+            Submit::NoRoom => 0,
+        }
+    }
+
+    fn read(&mut self, file: FileId, offset: u64, len: u32) -> Vec<u8> {
+        self.store.read(&mut self.hv, Tag(2), file, offset, len).unwrap();
+        let Ok(Answer::Read(window)) = self.done().result else { panic!("not read") };
+        let run = window.runs[0];
+        self.hv.bytes(run.region, run.offset, run.len)
+    }
+
+    fn nvme(&self) -> &Nvme {
+        self.store.device(0)
+    }
+}
+
+fn pattern(len: usize) -> Vec<u8> {
+    (0..len).map(|at| (at / 512 * 31 + at) as u8).collect()
+}
+
+#[test]
+fn bring_up_write_flush_read() {
+    for block in [512, 4096] {
+        let mut world = World::new(1 << 20, block);
+        let file = world.open();
+        assert!(world.store.has_disk("nvme0n1"));
+        assert_eq!(&world.nvme().info().unwrap().serial[..7], b"model-1");
+        let bytes = pattern(128 << 10);
+        // One page, two pages, a list, the longest list.
+        for (len, offset) in [(4096, 0), (8192, 8192), (20_480, 32_768), (128 << 10, 1 << 19)] {
+            assert_eq!(world.write(3, file, offset, &bytes[..len]), len as u32);
+            assert_eq!(world.done().result, Ok(Answer::Written(len as u32)));
+            assert!(world.read(file, offset, len as u32) == bytes[..len]);
+        }
+        assert!(world.model.borrow().media.iter().all(|&byte| byte == 0), "still in the cache");
+        world.store.flush(&mut world.hv, Tag(4), file).unwrap();
+        assert_eq!(world.done().result, Ok(Answer::Flushed));
+        assert!(world.model.borrow().media[1 << 19..][..128 << 10] == bytes);
+        assert_eq!(world.model.borrow().resets, 0);
+    }
+}
+
+#[test]
+fn transfers_keep_to_mdts() {
+    let mut world = World::new(1 << 20, 512);
+    world.model.borrow_mut().mdts = 2;
+    let file = world.open();
+    assert_eq!(world.write(3, file, 0, &pattern(100_000)), 16_384);
+    assert_eq!(world.done().result, Ok(Answer::Written(16_384)));
+}
+
+#[test]
+fn many_operations_over_all_queues_in_any_order() {
+    let mut world = World::new(1 << 20, 512);
+    let file = world.open();
+    world.newest_first = true;
+    let bytes = pattern(1 << 20);
+    let (mut sent, mut answered) = (0, 0);
+    while answered < 2048 {
+        while sent < 2048 {
+            let at = sent * 512;
+            if world.write(sent as u32, file, at as u64, &bytes[at..at + 512]) == 0 {
+                break;
+            }
+            sent += 1;
+        }
+        assert!(Store::<Fake>::poll_at_ns(&world.store).is_some(), "no interrupt will come");
+        world.step(1);
+        while let Some(done) = world.poll() {
+            assert_eq!(done.result, Ok(Answer::Written(512)));
+            answered += 1;
+        }
+    }
+    world.store.flush(&mut world.hv, Tag(1), file).unwrap();
+    world.done();
+    assert!(world.model.borrow().media == bytes);
+}
+
+#[test]
+fn zeroes_and_deallocation_are_commands_of_their_own() {
+    let mut world = World::new(1 << 20, 4096);
+    let file = world.open();
+    world.write(3, file, 0, &[7; 16_384]);
+    world.done();
+    world.store.punch(&mut world.hv, Tag(4), file, 4096, 8192).unwrap();
+    assert_eq!(world.done().result, Ok(Answer::Punched));
+    let mut expected = [7; 16_384];
+    expected[4096..12_288].fill(0);
+    assert!(world.read(file, 0, 16_384) == expected);
+    world.store.discard(&mut world.hv, Tag(5), file, 0, 16_384).unwrap();
+    assert_eq!(world.done().result, Ok(Answer::Punched));
+    assert_eq!(world.model.borrow().executed[&0x09], 1);
+}
+
+#[test]
+fn a_swallowed_command_is_aborted_and_sent_again() {
+    let mut world = World::new(1 << 20, 512);
+    let file = world.open();
+    world.model.borrow_mut().faults.swallow = 1;
+    world.write(3, file, 0, &[5; 512]);
+    assert_eq!(world.done_within(7), None);
+    assert_eq!(world.done().result, Ok(Answer::Written(512)));
+    assert!(world.read(file, 0, 512) == [5; 512]);
+    let counters = world.nvme().counters();
+    assert_eq!((counters.aborts, counters.resets), (1, 0));
+}
+
+#[test]
+fn when_an_abort_does_not_help_the_controller_is_reset_and_everything_sent_again() {
+    let mut world = World::new(1 << 20, 512);
+    let file = world.open();
+    world.model.borrow_mut().faults.swallow = 3;
+    world.model.borrow_mut().faults.abort_refused = true;
+    for tag in 0..5 {
+        assert_eq!(world.write(tag, file, u64::from(tag) * 512, &[tag as u8 + 1; 512]), 512);
+    }
+    world.store.flush(&mut world.hv, Tag(5), file).unwrap();
+    for _ in 0..6 {
+        assert!(world.done().result.is_ok());
+    }
+    for tag in 0..5u8 {
+        assert!(world.read(file, u64::from(tag) * 512, 512) == [tag + 1; 512]);
+    }
+    assert_eq!(world.nvme().counters().resets, 1);
+    assert_eq!(world.model.borrow().resets, 1);
+}
+
+#[test]
+fn a_fatal_status_resets() {
+    let mut world = World::new(1 << 20, 512);
+    let file = world.open();
+    world.write(3, file, 0, &[5; 512]);
+    world.model.borrow_mut().faults.fatal = true;
+    assert_eq!(world.done_within(5).unwrap().result, Ok(Answer::Written(512)));
+    assert_eq!(world.nvme().counters().resets, 1);
+}
+
+#[test]
+fn a_controller_that_lost_its_cache_fails_the_next_flush() {
+    let mut world = World::new(1 << 20, 512);
+    let file = world.open();
+    let flush = |world: &mut World| {
+        world.store.flush(&mut world.hv, Tag(9), file).unwrap();
+        world.done().result
+    };
+    assert_eq!(flush(&mut world), Ok(Answer::Flushed));
+    world.write(3, file, 0, &[5; 512]);
+    world.done();
+    world.model.borrow_mut().power_cut(&mut |_| false);
+    assert_eq!(flush(&mut world), Err(StoreFault::Io(5)));
+    assert_eq!(flush(&mut world), Ok(Answer::Flushed));
+    // With nothing at stake nobody is told.
+    world.model.borrow_mut().power_cut(&mut |_| false);
+    assert_eq!(flush(&mut world), Ok(Answer::Flushed));
+}
+
+#[test]
+fn a_completion_for_no_command_resets() {
+    let mut world = World::new(1 << 20, 512);
+    let file = world.open();
+    world.model.borrow_mut().faults.wrong_cid = true;
+    world.write(3, file, 0, &[5; 512]);
+    assert_eq!(world.done().result, Ok(Answer::Written(512)));
+    assert_eq!(world.nvme().counters().resets, 1);
+}
+
+#[test]
+fn transient_errors_are_retried_and_final_ones_are_answered() {
+    let mut world = World::new(1 << 20, 512);
+    let file = world.open();
+    let mut fail = |count, status| {
+        let mut model = world.model.borrow_mut();
+        (model.faults.fail, model.faults.fail_status) = (count, status);
+        drop(model);
+        world.write(3, file, 0, &[5; 512]);
+        world.done().result
+    };
+    assert_eq!(fail(3, 0x06), Ok(Answer::Written(512)));
+    assert_eq!(fail(4, 0x06), Err(StoreFault::Io(0x06)));
+    assert_eq!(fail(1, 0x4006), Err(StoreFault::Io(0x06)));
+    assert_eq!(fail(1, 0x280), Err(StoreFault::Io(0x280)));
+    assert_eq!(fail(1, 0x81), Err(StoreFault::NoSpace));
+    assert_eq!(fail(1, 0x182), Err(StoreFault::ReadOnly));
+    assert_eq!(world.nvme().counters().last_status, 0x182);
+    assert_eq!(world.nvme().counters().retries, 6);
+}
+
+#[test]
+fn removal_fails_everything_at_once_and_gives_the_pages_back() {
+    let mut world = World::new(1 << 20, 512);
+    let file = world.open();
+    world.poll();
+    let before = world.hv.frames_left();
+    for tag in 0..4 {
+        world.write(tag, file, 0, &[5; 512]);
+    }
+    world.model.borrow_mut().faults.gone = true;
+    for _ in 0..4 {
+        assert_eq!(world.done_within(2).unwrap().result, Err(StoreFault::Gone));
+    }
+    assert_eq!(world.poll(), None);
+    assert_eq!(world.hv.frames_left(), before);
+    assert!(world.nvme().is_dead());
+    assert_eq!(world.store.device_mut(0).1.free_pages(), 512);
+    assert_eq!(world.store.read(&mut world.hv, Tag(1), file, 0, 512), Err(StoreFault::Gone));
+}
+
+#[test]
+fn a_controller_that_cannot_be_stopped_keeps_its_pages() {
+    let mut world = World::new(1 << 20, 512);
+    let file = world.open();
+    world.poll();
+    let mut model = world.model.borrow_mut();
+    (model.faults.swallow, model.faults.stuck, model.faults.abort_refused) = (1, true, true);
+    drop(model);
+    world.write(1, file, 0, &[5; 8192]);
+    assert_eq!(world.done().result, Err(StoreFault::Gone));
+    world.poll();
+    assert_eq!(world.store.device_mut(0).1.free_pages(), 510);
+}
+
+#[test]
+fn resets_in_vain_end() {
+    let mut world = World::new(1 << 20, 512);
+    let file = world.open();
+    world.model.borrow_mut().faults.swallow = u32::MAX;
+    world.model.borrow_mut().faults.abort_refused = true;
+    world.write(1, file, 0, &[5; 512]);
+    let done = world.done_within(300).expect("given up");
+    assert_eq!(done.result, Err(StoreFault::Gone));
+}
+
+#[test]
+fn health_and_notices_of_changed_namespaces_are_taken_beside_operations() {
+    let mut world = World::new(1 << 20, 512);
+    let file = world.open();
+    for _ in 0..10 {
+        world.poll();
+        world.step(100);
+    }
+    let health = world.nvme().health().unwrap();
+    assert_eq!((health.temperature_kelvin, health.media_errors), (310, 7));
+    world.model.borrow_mut().media.resize(2 << 20, 0);
+    let model = world.model.clone();
+    model.borrow_mut().notice_namespaces(&mut Memory(&mut world.hv));
+    for _ in 0..20 {
+        world.poll();
+        world.step(100);
+    }
+    world.store.size(&mut world.hv, Tag(3), file).unwrap();
+    assert_eq!(world.done().result, Ok(Answer::Size(2 << 20)));
+}
+
+#[test]
+fn an_unanswered_minute_does_not_pass_without_a_wake_up() {
+    let mut world = World::new(1 << 20, 512);
+    world.open();
+    assert!(Store::<Fake>::poll_at_ns(&world.store).unwrap() <= world.now_ns + SECOND);
+}
+
+/// A configuration space behind pciback's page.
+fn probe(space: &mut [u8; 256]) -> Result<Function, PciRefusal> {
+    use platter_xen::pciif::{Device, Pciif};
+    let mut hv = Fake::new(8);
+    let page = hv.frames_alloc(1).unwrap();
+    let port = hv.alloc_unbound(platter_xen::DomId(0)).unwrap();
+    let mut pciif = Pciif::new(&mut hv, page, port);
+    let mut probe = Probe::new(Device { domain: 0, bus: 0, devfn: 0x80 });
+    for _ in 0..100 {
+        if let Some(result) = probe.poll(&mut hv, &mut pciif, 0) {
+            return result;
+        }
+        let field = |at| hv.load_u32(page, at);
+        let (cmd, at, size, value) = (field(4), field(24) as usize, field(28) as usize, field(32));
+        let bytes = &mut space[at..at + size];
+        if cmd == 1 {
+            bytes.copy_from_slice(&value.to_le_bytes()[..size]);
+        }
+        let mut word = [0; 4];
+        word[..size].copy_from_slice(bytes);
+        hv.store_u32(page, 32, u32::from_le_bytes(word));
+        hv.store_u32(page, 0, 0);
+    }
+    panic!("no end");
+}
+
+/// A 64-bit BAR0 at 0xFE80004000 and an MSI-X capability at 0x40 with its table at `msix`.
+fn space(msix: u32) -> [u8; 256] {
+    let mut space = [0; 256];
+    let mut put = |at: usize, value: u32| space[at..at + 4].copy_from_slice(&value.to_le_bytes());
+    put(0x08, 0x0108_0202);
+    put(0x10, 0x8000_4004);
+    put(0x14, 0xFE);
+    put(0x34, 0x50);
+    put(0x50, 0x4001);
+    put(0x40, 0x0011);
+    put(0x44, msix);
+    put(0x48, msix + 0x1000);
+    space
+}
+
+#[test]
+fn a_function_behind_pciback_is_found_and_enabled() {
+    let mut nvme = space(0x2000);
+    let function = probe(&mut nvme).unwrap();
+    assert_eq!(function.registers, 0xFE_8000_4000);
+    assert_eq!(nvme[4..6], [0x06, 0x04]);
+    let mut shared = space(0x1800);
+    assert_eq!(probe(&mut shared), Err(PciRefusal::MsixSharesPage));
+    assert_eq!(shared[4..6], [0, 0], "nothing was enabled");
+    let mut network = space(0x2000);
+    network[0x0B] = 2;
+    assert_eq!(probe(&mut network), Err(PciRefusal::NotNvme));
+    let mut ports = space(0x2000);
+    ports[0x10] = 1;
+    assert_eq!(probe(&mut ports), Err(PciRefusal::NoRegisters));
+    // A list of capabilities that goes round.
+    let mut round = space(0x2000);
+    round[0x51] = 0x50;
+    assert!(probe(&mut round).is_ok());
+}
+
+#[test]
+fn identify_answers_of_noise_never_panic() {
+    let mut noise = 7u32;
+    for _ in 0..2000 {
+        let bytes: Vec<u8> = (0..4096)
+            .map(|_| {
+                noise = noise.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (noise >> 24) as u8 & (noise >> 16) as u8
+            })
+            .collect();
+        let _ = ControllerInfo::parse(&bytes);
+        let _ = NamespaceInfo::parse(&bytes);
+        let _ = parse_namespace_list(&bytes);
+        let _ = ControllerInfo::parse(&bytes[..100]);
+        let _ = Health::parse(&bytes[..7]);
+    }
+}
