@@ -123,6 +123,12 @@ impl Meta {
         Ok(())
     }
 
+    /// The bytes themselves, within one block.
+    pub fn slice(&mut self, file: FileNo, offset: u64, len: usize) -> Step<&[u8]> {
+        let at = self.resident(file, offset, len)?;
+        Ok(&self.bytes[at..at + len])
+    }
+
     /// One byte of `file`.
     pub fn get_u8(&mut self, file: FileNo, offset: u64) -> Step<u8> {
         let mut b = [0];
@@ -194,6 +200,20 @@ impl Meta {
         Ok(())
     }
 
+    /// [`Meta::create`] and [`Meta::pin`] in one: nothing is changed if it stops.
+    pub fn create_pinned(&mut self, file: FileNo, offset: u64, phase: Phase) -> Step<()> {
+        if self.pinned_slots >= (self.slots.len() / 4).max(2) {
+            return Err(Stop::Busy);
+        }
+        self.create(file, offset, phase)?;
+        let index = self.find(file, offset / BLOCK_BYTES).expect("just created");
+        if self.slots[index].pins == 0 {
+            self.pinned_slots += 1;
+        }
+        self.slots[index].pins += 1;
+        Ok(())
+    }
+
     /// Ends one pin.
     pub fn unpin(&mut self, file: FileNo, offset: u64) {
         let index = self.find(file, offset / BLOCK_BYTES).expect("unpin of a block not pinned");
@@ -228,23 +248,47 @@ impl Meta {
     }
 
     /// Drops what is cached of a range that changed hands (allocated anew, or freed), dirty or
-    /// not. Blocks that the range only touches in part keep the rest.
+    /// not. Of blocks that the range only touches in part, changes within it are dropped and
+    /// the rest is kept; what they then read as within it must be put before it is used.
     pub fn forget(&mut self, file: FileNo, offset: u64, len: u64) {
         let end = offset.saturating_add(len);
-        for index in 0..self.slots.len() {
-            let slot = &mut self.slots[index];
-            let start = slot.block.saturating_mul(BLOCK_BYTES);
-            if slot.file != file || slot.state != State::Ready || start >= end || slot.pins > 0 {
-                continue;
-            }
-            if start >= offset && start.saturating_add(BLOCK_BYTES) <= end {
-                if slot.dirty != 0 {
-                    self.dirty_slots -= 1;
+        let (first, last) = (offset / BLOCK_BYTES, end.div_ceil(BLOCK_BYTES));
+        if last - first <= self.slots.len() as u64 {
+            for block in first..last {
+                if let Some(index) = self.find(file, block) {
+                    self.forget_slot(index, offset, end);
                 }
-                *slot = EMPTY;
-            } else if start.saturating_add(BLOCK_BYTES) > offset && slot.dirty == 0 {
-                slot.state = State::Free;
             }
+        } else {
+            for index in 0..self.slots.len() {
+                let slot = &self.slots[index];
+                if slot.state != State::Free && slot.file == file {
+                    self.forget_slot(index, offset, end);
+                }
+            }
+        }
+    }
+
+    fn forget_slot(&mut self, index: usize, offset: u64, end: u64) {
+        let slot = &mut self.slots[index];
+        let start = slot.block.saturating_mul(BLOCK_BYTES);
+        if slot.state != State::Ready || start >= end {
+            return;
+        }
+        let was_dirty = slot.dirty != 0;
+        for unit in 0..UNITS {
+            let at = start + unit as u64 * UNIT_BYTES;
+            if at >= offset && at + UNIT_BYTES <= end {
+                slot.dirty &= !(1 << unit);
+                slot.writing &= !(1 << unit);
+            }
+        }
+        let clean = slot.dirty == 0;
+        if was_dirty && clean {
+            self.dirty_slots -= 1;
+        }
+        if clean && slot.writing == 0 && slot.pins == 0 {
+            *slot = EMPTY;
         }
     }
 
@@ -293,7 +337,9 @@ impl Meta {
     /// sync, and [`Meta::flush_next_phase`].
     pub fn flush_next(&mut self) -> Option<(FileNo, u64, &[u8])> {
         let cursor = self.flush.expect("flush_next outside a flush");
-        for index in cursor.slot..self.slots.len() {
+        // Around the end: a plan prepared meanwhile may have changed a block before the cursor.
+        let count = self.slots.len();
+        for index in (cursor.slot..count).chain(0..cursor.slot) {
             let Some((first, count)) = self.slots[index].dirty_run(Phase(cursor.phase)) else {
                 continue;
             };

@@ -9,17 +9,22 @@
 mod entry;
 mod header;
 mod map;
+mod refcount;
+mod write;
 
+use alloc::boxed::Box;
 use alloc::vec;
 
 use crate::fault::{FaultKind, ImageFault};
 use crate::files::Access;
-use crate::format::{AnyLayer, Ctx, Found, Layer, OpenedLayer, Parent, read_only};
+use crate::format::{AnyLayer, Ctx, Found, Layer, OpenedLayer, Parent};
 use crate::info::Details;
 use crate::types::{DiscardPlan, FileNo, SECTOR_BYTES, SectorRange, Step, WritePlan};
 
 use entry::Kind;
 use header::{HEADER_BYTES_MAX, Header};
+use refcount::Space;
+use write::Writer;
 
 /// An open qcow2 file.
 pub(crate) struct Qcow2 {
@@ -30,6 +35,10 @@ pub(crate) struct Qcow2 {
     header: Header,
     bitmaps: u32,
     access: Access,
+    /// Bytes of the snapshot table, known once the image is ready for writing.
+    snapshot_table_bytes: u64,
+    /// Made at open, for a writable image alone: a chain of read-only layers stays small.
+    writer: Option<Box<Writer>>,
 }
 
 impl Qcow2 {
@@ -71,8 +80,22 @@ impl Qcow2 {
             extended: header.extended_l2(),
             data_file: header.data_file(),
         };
-        let layer = Qcow2 { file, data, kind, bitmaps: extensions.bitmaps, access, header };
+        let writer = (access == Access::ReadWrite).then(|| {
+            let info = ctx.files.info(file);
+            let end = info.size_bytes.div_ceil(header.cluster_bytes());
+            Box::new(Writer::new(Space::new(end, info.can_grow), &extensions))
+        });
+        let (bitmaps, snapshot_table_bytes) = (extensions.bitmaps, 0);
+        let mut layer =
+            Qcow2 { file, data, kind, bitmaps, access, header, snapshot_table_bytes, writer };
+        if layer.writer.is_some() {
+            layer.guard_tables();
+        }
         Ok(OpenedLayer { layer: AnyLayer::Qcow2(layer), parent })
+    }
+
+    fn has_backing(&self) -> bool {
+        self.header.backing.is_some()
     }
 
     fn cluster_bytes(&self) -> u64 {
@@ -89,16 +112,31 @@ impl Layer for Qcow2 {
         self.map_range(ctx, range)
     }
 
-    fn prepare(&mut self, _ctx: &mut Ctx, _slot: u16, _range: SectorRange) -> Step<WritePlan> {
-        Err(read_only(self.file, "the file is open read-only").into())
+    fn prepare(&mut self, ctx: &mut Ctx, slot: u16, range: SectorRange) -> Step<WritePlan> {
+        self.prepare_range(ctx, slot, range)
     }
 
-    fn commit(&mut self, _ctx: &mut Ctx, _slot: u16) {}
+    fn commit(&mut self, ctx: &mut Ctx, slot: u16) {
+        self.commit_plan(ctx, slot);
+    }
 
-    fn abandon(&mut self, _ctx: &mut Ctx, _slot: u16) {}
+    fn abandon(&mut self, ctx: &mut Ctx, slot: u16) {
+        self.abandon_plan(ctx, slot);
+    }
 
-    fn discard(&mut self, _ctx: &mut Ctx, _range: SectorRange, _zero: bool) -> Step<DiscardPlan> {
-        Err(read_only(self.file, "the file is open read-only").into())
+    fn discard(&mut self, ctx: &mut Ctx, range: SectorRange, zero: bool) -> Step<DiscardPlan> {
+        self.discard_range(ctx, range, zero)
+    }
+
+    fn flushed(&mut self, _ctx: &mut Ctx, ok: bool) {
+        if let Some(writer) = self.writer.as_mut().filter(|_| ok) {
+            writer.space.frees.flushed();
+            writer.awaits_flush = false;
+        }
+    }
+
+    fn finish(&mut self, ctx: &mut Ctx) -> Step<()> {
+        self.finish_frees(ctx)
     }
 
     fn unpacked_bytes(&self) -> u32 {
