@@ -15,6 +15,7 @@ use crate::raw::Raw;
 use crate::types::{DiscardPlan, FileNo, ResizePlan, SectorRange, Step, WritePlan};
 use crate::vdi::Vdi;
 use crate::vhd::Vhd;
+use crate::vmdk::Vmdk;
 
 /// An image format, always named by configuration, never guessed from content.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -24,6 +25,7 @@ pub enum Format {
     Qed,
     Qcow,
     Vdi,
+    Vmdk,
     Vhd,
 }
 
@@ -36,6 +38,7 @@ impl Format {
             "qed" => Format::Qed,
             "qcow" => Format::Qcow,
             "vdi" => Format::Vdi,
+            "vmdk" => Format::Vmdk,
             "vhd" | "vpc" => Format::Vhd,
             _ => return None,
         })
@@ -50,6 +53,7 @@ impl Format {
             "qed" => Format::Qed,
             "qcow" => Format::Qcow,
             "vdi" => Format::Vdi,
+            "vmdk" => Format::Vmdk,
             "vhd" => Format::Vhd,
             _ => return None,
         })
@@ -62,6 +66,7 @@ impl Format {
             Format::Qed => "qed",
             Format::Qcow => "qcow",
             Format::Vdi => "vdi",
+            Format::Vmdk => "vmdk",
             Format::Vhd => "vhd",
         }
     }
@@ -266,6 +271,7 @@ pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
         Format::Qed => crate::qed::create(params),
         Format::Qcow => crate::qcow::create(params),
         Format::Vdi => crate::vdi::create(params),
+        Format::Vmdk => crate::vmdk::create(params),
         Format::Vhd => crate::vhd::create(params),
         #[allow(unreachable_patterns)]
         _ => Err(CreateFault::new("images of this format can only be read and written")),
@@ -279,6 +285,7 @@ pub(crate) enum AnyLayer {
     Qed(Qed),
     Qcow(Qcow),
     Vdi(Vdi),
+    Vmdk(Vmdk),
     Vhd(Vhd),
 }
 
@@ -290,6 +297,7 @@ impl AnyLayer {
             Format::Qed => Qed::open(ctx, file, access),
             Format::Qcow => Qcow::open(ctx, file, access),
             Format::Vdi => Vdi::open(ctx, file, access),
+            Format::Vmdk => Vmdk::open(ctx, file, access),
             Format::Vhd => Vhd::open(ctx, file, access),
         }
     }
@@ -301,6 +309,7 @@ impl AnyLayer {
             AnyLayer::Qed(layer) => layer,
             AnyLayer::Qcow(layer) => layer,
             AnyLayer::Vdi(layer) => layer,
+            AnyLayer::Vmdk(layer) => layer,
             AnyLayer::Vhd(layer) => layer,
         }
     }
@@ -312,6 +321,7 @@ impl AnyLayer {
             AnyLayer::Qed(layer) => layer,
             AnyLayer::Qcow(layer) => layer,
             AnyLayer::Vdi(layer) => layer,
+            AnyLayer::Vmdk(layer) => layer,
             AnyLayer::Vhd(layer) => layer,
         }
     }

@@ -222,6 +222,10 @@ impl Layer for Qcow {
         self.tables.map(ctx, range)
     }
 
+    fn unpacked_bytes(&self) -> u32 {
+        self.tables.header.cluster_bytes() as u32
+    }
+
     fn prepare(&mut self, ctx: &mut Ctx, slot: u16, range: SectorRange) -> Step<WritePlan> {
         let part = self.part();
         let (tables, writing) = self.writing()?;

@@ -1,0 +1,208 @@
+//! The VMDK descriptor (VMware Virtual Disk Format 5.0, "The Descriptor File"): lines of text,
+//! in a file of its own or inside a sparse extent. It names the extents, the parent and the
+//! content identifiers. All of it is an allegation: names are plain names or refused.
+
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+
+use crate::fault::{FaultKind, ImageFault};
+use crate::files::NAME_BYTES_MAX;
+use crate::types::{FileNo, SECTOR_BYTES};
+
+/// Longest descriptor read (ours; embedded ones have 20 sectors).
+pub(super) const TEXT_BYTES_MAX: u64 = 64 << 10;
+/// Most extents (ours: 2 TiB in files of 2 GiB).
+pub(super) const EXTENTS_MAX: usize = 1024;
+/// `parentCID` of an image without parent.
+pub(super) const NO_PARENT: u32 = 0xffff_ffff;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum LineAccess {
+    ReadWrite,
+    ReadOnly,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum LineKind {
+    /// `FLAT` and `VMFS`.
+    Flat,
+    /// `SPARSE` and `VMFSSPARSE`: which of the two, the extent's magic says.
+    Sparse,
+    SeSparse,
+    Zero,
+}
+
+/// An extent line.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Line {
+    pub access: LineAccess,
+    pub sectors: u64,
+    pub kind: LineKind,
+    /// Empty for `ZERO`.
+    pub name: String,
+    /// Where a flat extent's data starts in its file.
+    pub offset_sectors: u64,
+}
+
+/// The digits of the CID within the text.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct CidDigits {
+    pub at: u64,
+    pub count: usize,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Descriptor {
+    pub cid: u32,
+    pub cid_digits: CidDigits,
+    pub parent_cid: u32,
+    pub parent_hint: Option<String>,
+    pub create_type: &'static str,
+    /// Changed blocks are tracked beside the image: writes would leave the tracking wrong.
+    pub tracks_changes: bool,
+    pub lines: Vec<Line>,
+}
+
+/// Words for `createType` that are shown as they are.
+const CREATE_TYPES: [&str; 12] = [
+    "monolithicSparse",
+    "monolithicFlat",
+    "twoGbMaxExtentSparse",
+    "twoGbMaxExtentFlat",
+    "streamOptimized",
+    "vmfs",
+    "vmfsSparse",
+    "vmfsThin",
+    "vmfsPreallocated",
+    "vmfsEagerZeroedThick",
+    "seSparse",
+    "custom",
+];
+
+impl Descriptor {
+    /// Parses the text that starts at byte `offset` of `file`.
+    pub fn parse(file: FileNo, offset: u64, bytes: &[u8]) -> Result<Descriptor, ImageFault> {
+        let end = bytes.iter().position(|&b| b == 0).unwrap_or(bytes.len());
+        let Ok(text) = core::str::from_utf8(&bytes[..end]) else {
+            let why = "the VMDK descriptor is not UTF-8";
+            return Err(ImageFault::new(FaultKind::Refused, file, why));
+        };
+        let mut found = Descriptor {
+            cid: 0,
+            cid_digits: CidDigits { at: 0, count: 0 },
+            parent_cid: NO_PARENT,
+            parent_hint: None,
+            create_type: "",
+            tracks_changes: false,
+            lines: Vec::new(),
+        };
+        let mut at = offset;
+        for raw in text.split('\n') {
+            found.line(file, at, raw.trim_end_matches('\r'))?;
+            at += raw.len() as u64 + 1;
+        }
+        if found.cid_digits.count == 0 {
+            let field = "the VMDK descriptor, without a CID,";
+            return Err(ImageFault::corrupt(file, field, offset, 0));
+        }
+        if found.parent_cid != NO_PARENT && found.parent_hint.is_none() {
+            let field = "parentCID, without a parentFileNameHint,";
+            return Err(ImageFault::corrupt(file, field, offset, found.parent_cid.into()));
+        }
+        Ok(found)
+    }
+
+    fn line(&mut self, file: FileNo, at: u64, line: &str) -> Result<(), ImageFault> {
+        let start = line.trim_start();
+        let first = start.split([' ', '\t']).next().unwrap_or("");
+        if matches!(first, "RW" | "RDONLY" | "NOACCESS") {
+            return self.extent(file, at, start);
+        }
+        let Some((key, value)) = line.split_once('=') else { return Ok(()) };
+        let value_at = at + key.len() as u64 + 1;
+        let spaces = value.len() - value.trim_start().len();
+        let value = value.trim();
+        match key.trim() {
+            "CID" => {
+                self.cid = hex(file, value_at, value)?;
+                let at = value_at + spaces as u64;
+                self.cid_digits = CidDigits { at, count: value.len() };
+            }
+            "parentCID" => self.parent_cid = hex(file, value_at, value)?,
+            "parentFileNameHint" => {
+                let name = value.trim_matches('"');
+                if name.is_empty() || name.len() > NAME_BYTES_MAX {
+                    let (len, max) = (name.len() as u64, NAME_BYTES_MAX as u64);
+                    return Err(ImageFault::limit(file, "parentFileNameHint", len, max));
+                }
+                self.parent_hint = Some(name.to_string());
+            }
+            "createType" => {
+                let given = value.trim_matches('"');
+                let known = CREATE_TYPES.iter().find(|known| **known == given);
+                self.create_type = known.unwrap_or(&"other");
+            }
+            "changeTrackPath" => self.tracks_changes = true,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// `ACCESS SECTORS KIND ["NAME" [OFFSET]]`
+    fn extent(&mut self, file: FileNo, at: u64, line: &str) -> Result<(), ImageFault> {
+        let corrupt = |value| ImageFault::corrupt(file, "an extent line", at, value);
+        let (words, rest) = match line.split_once('"') {
+            Some((words, rest)) => (words, Some(rest)),
+            None => (line, None),
+        };
+        let mut words = words.split_whitespace();
+        let access = match words.next() {
+            Some("RW") => LineAccess::ReadWrite,
+            Some("RDONLY") => LineAccess::ReadOnly,
+            _ => return Err(ImageFault::unsupported(file, "a VMDK extent of NOACCESS", 0)),
+        };
+        let sectors = words.next().and_then(|word| word.parse().ok()).unwrap_or(0);
+        let kind = match words.next() {
+            Some("FLAT" | "VMFS") => LineKind::Flat,
+            Some("SPARSE" | "VMFSSPARSE") => LineKind::Sparse,
+            Some("SESPARSE") => LineKind::SeSparse,
+            Some("ZERO") => LineKind::Zero,
+            Some("VMFSRDM" | "VMFSRAW") => {
+                return Err(ImageFault::unsupported(file, "a VMDK extent on a raw device", 0));
+            }
+            _ => return Err(corrupt(sectors)),
+        };
+        let end = self.lines.iter().try_fold(sectors, |sum, line| sum.checked_add(line.sectors));
+        if sectors == 0 || end.is_none_or(|end| end > u64::MAX / SECTOR_BYTES) {
+            return Err(corrupt(sectors));
+        }
+        let (name, offset) = match rest.map(|rest| rest.split_once('"')) {
+            Some(Some((name, offset))) => (name, offset.trim()),
+            Some(None) => return Err(corrupt(sectors)),
+            None if kind == LineKind::Zero => ("", ""),
+            None => return Err(corrupt(sectors)),
+        };
+        let offset_sectors = match (kind, offset) {
+            (_, "") => 0,
+            (LineKind::Flat, digits) => digits.parse().map_err(|_| corrupt(sectors))?,
+            _ => return Err(corrupt(sectors)),
+        };
+        if name.contains('/') || matches!(name, "." | "..") {
+            let why = "a VMDK extent must be named by a plain name in the same folder";
+            return Err(ImageFault::new(FaultKind::Refused, file, why));
+        }
+        if self.lines.len() >= EXTENTS_MAX {
+            let max = EXTENTS_MAX as u64;
+            return Err(ImageFault::limit(file, "extents of a VMDK", max + 1, max));
+        }
+        let name = name.to_string();
+        self.lines.push(Line { access, sectors, kind, name, offset_sectors });
+        Ok(())
+    }
+}
+
+fn hex(file: FileNo, at: u64, digits: &str) -> Result<u32, ImageFault> {
+    let plain = digits.bytes().all(|b| b.is_ascii_hexdigit()) && digits.len() <= 8;
+    let value = if plain { u32::from_str_radix(digits, 16).ok() } else { None };
+    value.ok_or_else(|| ImageFault::corrupt(file, "a CID", at, digits.len() as u64))
+}

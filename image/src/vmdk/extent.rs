@@ -1,0 +1,241 @@
+//! One extent of a VMDK: where its sectors are, and whether they can be written.
+
+use alloc::vec::Vec;
+
+use super::descriptor::{Descriptor, Line, LineAccess, LineKind};
+use super::header::{self, HEADER_BYTES, SeSparse, Sparse};
+use super::sparse::{SeTables, Tables};
+use crate::append::{Shape, Space};
+use crate::fault::ImageFault;
+use crate::files::Access;
+use crate::format::{Ctx, Found, read_only};
+use crate::types::{FileNo, SECTOR_BYTES, SectorRange, Step};
+
+/// First byte that the u32 sector numbers of grain tables cannot reach.
+const REACH_BYTES: u64 = (1 << 32) * SECTOR_BYTES;
+/// Bytes from the footer's header to the end of the file: itself and the end marker.
+const FOOTER_BYTES: u64 = 1024;
+
+pub(super) enum Body {
+    /// The header is still to be read; which kind the descriptor names.
+    Unread(LineKind),
+    /// The data starts at this byte.
+    Flat(u64),
+    Zero,
+    /// With free space if it can be written.
+    Sparse(Tables, Option<Space>),
+    SeSparse(SeTables),
+}
+
+pub(super) struct Extent {
+    pub file: FileNo,
+    /// First guest sector, and how many; 0 for a whole file not yet read.
+    pub start: u64,
+    pub sectors: u64,
+    access: LineAccess,
+    pub body: Body,
+}
+
+/// Opens the files that a descriptor names.
+pub(super) fn open_all(
+    ctx: &mut Ctx,
+    file: FileNo,
+    access: Access,
+    found: &Descriptor,
+) -> Step<Vec<Extent>> {
+    let mut extents = Vec::with_capacity(found.lines.len());
+    let mut start = 0;
+    for line in &found.lines {
+        let access = match line.access {
+            LineAccess::ReadWrite => access,
+            LineAccess::ReadOnly => Access::ReadOnly,
+        };
+        let file = match line.kind {
+            LineKind::Zero => file,
+            _ => ctx.files.open(file, &line.name, access)?,
+        };
+        extents.push(Extent::of_line(ctx, file, start, line)?);
+        start += line.sectors;
+    }
+    if extents.is_empty() {
+        return Err(ImageFault::corrupt(file, "a VMDK descriptor without extents", 0, 0).into());
+    }
+    Ok(extents)
+}
+
+impl Extent {
+    /// A sparse extent that is the whole image.
+    pub fn whole_file(file: FileNo) -> Extent {
+        let body = Body::Unread(LineKind::Sparse);
+        Extent { file, start: 0, sectors: 0, access: LineAccess::ReadWrite, body }
+    }
+
+    fn of_line(ctx: &Ctx, file: FileNo, start: u64, line: &Line) -> Result<Extent, ImageFault> {
+        let body = match line.kind {
+            LineKind::Flat => {
+                let end = line.offset_sectors.checked_add(line.sectors);
+                let have = ctx.files.size(file) / SECTOR_BYTES;
+                if end.is_none_or(|end| end > have) {
+                    let field = "sectors of a flat extent";
+                    let need = end.unwrap_or(u64::MAX);
+                    return Err(ImageFault::limit(file, field, need, have));
+                }
+                Body::Flat(line.offset_sectors * SECTOR_BYTES)
+            }
+            LineKind::Zero => Body::Zero,
+            kind => Body::Unread(kind),
+        };
+        Ok(Extent { file, start, sectors: line.sectors, access: line.access, body })
+    }
+
+    /// First guest sector after it.
+    pub fn end(&self) -> u64 {
+        // The descriptor's sum was checked.
+        self.start + self.sectors
+    }
+
+    /// Reads the header, if it is still to be read.
+    pub fn load(&mut self, ctx: &mut Ctx, access: Access) -> Step<()> {
+        let Body::Unread(kind) = self.body else { return Ok(()) };
+        let mut bytes = [0; HEADER_BYTES];
+        ctx.read(self.file, 0, &mut bytes)?;
+        let (sectors, body) = if kind == LineKind::SeSparse {
+            self.load_se(ctx, &bytes)?
+        } else {
+            self.load_sparse(ctx, &bytes, access)?
+        };
+        if self.sectors == 0 {
+            self.sectors = sectors;
+        } else if sectors < self.sectors {
+            let field = "capacity, below what the descriptor says,";
+            return Err(ImageFault::corrupt(self.file, field, 12, sectors).into());
+        }
+        self.body = body;
+        Ok(())
+    }
+
+    fn load_sparse(
+        &self,
+        ctx: &mut Ctx,
+        first: &[u8; HEADER_BYTES],
+        access: Access,
+    ) -> Step<(u64, Body)> {
+        let (file, size) = (self.file, ctx.files.size(self.file));
+        let header = if header::has_footer(first) {
+            let at = (size / SECTOR_BYTES * SECTOR_BYTES).saturating_sub(FOOTER_BYTES);
+            let mut bytes = [0; HEADER_BYTES];
+            ctx.read(file, at, &mut bytes)?;
+            if header::has_footer(&bytes) {
+                let field = "gdOffset of the footer";
+                return Err(ImageFault::corrupt(file, field, at, header::GD_AT_END).into());
+            }
+            Sparse::parse(file, at, &bytes)?
+        } else {
+            Sparse::parse(file, 0, first)?
+        };
+        for (field, start) in [("gdOffset", header.directory), ("rgdOffset", header.redundant)] {
+            let end = start.saturating_add(header.directory_entries() * 4);
+            if start != 0 && end > size {
+                let field = if field == "gdOffset" {
+                    "gdOffset, with a directory beyond the end of the file,"
+                } else {
+                    "rgdOffset, with a directory beyond the end of the file,"
+                };
+                return Err(ImageFault::corrupt(file, field, 56, start).into());
+            }
+        }
+        let is_cowd =
+            u32::from_le_bytes([first[0], first[1], first[2], first[3]]) == header::MAGIC_COWD;
+        // Version 3 without compression is VMware's for change tracking: it is read only.
+        let writable = access == Access::ReadWrite
+            && self.access == LineAccess::ReadWrite
+            && !is_cowd
+            && !header.is_compressed
+            && header.version < 3;
+        let space = writable.then(|| Space::at_end(file, ctx.files.info(file), REACH_BYTES));
+        let tables = Tables { file, header, is_writable: writable };
+        Ok((header.sectors, Body::Sparse(tables, space)))
+    }
+
+    fn load_se(&self, ctx: &mut Ctx, first: &[u8; HEADER_BYTES]) -> Step<(u64, Body)> {
+        let (file, size) = (self.file, ctx.files.size(self.file));
+        let header = SeSparse::parse(file, first)?;
+        let mut bytes = [0; HEADER_BYTES];
+        if header.volatile >= size || header.directory >= size {
+            let field = "an seSparse header, with tables beyond the end of the file,";
+            return Err(ImageFault::corrupt(file, field, 80, header.volatile).into());
+        }
+        ctx.read(file, header.volatile, &mut bytes)?;
+        SeSparse::check_volatile(file, header.volatile, &bytes)?;
+        Ok((header.sectors, Body::SeSparse(SeTables { file, header })))
+    }
+
+    /// Where the descriptor inside this extent is, if there is one.
+    pub fn descriptor(&self) -> Option<(u64, u64)> {
+        match &self.body {
+            Body::Sparse(tables, _) if tables.header.descriptor.0 != 0 => {
+                Some(tables.header.descriptor)
+            }
+            _ => None,
+        }
+    }
+
+    pub fn map(&self, ctx: &mut Ctx, local: SectorRange) -> Step<(Found, u64)> {
+        match &self.body {
+            Body::Unread(_) => unreachable!("a layer is ready before it is read"),
+            Body::Flat(offset) => {
+                let offset = offset + local.start_bytes();
+                Ok((Found::Data { file: self.file, offset }, local.count))
+            }
+            Body::Zero => Ok((Found::Zero, local.count)),
+            Body::Sparse(tables, _) => tables.map(ctx, local),
+            Body::SeSparse(tables) => tables.map(ctx, local),
+        }
+    }
+
+    /// The reason why it cannot be written, if there is one.
+    pub fn check_writable(&self) -> Result<(), ImageFault> {
+        let why = match &self.body {
+            _ if self.access == LineAccess::ReadOnly => "the descriptor says RDONLY",
+            Body::Flat(_) | Body::Sparse(_, Some(_)) => return Ok(()),
+            Body::Sparse(tables, None) if tables.header.is_compressed => {
+                "a compressed (streamOptimized) VMDK extent is read only: convert it"
+            }
+            Body::Sparse(tables, None) if tables.header.version == 3 => {
+                "a VMDK of version 3 tracks changes and is read only"
+            }
+            Body::Sparse(..) => "an ESX (COWD) extent is read only: convert it",
+            Body::SeSparse(_) => "an seSparse extent is read only: convert it",
+            Body::Zero => "a ZERO extent has no place for data",
+            Body::Unread(_) => "the extent is not read yet",
+        };
+        Err(read_only(self.file, why))
+    }
+
+    pub fn unpacked_bytes(&self) -> u32 {
+        match &self.body {
+            Body::Sparse(tables, _) if tables.header.is_compressed => {
+                tables.header.grain_bytes() as u32
+            }
+            _ => 0,
+        }
+    }
+
+    /// Bytes in a grain, 0 if there are none.
+    pub fn grain_bytes(&self) -> u64 {
+        match &self.body {
+            Body::Sparse(tables, _) => tables.cluster_bytes(),
+            Body::SeSparse(tables) => tables.cluster_bytes(),
+            _ => 0,
+        }
+    }
+
+    /// Grains that a check looks at.
+    pub fn grains(&self) -> u64 {
+        match &self.body {
+            Body::Sparse(tables, _) => tables.clusters(),
+            Body::SeSparse(tables) => tables.clusters(),
+            _ => 0,
+        }
+    }
+}
