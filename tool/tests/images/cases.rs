@@ -167,7 +167,7 @@ pub const CASES: &[Case] = &[
     Case { name: "qed", prepare: FILL, ..QED },
     Case {
         name: "qed-4k",
-        options: "cluster_size=4k,table_size=1",
+        options: "cluster_size=4k,table_size=2",
         unit: 4096,
         prepare: FILL_SMALL,
         ..QED
@@ -217,11 +217,13 @@ impl Case {
 
     /// The case's image, made once in this process.
     pub fn build(&self) -> Arc<Built> {
-        static CACHE: OnceLock<Mutex<HashMap<&str, Arc<Built>>>> = OnceLock::new();
+        static CACHE: OnceLock<Mutex<HashMap<&str, Arc<OnceLock<Arc<Built>>>>>> = OnceLock::new();
         let cache = CACHE.get_or_init(Mutex::default);
-        let mut cache = cache.lock().expect("no test died while building a case");
-        let built = cache.entry(self.name).or_insert_with(|| Arc::new(self.make()));
-        Arc::clone(built)
+        let slot = {
+            let mut cache = cache.lock().expect("nothing can fail while it is held");
+            Arc::clone(cache.entry(self.name).or_default())
+        };
+        Arc::clone(slot.get_or_init(|| Arc::new(self.make())))
     }
 
     fn make(&self) -> Built {

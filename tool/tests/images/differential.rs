@@ -14,7 +14,7 @@ use platter_tool::medium::DiskFolder;
 use crate::cases::{Built, Case, Check, Scratch, chosen};
 use crate::model::{BACKING, INITIAL, Kind, SECTOR, ZERO};
 use crate::rng::Rng;
-use crate::run::{pick_range, seed_options, seeds};
+use crate::run::{check, pick_range, seed_options, seeds};
 
 /// One operation of both sides; writes fill with one byte, as qemu-io does.
 struct Step {
@@ -78,6 +78,7 @@ fn read_by_platter(case: &Case, scratch: &Scratch, top: &str) -> Vec<u8> {
     let mut engine = engine.unwrap_or_else(|fault| panic!("opening read-only: {fault}"));
     let mut bytes = vec![0xee; engine.sectors() as usize * SECTOR];
     engine.read(0, &mut bytes).unwrap_or_else(|fault| panic!("reading: {fault}"));
+    check(&mut engine, false, "of a closed image");
     bytes
 }
 

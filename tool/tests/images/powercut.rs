@@ -180,6 +180,7 @@ fn judge(case: &Case, built: &Built, files: &[Vec<u8>], sets: &[u64], seed: u64,
     let mut engine = engine.unwrap_or_else(|fault| panic!("does not open: {fault}"));
     assert_eq!(engine.sectors(), sets.len() as u64, "the disk's size");
     read_all(built, &mut engine, sets, "after the cut");
+    run::check(&mut engine, true, "after the cut");
     if rng.chance(25) {
         // Life goes on: a write, a clean close, and all is as the model says.
         let op = model::OPS_MAX - 1;
@@ -192,6 +193,7 @@ fn judge(case: &Case, built: &Built, files: &[Vec<u8>], sets: &[u64], seed: u64,
         let mut engine = Engine::open(&folder, &built.top, options)
             .unwrap_or_else(|fault| panic!("does not open again: {fault}"));
         read_all(built, &mut engine, &sets, "after the cut, a write and a close");
+        run::check(&mut engine, true, "after the cut, a write and a close");
     }
 }
 

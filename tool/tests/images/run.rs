@@ -1,6 +1,6 @@
 //! One seeded workload on one image in RAM, every answer held against the model at once.
 
-use platter_image::{Access, Options};
+use platter_image::{Access, CheckParams, CheckReport, Options, Repair};
 use platter_tool::engine::{Engine, options};
 use platter_tool::medium::RamFolder;
 
@@ -32,6 +32,16 @@ pub fn seed_options(case: &Case, seed: u64, access: Access) -> Options {
     let budget_bytes = rng.pick(&[128 << 10, 256 << 10, 1 << 20]);
     let format = case.format().expect("a case is run only if its format is known");
     Options { budget_bytes, seed, ..options(format, access) }
+}
+
+/// Our check of an open image: no corruption, and no leak either if `leaks` are not allowed.
+pub fn check(engine: &mut Engine, leaks: bool, when: &str) -> CheckReport {
+    let params = CheckParams { repair: Repair::Nothing, budget_bytes: 1 << 20 };
+    let report = engine.check(params, |_, _| {});
+    let report = report.unwrap_or_else(|fault| panic!("checking {when}: {fault}"));
+    let good = report.is_sound() && (leaks || report.leaks == report.leaks_fixed);
+    assert!(good, "platter's check {when}: {report:#?}");
+    report
 }
 
 /// A range that likes the edges of allocation units.
