@@ -9,6 +9,11 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+pub mod any;
+#[cfg(test)]
+#[path = "../../sim/src/blkback_model.rs"]
+mod blkback_model;
+pub mod blkfront;
 pub mod block_store;
 pub mod bytes;
 pub mod disk;
@@ -26,6 +31,7 @@ pub mod nvme;
 #[path = "../../sim/src/nvme_model.rs"]
 mod nvme_model;
 pub mod partition;
+pub mod pcifront;
 pub mod pool;
 pub mod resolve;
 pub mod store;

@@ -6,7 +6,7 @@ use alloc::vec::Vec;
 use core::cell::RefCell;
 
 use platter_xen::{
-    Bus, DomId, GrantCopy, Gref, Hypervisor, Mmio, PAGE_BYTES, Port, Refusal, Region,
+    Bus, Direction, DomId, GrantCopy, Gref, Hypervisor, Mmio, PAGE_BYTES, Port, Refusal, Region,
 };
 
 /// Registers behind the bus.
@@ -115,8 +115,22 @@ impl Hypervisor for Fake {
         Ok(Region { first_page, pages: grefs.len() as u32 })
     }
     fn unmap(&mut self, _: Region) {}
-    fn copy(&mut self, _: &mut [GrantCopy]) {
-        panic!("storage copies no grants");
+    fn copy(&mut self, ops: &mut [GrantCopy]) {
+        for op in ops {
+            let page = self.grants.get(op.gref.0 as usize).copied().flatten();
+            let Some(page) = page else {
+                op.status = -3;
+                continue;
+            };
+            let theirs = page as usize * PAGE_BYTES + op.gref_offset as usize;
+            let ours = self.at(op.page, op.page_offset as usize, op.len as usize);
+            let (from, to) = match op.direction {
+                Direction::FromGuest => (theirs, ours),
+                Direction::ToGuest => (ours, theirs),
+            };
+            self.pages.copy_within(from..from + op.len as usize, to);
+            op.status = 0;
+        }
     }
     fn bind_interdomain(&mut self, _: DomId, _: Port) -> Result<Port, Refusal> {
         self.alloc_unbound(DomId(0))

@@ -1,0 +1,288 @@
+//! A disk of the storage domain itself, served by a blkback: a [`Device`] with one unit (Xen
+//! public/io/blkif.h, seen from the frontend).
+//!
+//! Guards: an operation that was taken is answered once, over any number of backend restarts:
+//! what a backend did not answer is sent again to the next one. Data pages are the pool's, which
+//! is granted once and for ever, so no operation changes a grant. A backend's answers are
+//! allegations: one that matches no request of ours breaks the ring, and the device starts a new
+//! cycle. Must never: use a ring that the backend does not show Connected for, or answer a flush
+//! that no backend confirmed when the backend has a cache.
+
+mod handshake;
+mod ring;
+#[cfg(test)]
+mod tests;
+
+use alloc::collections::VecDeque;
+use alloc::vec::Vec;
+
+use platter_xen::blkif::op;
+use platter_xen::ring::FrontRing;
+use platter_xen::vbd::DiskNodes;
+use platter_xen::xenbus::XenbusState;
+use platter_xen::{DomId, Gref, Hypervisor, Port, Region};
+
+use crate::disk::{Device, DiskDone, DiskIo, DiskOp, DiskSubmit, DiskTag, Geometry};
+use crate::pool::{Pool, RUN_PAGES_MAX};
+use crate::store::StoreFault;
+
+pub use handshake::{BackNodes, FrontFault, FrontStep};
+
+/// Largest ring that we ask for: 4 pages, 128 requests, as many as the block store has.
+const RING_PAGE_ORDER_MAX: u32 = 2;
+/// Requests with more than 11 segments at once: each needs a granted page of descriptors.
+const INDIRECT_PAGES: usize = 32;
+/// Most sectors of one discard (ours: 1 GiB, so that none takes seconds).
+const DISCARD_SECTORS_MAX: u32 = 2 << 20;
+/// How often an operation is sent to a new backend.
+const RESENDS_MAX: u8 = 5;
+/// What a failed request is: `BLKIF_RSP_ERROR` has no more to say than EIO.
+const FAILED: StoreFault = StoreFault::Io(5);
+
+/// An operation, or what is left of it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Work {
+    tag: DiskTag,
+    io: DiskIo,
+    /// Sectors that are done: a backend that takes fewer segments gets it in parts.
+    done: u32,
+    resends: u8,
+}
+
+/// A request at the backend. Its index is the `id`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Slot {
+    work: Work,
+    /// Sectors that this request covers.
+    sectors: u32,
+    /// What the response must repeat.
+    operation: u8,
+    /// Index of its page of descriptors.
+    indirect: Option<u8>,
+}
+
+/// Counters for the statistics.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Counters {
+    /// Times that a backend was connected.
+    pub connects: u64,
+    /// Operations sent again to a new backend.
+    pub resends: u64,
+    pub errors: u64,
+    /// Rings found broken: a backend's mistake.
+    pub broken: u64,
+}
+
+/// What is granted to the backend beside the pool, once and for ever.
+struct Shared {
+    /// Number of the peer in the pool.
+    peer: usize,
+    ring: Region,
+    ring_grefs: Vec<Gref>,
+    indirect: Region,
+    indirect_grefs: Vec<Gref>,
+}
+
+/// See the module's head.
+pub struct Blkfront {
+    domid: DomId,
+    /// `virtual-device`, which requests carry as `handle`.
+    handle: u16,
+    own: XenbusState,
+    wanted: bool,
+    shared: Option<Shared>,
+    port: Option<Port>,
+    ring: Option<FrontRing>,
+    /// Of the last backend that was connected; `None` before the first.
+    nodes: Option<DiskNodes>,
+    slots: Vec<Option<Slot>>,
+    indirect_free: Vec<u8>,
+    /// To be sent (again), in order.
+    pending: VecDeque<Work>,
+    done: VecDeque<DiskDone>,
+    /// The toolstack took it away.
+    gone: bool,
+    /// Writes were answered since a flush last succeeded.
+    dirty: bool,
+    /// A backend vanished with such writes: the next flush must fail.
+    lost: bool,
+    counters: Counters,
+}
+
+impl Blkfront {
+    /// A device whose frontend directory names backend domain `domid` and `handle` as its
+    /// `virtual-device`. Nothing happens before [`Blkfront::update`].
+    pub fn new(domid: DomId, handle: u16) -> Blkfront {
+        let slots = 32 << RING_PAGE_ORDER_MAX;
+        Blkfront {
+            domid,
+            handle,
+            own: XenbusState::Initialising,
+            wanted: true,
+            shared: None,
+            port: None,
+            ring: None,
+            nodes: None,
+            slots: alloc::vec![None; slots],
+            indirect_free: (0..INDIRECT_PAGES as u8).collect(),
+            pending: VecDeque::with_capacity(2 * slots),
+            done: VecDeque::with_capacity(2 * slots),
+            gone: false,
+            dirty: false,
+            lost: false,
+            counters: Counters::default(),
+        }
+    }
+
+    pub fn counters(&self) -> Counters {
+        self.counters
+    }
+
+    /// The event channel, while there is one: its events mean [`Device::poll`].
+    pub fn port(&self) -> Option<Port> {
+        self.port
+    }
+
+    /// Operations go out now.
+    pub fn is_connected(&self) -> bool {
+        self.ring.is_some() && self.own == XenbusState::Connected
+    }
+
+    /// The backend broke the ring: call [`Blkfront::update`], though no node changed.
+    pub fn is_broken(&self) -> bool {
+        self.own == XenbusState::Connected && self.ring.is_none()
+    }
+
+    /// The toolstack removed the device (our directory or the backend's is gone and will not
+    /// come back): everything outstanding fails, nothing is taken.
+    pub fn remove(&mut self) {
+        self.gone = true;
+        self.wanted = false;
+        self.ring = None;
+        for index in 0..self.slots.len() {
+            if let Some(slot) = self.slots[index].take() {
+                self.fail_unfinished(slot.work);
+            }
+        }
+        while let Some(work) = self.pending.pop_front() {
+            self.answer(work, Err(StoreFault::Gone));
+        }
+    }
+
+    fn answer(&mut self, work: Work, mut result: Result<(), StoreFault>) {
+        match work.io.op {
+            DiskOp::Write | DiskOp::Zeroes if result.is_ok() => self.dirty = true,
+            DiskOp::Flush if result.is_ok() => {
+                self.dirty = false;
+                if core::mem::take(&mut self.lost) {
+                    result = Err(FAILED);
+                }
+            }
+            _ => {}
+        }
+        self.counters.errors += u64::from(result.is_err());
+        self.done.push_back(DiskDone { tag: work.tag, result, pages_lost: false });
+    }
+
+    /// Fails a request that a backend may still be at: its pages are never used again.
+    fn fail_unfinished(&mut self, work: Work) {
+        self.counters.errors += 1;
+        let result = Err(StoreFault::Gone);
+        self.done.push_back(DiskDone { tag: work.tag, result, pages_lost: true });
+    }
+
+    /// The ring is not used any more: what was on it is ours again.
+    fn take_all_back(&mut self) {
+        self.ring = None;
+        for index in 0..self.slots.len() {
+            let Some(slot) = self.slots[index].take() else { continue };
+            self.indirect_free.extend(slot.indirect);
+            let mut work = slot.work;
+            if work.resends == RESENDS_MAX {
+                self.fail_unfinished(work);
+                continue;
+            }
+            work.resends += 1;
+            self.counters.resends += 1;
+            self.pending.push_back(work);
+        }
+    }
+
+    /// The backend is lost. `orderly`: it showed Closing, and so finished what it had begun.
+    fn disconnect(&mut self, orderly: bool) {
+        self.lost |= self.dirty && !orderly;
+        self.take_all_back();
+    }
+
+    /// Segments of one request at most.
+    fn segments_max(&self) -> usize {
+        let indirect = self.nodes.map_or(0, |nodes| usize::from(nodes.indirect_segments_max));
+        indirect.max(platter_xen::blkif::SEGMENTS_DIRECT_MAX).min(RUN_PAGES_MAX)
+    }
+}
+
+impl<H: Hypervisor> Device<H> for Blkfront {
+    fn units(&self) -> usize {
+        usize::from(self.nodes.is_some())
+    }
+
+    fn unit_number(&self, _: usize) -> Option<u32> {
+        None
+    }
+
+    fn geometry(&self, unit: usize) -> Option<Geometry> {
+        let nodes = self.nodes.as_ref().filter(|_| unit == 0 && !self.gone)?;
+        let unit = u64::from(nodes.sector_bytes / 512);
+        let discards = nodes.discard_granularity_bytes.is_some();
+        Some(Geometry {
+            sectors: nodes.sectors / unit * unit,
+            block_bytes: nodes.sector_bytes,
+            io_bytes_max: (self.segments_max() * platter_xen::PAGE_BYTES) as u32,
+            read_only: nodes.info & platter_xen::blkif::info::READONLY != 0,
+            discard_sectors_max: if discards { DISCARD_SECTORS_MAX } else { 0 },
+            zeroes_sectors_max: 0,
+        })
+    }
+
+    fn submit(
+        &mut self,
+        hv: &mut H,
+        pool: &Pool,
+        _: usize,
+        tag: DiskTag,
+        io: DiskIo,
+    ) -> DiskSubmit {
+        if self.gone || self.nodes.is_none() {
+            return DiskSubmit::Fault(StoreFault::Gone);
+        }
+        let work = Work { tag, io, done: 0, resends: 0 };
+        // What was taken earlier goes first.
+        if !self.is_connected() || !self.pending.is_empty() || !self.send(hv, pool, work) {
+            return DiskSubmit::NoRoom;
+        }
+        self.publish(hv);
+        DiskSubmit::Taken
+    }
+
+    fn poll(&mut self, hv: &mut H, pool: &Pool, _: u64) -> Option<DiskDone> {
+        if let Some(done) = self.done.pop_front() {
+            return Some(done);
+        }
+        if self.is_connected() {
+            self.take_responses(hv);
+        }
+        if self.is_connected() && !self.pending.is_empty() {
+            self.send_pending(hv, pool);
+        }
+        self.done.pop_front()
+    }
+
+    fn poll_at_ns(&self) -> Option<u64> {
+        (!self.done.is_empty()).then_some(0)
+    }
+}
+
+/// The request type of an operation that moves data.
+fn transfer_op(io: &DiskIo) -> u8 {
+    if io.op == DiskOp::Write { op::WRITE } else { op::READ }
+}

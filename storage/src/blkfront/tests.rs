@@ -1,0 +1,359 @@
+//! The frontend against a model of blkback (`sim/src/blkback_model.rs`) under the block store,
+//! through whole cycles of the handshake. Misses: xenstore itself, Linux's blkback (the rig).
+
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+
+use platter_xen::DomId;
+use platter_xen::vbd::BACK_KEYS;
+
+use super::*;
+use crate::blkback_model::BlkbackModel;
+use crate::block_store::BlockStore;
+use crate::machine::Fake;
+use crate::{Access, Answer, Done, FileId, Store, Submit, Tag, Window};
+
+struct World {
+    hv: Fake,
+    back: BlkbackModel,
+    store: BlockStore<Blkfront>,
+    /// What the backend's `state` node shows.
+    state: Option<u8>,
+    /// Our own nodes as last written.
+    own: Vec<(String, String)>,
+    newest_first: bool,
+}
+
+impl World {
+    fn new(bytes: usize, sector_bytes: u32) -> World {
+        let mut hv = Fake::new(4096);
+        let back = BlkbackModel::new(DomId(0), alloc::vec![0; bytes], sector_bytes);
+        let mut store = BlockStore::new(&mut hv, 512, 128).unwrap();
+        store.attach("xvda", Blkfront::new(DomId(0), 51_712));
+        let state = Some(2);
+        World { hv, back, store, state, own: Vec::new(), newest_first: false }
+    }
+
+    fn front(&self) -> &Blkfront {
+        self.store.device(0)
+    }
+
+    /// One look of the frontend at the backend's nodes.
+    fn update(&mut self) -> FrontStep {
+        let nodes = self.back.nodes.nodes();
+        let value = |key: &&str| {
+            let found = nodes.iter().find(|(name, _)| name == key);
+            found.map(|(_, value)| value.clone().into_bytes())
+        };
+        let values: Vec<Option<Vec<u8>>> = BACK_KEYS.iter().map(value).collect();
+        let values: [Option<Vec<u8>>; 10] = values.try_into().unwrap();
+        let text = self.state.map(|state| state.to_string());
+        let state = text.as_ref().map(|text| text.as_bytes());
+        let (front, pool) = self.store.device_mut(0);
+        let step = front.update(&mut self.hv, pool, BackNodes { state, values: &values });
+        if let FrontStep::Write(nodes) = &step {
+            for (key, value) in nodes {
+                self.own.retain(|(other, _)| other != key);
+                self.own.push((key.clone(), value.clone()));
+            }
+        }
+        step
+    }
+
+    fn node(&self, key: &str) -> Option<u32> {
+        self.own.iter().find(|(name, _)| name == key).map(|(_, value)| value.parse().unwrap())
+    }
+
+    /// Both sides follow each other until neither moves.
+    fn settle(&mut self) {
+        for _ in 0..20 {
+            let moved = matches!(self.update(), FrontStep::Write(_));
+            let before = self.state;
+            match (self.node("state"), self.state) {
+                (Some(3), Some(2)) => {
+                    let order = self.node("ring-page-order").unwrap_or(0);
+                    let gref = |page: u32| match order {
+                        0 => self.node("ring-ref").unwrap(),
+                        _ => self.node(&alloc::format!("ring-ref{page}")).unwrap(),
+                    };
+                    let grefs: Vec<Gref> = (0..1 << order).map(|page| Gref(gref(page))).collect();
+                    let port = Port(self.node("event-channel").unwrap());
+                    self.back.connect(&mut self.hv, &grefs, port);
+                    self.state = Some(4);
+                }
+                (Some(5), Some(4)) => self.state = Some(5),
+                (Some(6), Some(4 | 5)) => {
+                    self.back.disconnect(&mut self.hv);
+                    self.state = Some(6);
+                }
+                (Some(1), Some(6)) => self.state = Some(2),
+                _ => {}
+            }
+            if !moved && before == self.state {
+                return;
+            }
+        }
+        panic!("no rest");
+    }
+
+    fn step(&mut self) {
+        let newest = self.newest_first;
+        let mut pick = |count: usize| if newest { count - 1 } else { 0 };
+        self.back.step(&mut self.hv, 16, &mut pick);
+    }
+
+    fn poll(&mut self) -> Option<Done> {
+        self.store.poll(&mut self.hv, 0)
+    }
+
+    fn done(&mut self) -> Done {
+        for _ in 0..1000 {
+            if let Some(done) = self.poll() {
+                return done;
+            }
+            self.step();
+        }
+        panic!("no answer");
+    }
+
+    fn open(&mut self) -> FileId {
+        self.settle();
+        assert!(self.front().is_connected());
+        self.poll();
+        self.store.open(&mut self.hv, Tag(1), "xvda", Access::ReadWrite).unwrap();
+        match self.done().result {
+            Ok(Answer::Opened(opened)) => opened.file,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn write(&mut self, tag: u32, file: FileId, offset: u64, bytes: &[u8]) -> u32 {
+        let mut put = |hv: &mut Fake, window: Window| {
+            let run = window.runs[0];
+            hv.write(run.region, run.offset, &bytes[..run.len]);
+            true
+        };
+        let len = bytes.len() as u32;
+        let submit = self.store.write(&mut self.hv, Tag(tag), file, offset, len, &mut put);
+        match submit.unwrap() {
+            Submit::Taken(len) => len,
+            Submit::NoRoom => 0,
+        }
+    }
+
+    fn write_all(&mut self, file: FileId, mut offset: u64, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let taken = self.write(7, file, offset, bytes);
+            assert_eq!(self.done().result, Ok(Answer::Written(taken)));
+            offset += u64::from(taken);
+            bytes = &bytes[taken as usize..];
+        }
+    }
+
+    fn read(&mut self, file: FileId, offset: u64, len: u32) -> Vec<u8> {
+        self.store.read(&mut self.hv, Tag(2), file, offset, len).unwrap();
+        let Ok(Answer::Read(window)) = self.done().result else { panic!("not read") };
+        let run = window.runs[0];
+        self.hv.bytes(run.region, run.offset, run.len)
+    }
+
+    fn flush(&mut self, file: FileId) -> Result<Answer, StoreFault> {
+        self.store.flush(&mut self.hv, Tag(3), file).unwrap();
+        self.done().result
+    }
+}
+
+fn pattern(len: usize) -> Vec<u8> {
+    (0..len).map(|at| (at / 512 * 31 + at) as u8).collect()
+}
+
+#[test]
+fn connect_write_flush_read() {
+    for sector in [512, 4096] {
+        let mut world = World::new(1 << 20, sector);
+        let file = world.open();
+        assert_eq!((world.node("ring-page-order"), world.node("state")), (Some(2), Some(4)));
+        // One sector up, direct, indirect, the largest.
+        for (len, offset) in [(512, 512), (4096, 8192), (45_056, 65_536), (131_072, 1 << 19)] {
+            let bytes = pattern(len);
+            world.write_all(file, offset, &bytes);
+            assert!(world.read(file, offset, len as u32) == bytes);
+        }
+        assert!(world.back.indirect >= 2);
+        assert!(world.back.media.iter().all(|&byte| byte == 0), "still in the cache");
+        assert_eq!(world.flush(file), Ok(Answer::Flushed));
+        assert!(world.back.media[1 << 19..][..131_072] == pattern(131_072));
+    }
+}
+
+#[test]
+fn a_plain_old_backend_gets_eleven_segments_on_one_page_and_no_flush() {
+    let mut world = World::new(1 << 20, 512);
+    let nodes = &mut world.back.nodes;
+    (nodes.indirect_segments_max, nodes.ring_page_order_max, nodes.flush) = (0, 0, false);
+    nodes.discard_granularity_bytes = None;
+    let file = world.open();
+    assert_eq!(world.node("ring-page-order"), None);
+    assert_eq!(world.write(1, file, 0, &pattern(131_072)), 45_056);
+    assert_eq!(world.done().result, Ok(Answer::Written(45_056)));
+    assert_eq!(world.flush(file), Ok(Answer::Flushed));
+    assert_eq!(world.back.executed[2], 0);
+    let refused = world.store.discard(&mut world.hv, Tag(1), file, 0, 4096);
+    assert_eq!(refused, Err(StoreFault::Unsupported));
+}
+
+#[test]
+fn many_operations_in_any_order() {
+    let mut world = World::new(1 << 20, 512);
+    let file = world.open();
+    world.newest_first = true;
+    let bytes = pattern(1 << 20);
+    let (mut sent, mut answered) = (0, 0);
+    while answered < 2048 {
+        while sent < 2048 {
+            let at = sent * 512;
+            if world.write(sent as u32, file, at as u64, &bytes[at..at + 512]) == 0 {
+                break;
+            }
+            sent += 1;
+        }
+        world.step();
+        while let Some(done) = world.poll() {
+            assert_eq!(done.result, Ok(Answer::Written(512)));
+            answered += 1;
+        }
+    }
+    assert_eq!(world.flush(file), Ok(Answer::Flushed));
+    assert!(world.back.media == bytes);
+}
+
+#[test]
+fn a_backend_that_closes_and_comes_back_gets_what_it_did_not_answer() {
+    let mut world = World::new(1 << 20, 512);
+    let file = world.open();
+    world.back.faults.stalled = true;
+    for tag in 0..40 {
+        let bytes = alloc::vec![tag as u8 + 1; 60 * 1024];
+        assert!(world.write(tag, file, u64::from(tag) * 4096, &bytes[..4096]) > 0);
+    }
+    assert_eq!(world.write(40, file, 1 << 19, &pattern(131_072)), 131_072);
+    world.step();
+    world.state = Some(5);
+    world.back.faults.stalled = false;
+    // The next one takes eleven segments only.
+    world.back.nodes.indirect_segments_max = 0;
+    world.settle();
+    assert!(world.front().is_connected());
+    for _ in 0..41 {
+        assert!(matches!(world.done().result, Ok(Answer::Written(_))));
+    }
+    assert_eq!(world.flush(file), Ok(Answer::Flushed));
+    for tag in 0..40usize {
+        assert!(world.back.media[tag * 4096..][..4096].iter().all(|&b| b == tag as u8 + 1));
+    }
+    assert!(world.back.media[1 << 19..][..131_072] == pattern(131_072));
+    assert_eq!(world.front().counters().connects, 2);
+}
+
+#[test]
+fn operations_wait_while_no_backend_is_there() {
+    let mut world = World::new(1 << 20, 512);
+    let file = world.open();
+    world.back.disconnect(&mut world.hv);
+    world.state = None;
+    world.settle();
+    assert!(world.write(1, file, 0, &[5; 512]) > 0);
+    for _ in 0..10 {
+        assert_eq!(world.poll(), None);
+    }
+    // A new backend shows itself closed first, then ready.
+    world.state = Some(6);
+    world.settle();
+    assert_eq!(world.done().result, Ok(Answer::Written(512)));
+}
+
+#[test]
+fn a_backend_that_vanishes_with_unflushed_writes_fails_the_next_flush() {
+    let mut world = World::new(1 << 20, 512);
+    let file = world.open();
+    world.write_all(file, 0, &[5; 512]);
+    world.back.power_cut(&mut |_| false);
+    world.back.disconnect(&mut world.hv);
+    world.state = None;
+    world.settle();
+    world.state = Some(6);
+    world.settle();
+    assert_eq!(world.flush(file), Err(StoreFault::Io(5)));
+    assert_eq!(world.flush(file), Ok(Answer::Flushed));
+}
+
+#[test]
+fn a_response_to_nothing_breaks_the_ring_and_a_new_cycle_begins() {
+    let mut world = World::new(1 << 20, 512);
+    let file = world.open();
+    world.back.faults.stalled = true;
+    world.write(1, file, 0, &[5; 512]);
+    // The backend answers request 77, operation READ: rsp_prod 1, first slot.
+    let ring = world.front().ring.as_ref().unwrap().region();
+    world.hv.write(ring, 64, &[77, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    world.hv.store_u32(ring, 8, 1);
+    assert_eq!(world.poll(), None);
+    assert!(world.front().is_broken());
+    world.back.faults.stalled = false;
+    world.settle();
+    assert!(world.front().is_connected());
+    assert_eq!(world.done().result, Ok(Answer::Written(512)));
+    assert_eq!(world.front().counters().broken, 1);
+}
+
+#[test]
+fn faults_are_answered() {
+    let mut world = World::new(1 << 20, 512);
+    let file = world.open();
+    world.back.faults.fail = 2;
+    world.write(1, file, 0, &[5; 512]);
+    assert_eq!(world.done().result, Err(StoreFault::Io(5)));
+    assert_eq!(world.flush(file), Err(StoreFault::Io(5)));
+    (world.back.faults.fail, world.back.faults.fail_unsupported) = (1, true);
+    assert_eq!(world.flush(file), Err(StoreFault::Unsupported));
+    assert_eq!(world.flush(file), Ok(Answer::Flushed));
+}
+
+#[test]
+fn discards_go_out_and_a_resize_is_seen() {
+    let mut world = World::new(1 << 20, 512);
+    let file = world.open();
+    world.store.discard(&mut world.hv, Tag(1), file, 4096, 8192).unwrap();
+    assert_eq!(world.done().result, Ok(Answer::Punched));
+    assert_eq!(world.back.executed[3], 1);
+    world.back.media.resize(2 << 20, 0);
+    world.back.nodes.sectors = 4096;
+    assert_eq!(world.update(), FrontStep::Wait);
+    world.store.size(&mut world.hv, Tag(1), file).unwrap();
+    assert_eq!(world.done().result, Ok(Answer::Size(2 << 20)));
+    world.write_all(file, (2 << 20) - 4096, &[1; 4096]);
+}
+
+#[test]
+fn removal_fails_everything_and_keeps_the_pages_that_a_backend_may_write() {
+    let mut world = World::new(1 << 20, 512);
+    let file = world.open();
+    world.poll();
+    world.back.faults.stalled = true;
+    world.store.read(&mut world.hv, Tag(1), file, 0, 8192).unwrap();
+    world.store.device_mut(0).0.remove();
+    assert_eq!(world.done().result, Err(StoreFault::Gone));
+    world.poll();
+    assert_eq!(world.store.device_mut(0).1.free_pages(), 510);
+    assert_eq!(world.store.read(&mut world.hv, Tag(1), file, 0, 512), Err(StoreFault::Gone));
+}
+
+#[test]
+fn two_disks_of_one_backend_share_the_grants_of_the_pool() {
+    let mut hv = Fake::new(4096);
+    let mut pool = Pool::new(&mut hv, 64).unwrap();
+    let first = pool.grant_to(&mut hv, DomId(0)).unwrap();
+    assert_eq!(pool.grant_to(&mut hv, DomId(0)), Ok(first));
+    assert_ne!(pool.grant_to(&mut hv, DomId(3)), Ok(first));
+    assert_eq!(hv.grants.len(), 128);
+}
