@@ -88,6 +88,7 @@ impl Server {
 
     /// One turn.
     pub fn poll<H: Hypervisor>(&mut self, hv: &mut H, now_ns: u64) -> Turn {
+        self.clear_events(hv);
         let mut went_on = self.take_answers(hv, now_ns);
         went_on |= self.take_control(hv, now_ns);
         went_on |= self.serve(hv, now_ns);
@@ -98,6 +99,17 @@ impl Server {
             return Turn::Again;
         }
         self.before_sleep(hv, now_ns)
+    }
+
+    /// Before anything is looked at: an event that comes later is not lost then.
+    fn clear_events<H: Hypervisor>(&mut self, hv: &mut H) {
+        hv.take_pending(self.xs.port());
+        for slot in &self.engine.stores {
+            let AnyStore::NineP(client) = &slot.store;
+            for port in client.ports() {
+                hv.take_pending(port);
+            }
+        }
     }
 
     /// Answers of the stores go to whoever asked.
