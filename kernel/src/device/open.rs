@@ -135,7 +135,9 @@ impl Device {
             }
             Some(_) => {
                 world.engine.stores[store as usize].store.close(world.hv, opened.file);
-                return self.fail(world, SHARED);
+                let config = self.config.as_ref().expect("opening follows its configuration");
+                let reason = format!("'/{}/{}': {SHARED}", config.store, config.path);
+                return self.fail(world, &reason);
             }
             None => self.held.push(held),
         }
