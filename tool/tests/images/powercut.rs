@@ -213,12 +213,25 @@ fn judge_by_qemu(case: &Case, built: &Built, files: &[Vec<u8>], sets: &[u64]) {
     if case.check != Check::No {
         let repair = case.check == Check::Repair;
         let (code, text) = scratch.qemu_check(case.qemu, &built.top, repair);
-        assert!(code == 0 || code == 3, "qemu-img check says {code}: {text}");
+        let good = code == 0 || code == 3 || (case.format == "vdi" && only_counts_too_many(&text));
+        assert!(good, "qemu-img check says {code}: {text}");
     }
     let disk = scratch.read_by_qemu(case.qemu, &built.top);
     if let Some(wrong) = model::mismatch(built, sets, 0, &disk[..sets.len() * SECTOR]) {
         panic!("as QEMU reads it after the cut: {wrong}");
     }
+}
+
+/// VDI counts its blocks in the header, durably before the map names them. A cut in between
+/// leaves a count that is too high: unused blocks, which qemu-img calls an error.
+fn only_counts_too_many(text: &str) -> bool {
+    let numbers = text.lines().find_map(|line| {
+        let (is, should) = line
+            .strip_prefix("ERROR: allocated blocks mismatch, is ")?
+            .split_once(", should be ")?;
+        Some((is.parse::<u64>().ok()?, should.trim().parse::<u64>().ok()?))
+    });
+    text.matches("ERROR").count() == 1 && numbers.is_some_and(|(is, should)| is < should)
 }
 
 /// All chosen seeds of all chosen cases of a format; a failure says how to see it again.
