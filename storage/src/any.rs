@@ -1,6 +1,8 @@
 //! The kinds of device that a storage domain can have, behind one name. virtio-blk and AHCI
 //! would be further ones.
 
+use alloc::boxed::Box;
+
 use platter_xen::{Bus, Hypervisor};
 
 use crate::blkfront::Blkfront;
@@ -10,8 +12,8 @@ use crate::pool::Pool;
 
 /// A disk from another domain, or a controller of our own.
 pub enum AnyDevice {
-    Blkfront(Blkfront),
-    Nvme(Nvme),
+    Blkfront(Box<Blkfront>),
+    Nvme(Box<Nvme>),
 }
 
 /// Calls the method of whichever device it is.
@@ -26,15 +28,15 @@ macro_rules! each {
 
 impl<H: Hypervisor + Bus> Device<H> for AnyDevice {
     fn units(&self) -> usize {
-        each!(self, device => Device::<H>::units(device))
+        each!(self, device => Device::<H>::units(&**device))
     }
 
     fn unit_number(&self, unit: usize) -> Option<u32> {
-        each!(self, device => Device::<H>::unit_number(device, unit))
+        each!(self, device => Device::<H>::unit_number(&**device, unit))
     }
 
     fn geometry(&self, unit: usize) -> Option<Geometry> {
-        each!(self, device => Device::<H>::geometry(device, unit))
+        each!(self, device => Device::<H>::geometry(&**device, unit))
     }
 
     fn submit(
@@ -53,6 +55,6 @@ impl<H: Hypervisor + Bus> Device<H> for AnyDevice {
     }
 
     fn poll_at_ns(&self) -> Option<u64> {
-        each!(self, device => Device::<H>::poll_at_ns(device))
+        each!(self, device => Device::<H>::poll_at_ns(&**device))
     }
 }

@@ -7,6 +7,7 @@
 //! does not list, or keep using one that it took away (its registers read as all ones then, and
 //! the NVMe driver gives up by itself).
 
+use alloc::boxed::Box;
 use alloc::collections::VecDeque;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
@@ -35,7 +36,7 @@ pub enum PciStep {
 /// What was found.
 pub enum PciFound {
     /// A started controller: attach it to the block store.
-    Nvme(Device, Nvme),
+    Nvme(Device, Box<Nvme>),
     /// A function that is not used, and why.
     Refused(Device, PciRefusal),
     /// An NVMe function whose registers cannot be mapped.
@@ -186,7 +187,7 @@ impl Pcifront {
             Err(refusal) => return Some(PciFound::Unmapped(device, refusal)),
         };
         Some(match Nvme::new(hv, mmio) {
-            Ok(nvme) => PciFound::Nvme(device, nvme),
+            Ok(nvme) => PciFound::Nvme(device, Box::new(nvme)),
             Err(unfit) => {
                 hv.unmap_mmio(mmio);
                 PciFound::Unfit(device, unfit)
@@ -205,7 +206,6 @@ mod tests {
     //! The handshake as libxl and Linux's pciback lead it, a configuration space by hand, a
     //! model of a controller behind the bus. Misses: pciback's own filters (the rig).
 
-    use alloc::boxed::Box;
     use core::cell::RefCell;
     use std::rc::Rc;
 

@@ -217,7 +217,7 @@ impl Blkfront {
     /// Segments of one request at most.
     fn segments_max(&self) -> usize {
         let indirect = self.nodes.map_or(0, |nodes| usize::from(nodes.indirect_segments_max));
-        indirect.max(platter_xen::blkif::SEGMENTS_DIRECT_MAX).min(RUN_PAGES_MAX)
+        indirect.clamp(platter_xen::blkif::SEGMENTS_DIRECT_MAX, RUN_PAGES_MAX)
     }
 }
 
