@@ -19,8 +19,6 @@ use crate::medium::{Folder, Medium, beside};
 
 /// Bytes moved at once by a prelude or while writing zeros.
 const CHUNK_BYTES: u64 = 1 << 20;
-/// Reads of planners up to this length need no memory.
-const SMALL_BYTES: usize = 4096;
 /// Stops of one planner call after which it makes no progress: a chain of 1000 layers, some
 /// blocks each, and room.
 const STOPS_MAX: usize = 1 << 20;

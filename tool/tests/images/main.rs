@@ -6,6 +6,7 @@
 
 mod cases;
 mod differential;
+mod juggle;
 mod model;
 mod powercut;
 mod rng;
