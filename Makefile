@@ -1,6 +1,53 @@
 # The only door to everything that is built and run here.
 
 CARGO ?= cargo
+RIG := $(CARGO) run -q --release -p platter-rig --
+
+.PHONY: all
+all: kernel tool
+
+# platter's story, on a machine with nothing but Rust: KEEP=1 leaves a dom0 shell at the end.
+.PHONY: demo
+demo: kernel
+	$(RIG) demo
+
+# What CI runs: style, units and vectors, the simulator, foreign image tools, nested Xen.
+.PHONY: test
+test: prerequisites tidy unit kernels
+	$(RIG) test
+
+# Everything but nested Xen.
+.PHONY: unit
+unit: prerequisites
+	$(CARGO) test --workspace
+
+# Only what is missing, and qemu-img, the oracle of the image tests.
+.PHONY: prerequisites
+prerequisites:
+	@sh rig/prerequisites.sh
+
+# Style is a test.
+.PHONY: tidy
+tidy:
+	$(CARGO) fmt --all --check
+	$(CARGO) run -q -p platter-tidy
+
+.PHONY: kernels
+kernels: kernel
+
+.PHONY: tool
+tool:
+	$(CARGO) build --release -p platter-tool
+
+# Scenarios by name: make rig NAMES="filesystem read-only" SUITE=bookworm; all without names.
+.PHONY: rig
+rig: kernels
+	$(RIG) test $(if $(NAMES),$(NAMES),--all)
+
+# Side by side in one run, as ratios; the machine emulates.
+.PHONY: bench
+bench: kernels
+	$(RIG) bench $(NAMES)
 
 # Bare kernels. They link without any flags; these add frame pointers, so that crash reports have
 # a trace, and addresses without indirection, for nothing relocates them. An explicit target keeps
@@ -10,9 +57,9 @@ KERNEL_RUSTFLAGS := -Cforce-frame-pointers=yes -Crelocation-model=static
 
 # $(call bare_kernel,PACKAGE,BINARY): build/BINARY.elf to boot, build/BINARY.debug for addr2line.
 define bare_kernel
-	RUSTFLAGS="$(KERNEL_RUSTFLAGS)" $(CARGO) build --release --target $(KERNEL_TARGET) \
+	RUSTFLAGS="$(KERNEL_RUSTFLAGS)" $(CARGO) build --profile bare --target $(KERNEL_TARGET) \
 		--target-dir build/kernel -p $(1) --bin $(2) --features bare
-	cp build/kernel/$(KERNEL_TARGET)/release/$(2) build/$(2).debug
+	cp build/kernel/$(KERNEL_TARGET)/bare/$(2) build/$(2).debug
 	objcopy --strip-debug build/$(2).debug build/$(2).elf
 	[ "$$(stat -c %s build/$(2).elf)" -lt 1048576 ] || { echo >&2 "$(2).elf exceeds 1 MiB"; exit 1; }
 endef
