@@ -121,3 +121,61 @@ impl Header {
         bytes
     }
 }
+
+#[cfg(test)]
+mod tests {
+    //! Would miss: what the tables hold; the image tests read whole images.
+
+    use super::*;
+
+    /// `qemu-img create -f qcow -b b.img -F raw c.qcow` over a raw file of 10 MiB.
+    const VECTOR: [u8; HEADER_BYTES] = [
+        0x51, 0x46, 0x49, 0xfb, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0,
+        0x30, // magic, version, name at
+        0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xa0, 0, 0, // name length, mtime, size
+        9, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x38, // bits, crypt, l1_table_offset
+    ];
+
+    fn parse(edit: impl Fn(&mut [u8])) -> Result<Header, ImageFault> {
+        let mut bytes = VECTOR;
+        edit(&mut bytes);
+        Header::parse(FileNo(0), &bytes)
+    }
+
+    #[test]
+    fn a_header_of_qemu_is_read_and_emitted_alike() {
+        let header = parse(|_| {}).unwrap();
+        assert_eq!((header.cluster_bytes(), header.l2_entries()), (512, 4096));
+        assert_eq!((header.l1_offset, header.l1_entries()), (0x38, 5));
+        assert_eq!((header.name_offset, header.name_bytes), (0x30, 5));
+        assert_eq!(header.emit(), VECTOR);
+    }
+
+    /// Among them those of CVE-2014-0222 (l2_bits) and CVE-2014-0223 (size).
+    #[test]
+    fn hostile_fields_are_refused() {
+        let edits: [(usize, &[u8]); 13] = [
+            (0, b"QFI\xfa"),
+            (7, &[2]),
+            (8, &[0; 7]),
+            (16, &[0, 0, 4, 0]),
+            (16, &[0; 4]),
+            (24, &[0; 8]),
+            (24, &[0xff; 8]),
+            (32, &[8]),
+            (32, &[17]),
+            (33, &[5]),
+            (33, &[14]),
+            (36, &[0, 0, 0, 1]),
+            (40, &[0; 8]),
+        ];
+        for (at, value) in edits {
+            let edited = parse(|bytes| {
+                bytes[at..at + value.len()].copy_from_slice(value);
+                // The third breaks the name's place.
+                bytes[15] = if at == 8 { 1 } else { bytes[15] };
+            });
+            assert!(edited.is_err(), "{value:?} at {at}");
+        }
+    }
+}

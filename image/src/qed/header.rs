@@ -147,3 +147,61 @@ impl Header {
         bytes
     }
 }
+
+#[cfg(test)]
+mod tests {
+    //! Would miss: what the tables hold; the image tests read whole images.
+
+    use super::*;
+
+    /// `qemu-img create -f qed -b b.img -F raw c.qed` over a raw file of 10 MiB.
+    const VECTOR: [u8; HEADER_BYTES] = [
+        0x51, 0x45, 0x44, 0, 0, 0, 1, 0, 4, 0, 0, 0, 1, 0, 0, 0, // magic, sizes
+        5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, // features: backing file, raw
+        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, // autoclear, l1_table_offset
+        0, 0, 0xa0, 0, 0, 0, 0, 0, 0x40, 0, 0, 0, 5, 0, 0, 0, // image_size, name
+    ];
+
+    fn parse(edit: impl Fn(&mut [u8])) -> Result<Header, ImageFault> {
+        let mut bytes = VECTOR;
+        edit(&mut bytes);
+        Header::parse(FileNo(0), &bytes)
+    }
+
+    #[test]
+    fn a_header_of_qemu_is_read_and_emitted_alike() {
+        let header = parse(|_| {}).unwrap();
+        assert_eq!((header.cluster_bytes, header.table_bytes), (65_536, 262_144));
+        assert_eq!((header.l1_offset, header.image_bytes), (65_536, 10 << 20));
+        assert_eq!((header.name_offset, header.name_bytes), (64, 5));
+        assert_eq!(header.features, FEATURE_BACKING_FILE | FEATURE_BACKING_RAW);
+        assert_eq!(header.emit(), VECTOR);
+    }
+
+    #[test]
+    fn hostile_fields_are_refused() {
+        let edits: [(usize, &[u8]); 15] = [
+            (0, b"QED1"),
+            (4, &[0; 4]),
+            (4, &[0, 8, 0, 0]),
+            (4, &[1, 0, 1, 0]),
+            (4, &[0, 0, 0, 8]),
+            (8, &[0; 4]),
+            (8, &[3, 0, 0, 0]),
+            (8, &[32, 0, 0, 0]),
+            (12, &[0; 4]),
+            (16, &[0x0d]),
+            (40, &[1]),
+            (40, &[0; 8]),
+            (48, &[1]),
+            (48, &[0xff; 8]),
+            (60, &[0xff; 4]),
+        ];
+        for (at, value) in edits {
+            let edited = parse(|bytes| bytes[at..at + value.len()].copy_from_slice(value));
+            assert!(edited.is_err(), "{value:?} at {at}");
+        }
+        let unknown = parse(|bytes| bytes[16] = 0x0d).unwrap_err();
+        assert!(unknown.field.contains("features") && unknown.value == 8);
+    }
+}

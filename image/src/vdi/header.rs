@@ -191,3 +191,87 @@ pub(super) fn parent_name(bytes: &[u8; HEADER_BYTES]) -> Option<&str> {
     let name = comment[..end].strip_prefix(PARENT_MARK)?;
     core::str::from_utf8(name).ok().filter(|name| !name.is_empty())
 }
+
+#[cfg(test)]
+mod tests {
+    //! Would miss: what the map holds; the image tests read whole images.
+
+    use super::*;
+
+    /// `qemu-img create -f vdi a.vdi 10M`, its first sector but for the UUIDs' values.
+    fn vector() -> [u8; HEADER_BYTES] {
+        let mut bytes = [0; HEADER_BYTES];
+        let fields: [(usize, &[u8]); 11] = [
+            (0x40, &[0x7f, 0x10, 0xda, 0xbe, 1, 0, 1, 0]), // signature, version
+            (0x48, &[0x80, 1, 0, 0, 1]),                   // cbHeader, type
+            (0x154, &[0, 2, 0, 0, 0, 4]),                  // offBlocks, offData
+            (0x168, &[0, 2]),                              // sector size
+            (0x170, &[0, 0, 0xa0]),                        // cbDisk
+            (0x178, &[0, 0, 0x10]),                        // cbBlock
+            (0x180, &[10]),                                // cBlocks
+            (0x184, &[0]),                                 // cBlocksAllocated
+            (0x188, &[1; 16]),
+            (0x198, &[2; 16]),
+            (0, b"<<< QEMU VM Virtual Disk Image >>>\n"),
+        ];
+        for (offset, value) in fields {
+            bytes[offset..offset + value.len()].copy_from_slice(value);
+        }
+        bytes
+    }
+
+    fn parse(edit: impl Fn(&mut [u8])) -> Result<Header, ImageFault> {
+        let mut bytes = vector();
+        edit(&mut bytes);
+        Header::parse(FileNo(0), &bytes)
+    }
+
+    #[test]
+    fn a_header_of_qemu_is_read_and_emitted_alike() {
+        let header = parse(|_| {}).unwrap();
+        assert_eq!((header.map_offset, header.data_offset), (512, 1024));
+        assert_eq!((header.disk_bytes, header.block_bytes), (10 << 20, 1 << 20));
+        assert_eq!((header.blocks, header.allocated), (10, 0));
+        assert_eq!(header.uuid, 0x0101_0101_0101_0101_0101_0101_0101_0101);
+        assert_eq!(header.emit(b"")[0x40..], vector()[0x40..]);
+        // An odd size is rounded up, as QEMU does.
+        assert_eq!(parse(|bytes| bytes[0x170] = 1).err().map(|f| f.field), Some("cbDisk"));
+        let odd = parse(|bytes| bytes[0x170..0x173].copy_from_slice(&[1, 0, 0x9f])).unwrap();
+        assert_eq!(odd.disk_bytes, 0x9f_0200);
+    }
+
+    #[test]
+    fn the_parents_name_stands_in_the_comment() {
+        let comment = parent_comment("base.vdi").unwrap();
+        let header = parse(|_| {}).unwrap();
+        assert_eq!(parent_name(&header.emit(&comment)), Some("base.vdi"));
+        assert_eq!(parent_name(&header.emit(b"a comment")), None);
+        assert_eq!(parent_comment(&"x".repeat(249)), None);
+    }
+
+    /// Among them those of CVE-2014-0144 (sizes of zero and beyond what the map covers).
+    #[test]
+    fn hostile_fields_are_refused() {
+        let edits: [(usize, &[u8]); 15] = [
+            (0x40, &[0]),
+            (0x44, &[0]),
+            (0x48, &[0, 0]),
+            (0x4c, &[3]),
+            (0x4c, &[4]),
+            (0x154, &[1]),
+            (0x154, &[0, 0]),
+            (0x158, &[0, 2]),
+            (0x168, &[0, 16]),
+            (0x170, &[0xff; 8]),
+            (0x178, &[0; 4]),
+            (0x178, &[0, 0, 0x18]),
+            (0x17c, &[1]),
+            (0x180, &[0xff; 4]),
+            (0x1a8, &[1]),
+        ];
+        for (at, value) in edits {
+            let edited = parse(|bytes| bytes[at..at + value.len()].copy_from_slice(value));
+            assert!(edited.is_err(), "{value:?} at {at:#x}");
+        }
+    }
+}

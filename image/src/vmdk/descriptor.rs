@@ -184,7 +184,11 @@ impl Descriptor {
         };
         let offset_sectors = match (kind, offset) {
             (_, "") => 0,
-            (LineKind::Flat, digits) => digits.parse().map_err(|_| corrupt(sectors))?,
+            // What may follow the offset speaks of devices.
+            (LineKind::Flat, digits) => {
+                let digits = digits.split_whitespace().next().unwrap_or("");
+                digits.parse().map_err(|_| corrupt(sectors))?
+            }
             _ => return Err(corrupt(sectors)),
         };
         if name.contains('/') || matches!(name, "." | "..") {
@@ -205,4 +209,82 @@ fn hex(file: FileNo, at: u64, digits: &str) -> Result<u32, ImageFault> {
     let plain = digits.bytes().all(|b| b.is_ascii_hexdigit()) && digits.len() <= 8;
     let value = if plain { u32::from_str_radix(digits, 16).ok() } else { None };
     value.ok_or_else(|| ImageFault::corrupt(file, "a CID", at, digits.len() as u64))
+}
+
+#[cfg(test)]
+mod tests {
+    //! Would miss: what the opened extents hold; the image tests open whole VMDKs.
+
+    use super::*;
+
+    /// `qemu-img create -f vmdk -o subformat=twoGbMaxExtentSparse -b b.vmdk -F vmdk d.vmdk 3G`,
+    /// line ends as VMware on Windows writes them.
+    const TEXT: &str = "# Disk DescriptorFile\r\nversion=1\r\nCID=8f3aa5bc\r\n\
+        parentCID=1d90aa11\r\ncreateType=\"twoGbMaxExtentSparse\"\r\n\
+        parentFileNameHint=\"b.vmdk\"\r\n\r\n# Extent description\r\n\
+        RW 4194304 SPARSE \"d-s001.vmdk\"\r\nRW 2097152 SPARSE \"d-s002.vmdk\"\r\n\r\n\
+        # The Disk Data Base\r\n#DDB\r\n\r\nddb.adapterType = \"ide\"\r\n";
+
+    fn parse(text: &str) -> Result<Descriptor, ImageFault> {
+        Descriptor::parse(FileNo(0), 512, text.as_bytes())
+    }
+
+    /// The fault that one extent line leads to.
+    fn line(line: &str) -> String {
+        match parse(&alloc::format!("CID=1\n{line}\n")) {
+            Ok(found) => panic!("taken: {:?}", found.lines),
+            Err(fault) => alloc::format!("{fault}"),
+        }
+    }
+
+    #[test]
+    fn a_split_child_gives_its_extents_parent_and_the_place_of_its_cid() {
+        let found = parse(TEXT).unwrap();
+        assert_eq!((found.cid, found.parent_cid), (0x8f3a_a5bc, 0x1d90_aa11));
+        let at = TEXT.find("8f3aa5bc").unwrap() as u64 + 512;
+        assert_eq!(found.cid_digits, CidDigits { at, count: 8 });
+        assert_eq!(found.parent_hint.as_deref(), Some("b.vmdk"));
+        assert_eq!(found.create_type, "twoGbMaxExtentSparse");
+        assert_eq!(found.lines.len(), 2);
+        assert_eq!((found.lines[1].sectors, &*found.lines[1].name), (2_097_152, "d-s002.vmdk"));
+        assert_eq!(found.lines[1].kind, LineKind::Sparse);
+    }
+
+    #[test]
+    fn flat_zero_and_read_only_lines_are_understood() {
+        let text = "CID=1\nRW 63 FLAT \"a b.vmdk\" 7\nRDONLY 5 ZERO\nRW 9 VMFS \"c.vmdk\"\n";
+        let lines = parse(text).unwrap().lines;
+        assert_eq!((lines[0].kind, lines[0].offset_sectors), (LineKind::Flat, 7));
+        assert_eq!(lines[0].name, "a b.vmdk");
+        assert_eq!((lines[1].kind, lines[1].access), (LineKind::Zero, LineAccess::ReadOnly));
+        assert_eq!((lines[2].kind, lines[2].offset_sectors), (LineKind::Flat, 0));
+    }
+
+    #[test]
+    fn hostile_lines_are_refused() {
+        for name in ["../x.vmdk", "/etc/shadow", "a/b.vmdk", "..", "."] {
+            let fault = line(&alloc::format!("RW 8 FLAT \"{name}\" 0"));
+            assert!(fault.contains("plain name"), "{fault}");
+        }
+        for bad in [
+            "RW 0 FLAT \"x\" 0",
+            "RW -1 FLAT \"x\" 0",
+            "RW 8 FLAT \"x\" -5",
+            "RW 8 FLAT \"x",
+            "RW 8 FLAT x 0",
+            "RW 8 SPARSE \"x\" 5",
+            "RW 8 BLOB \"x\"",
+            "RW 18446744073709551615 FLAT \"x\" 0",
+            "RW",
+        ] {
+            assert!(line(bad).contains("extent line"), "{bad}");
+        }
+        assert!(line("NOACCESS 8 FLAT \"x\" 0").contains("NOACCESS"));
+        let many = "RW 8 ZERO\n".repeat(EXTENTS_MAX + 1);
+        assert!(line(&many).contains("the limit is 1024"));
+        assert!(parse("RW 8 ZERO\n").unwrap_err().field.contains("without a CID"));
+        assert!(parse("CID=123456789\n").is_err() && parse("CID=+1\n").is_err());
+        assert!(parse("CID=1\nparentCID=2\n").is_err());
+        assert!(Descriptor::parse(FileNo(0), 0, b"CID=1\n\xff").is_err());
+    }
 }

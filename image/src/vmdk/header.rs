@@ -16,7 +16,6 @@ pub(super) const GD_AT_END: u64 = u64::MAX;
 pub(super) const FLAG_NEWLINES: u32 = 1;
 pub(super) const FLAG_REDUNDANT: u32 = 1 << 1;
 pub(super) const FLAG_ZERO_GRAIN: u32 = 1 << 2;
-pub(super) const FLAG_COMPRESSED: u32 = 1 << 16;
 pub(super) const FLAG_MARKERS: u32 = 1 << 17;
 /// Bytes that a text-mode transfer would change: "\n \r\n".
 pub(super) const NEWLINES: [u8; 4] = [b'\n', b' ', b'\r', b'\n'];
@@ -276,5 +275,75 @@ impl SeSparse {
             return Err(ImageFault::unsupported(file, "an seSparse journal to replay", 0));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! Would miss: what the tables hold; the image tests read whole VMDKs.
+
+    use super::*;
+
+    /// `qemu-img create -f vmdk -o zeroed_grain=on z.vmdk 10M`, its first sector.
+    fn vector() -> [u8; HEADER_BYTES] {
+        let mut bytes = [0; HEADER_BYTES];
+        let fields: [(usize, &[u8]); 11] = [
+            (0, b"KDMV"),
+            (4, &[2, 0, 0, 0]),      // version
+            (8, &[7, 0, 0, 0]),      // flags: newlines, redundant, zero grains
+            (12, &[0, 0x50]),        // capacity
+            (20, &[0x80]),           // grainSize
+            (28, &[1]),              // descriptorOffset
+            (36, &[20]),             // descriptorSize
+            (44, &[0, 2]),           // numGTEsPerGT
+            (48, &[21]),             // rgdOffset
+            (56, &[26]),             // gdOffset
+            (73, &[10, 32, 13, 10]), // newline test
+        ];
+        for (offset, value) in fields {
+            bytes[offset..offset + value.len()].copy_from_slice(value);
+        }
+        bytes[64] = 0x80; // overHead
+        bytes
+    }
+
+    fn parse(edit: impl Fn(&mut [u8])) -> Result<Sparse, ImageFault> {
+        let mut bytes = vector();
+        edit(&mut bytes);
+        Sparse::parse(FileNo(0), 0, &bytes)
+    }
+
+    #[test]
+    fn a_header_of_qemu_is_read_and_emitted_alike() {
+        let header = parse(|_| {}).unwrap();
+        assert_eq!((header.sectors, header.grain_bytes()), (20_480, 65_536));
+        assert_eq!(header.descriptor, (512, 20 * 512));
+        assert_eq!((header.redundant, header.directory), (21 * 512, 26 * 512));
+        assert_eq!(header.directory_entries(), 1);
+        assert_eq!(header.emit(0x80), vector());
+    }
+
+    #[test]
+    fn hostile_fields_are_refused() {
+        let edits: [(usize, &[u8]); 14] = [
+            (0, b"XXXX"),
+            (4, &[4, 0, 0, 0]),
+            (12, &[0; 8]),
+            (12, &[0xff; 8]),
+            (20, &[4, 0, 0, 0, 0, 0, 0, 0]),
+            (20, &[0x81, 0, 0, 0, 0, 0, 0, 0]),
+            (20, &[0xff; 8]),
+            (20, &[0, 0, 0x40, 0, 0, 0, 0, 0]),
+            (44, &[0; 4]),
+            (44, &[0, 4, 0, 0]),
+            (48, &[0xff; 8]),
+            (56, &[0; 8]),
+            (73, b"\n \n\n"),
+            (77, &[2, 0]),
+        ];
+        for (at, value) in edits {
+            let edited = parse(|bytes| bytes[at..at + value.len()].copy_from_slice(value));
+            assert!(edited.is_err(), "{value:?} at {at}");
+        }
     }
 }
