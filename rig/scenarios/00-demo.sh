@@ -1,7 +1,6 @@
 #: title A Linux guest's disk is an image file that platter serves
 #: needs platter.elf
 #: set demo
-#: timeout 180
 # The story that `make demo` tells. Each step does what the scenarios do one by one.
 
 scenario() {

@@ -1,7 +1,6 @@
 #: title A guest destroyed in mid-write leaves its disk good for the next guest
 #: needs platter.elf
 #: storage any
-#: timeout 120
 # Would miss: a crash of the storage domain itself; the simulator cuts its power at every write.
 
 scenario() {

@@ -1,6 +1,5 @@
 #: title What cannot be served fails xl create within 2 s with a reason that can be read
 #: needs platter.elf
-#: timeout 120
 # Would miss: reasons that only a certain format has; those are the formats' own scenarios.
 
 scenario() {

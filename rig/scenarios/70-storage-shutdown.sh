@@ -1,6 +1,5 @@
 #: title xl shutdown and xl reboot are answered by the storage domain
 #: needs platter.elf
-#: timeout 120
 # Would miss: a shutdown while a store does not answer.
 
 scenario() {
@@ -10,7 +9,7 @@ scenario() {
     guest_must guest 'echo written | dd of=/dev/xvda conv=fsync 2>/dev/null'
     xl destroy guest
     step "xl reboot"
-    before=$(console_of storage | grep -Ec "$READY_PATTERN")
+    before=$(console_of storage | grep -c "$READY_PATTERN")
     old=$(xl domid storage)
     xl reboot storage >&2 || fail "xl reboot failed"
     within 20 other_domid storage "$old" || fail "the storage domain did not come back"
@@ -28,4 +27,4 @@ scenario() {
 
 other_domid() { now=$(xl domid "$1" 2>/dev/null) && [ "$now" != "$2" ]; }
 
-ready_again() { [ "$(console_of storage | grep -Ec "$READY_PATTERN")" -gt "$1" ]; }
+ready_again() { [ "$(console_of storage | grep -c "$READY_PATTERN")" -gt "$1" ]; }

@@ -1,6 +1,5 @@
 #: title When the 9p server dies, disks report errors and the storage domain lives
 #: needs platter.elf
-#: timeout 150
 # Would miss: a server that hangs without dying.
 
 scenario() {

@@ -204,7 +204,9 @@ impl Job<'_> {
     fn qemu(&self, folder: &Path) -> Command {
         let root = self.layout.host_root();
         let suite = self.layout.suite(self.suite);
-        let mut qemu = Command::new(root.join("lib64/ld-linux-x86-64.so.2"));
+        // However this process ends, QEMU ends with it.
+        let mut qemu = Command::new("setpriv");
+        qemu.args(["--pdeathsig", "KILL"]).arg(root.join("lib64/ld-linux-x86-64.so.2"));
         qemu.arg("--library-path").arg(root.join("usr/lib/x86_64-linux-gnu"));
         qemu.arg(root.join("usr/bin/qemu-system-x86_64"));
         for firmware in ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"] {

@@ -12,7 +12,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 
 /// Seconds that a scenario has when its head does not say.
-const TIMEOUT_SECONDS: u64 = 90;
+const TIMEOUT_SECONDS: u64 = 240;
 
 /// When a scenario runs unasked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
