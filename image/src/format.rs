@@ -15,6 +15,7 @@ use crate::raw::Raw;
 use crate::types::{DiscardPlan, FileNo, ResizePlan, SectorRange, Step, WritePlan};
 use crate::vdi::Vdi;
 use crate::vhd::Vhd;
+use crate::vhdx::Vhdx;
 use crate::vmdk::Vmdk;
 
 /// An image format, always named by configuration, never guessed from content.
@@ -27,6 +28,7 @@ pub enum Format {
     Vdi,
     Vmdk,
     Vhd,
+    Vhdx,
 }
 
 impl Format {
@@ -40,6 +42,7 @@ impl Format {
             "vdi" => Format::Vdi,
             "vmdk" => Format::Vmdk,
             "vhd" | "vpc" => Format::Vhd,
+            "vhdx" => Format::Vhdx,
             _ => return None,
         })
     }
@@ -55,6 +58,7 @@ impl Format {
             "vdi" => Format::Vdi,
             "vmdk" => Format::Vmdk,
             "vhd" => Format::Vhd,
+            "vhdx" => Format::Vhdx,
             _ => return None,
         })
     }
@@ -68,6 +72,7 @@ impl Format {
             Format::Vdi => "vdi",
             Format::Vmdk => "vmdk",
             Format::Vhd => "vhd",
+            Format::Vhdx => "vhdx",
         }
     }
 }
@@ -273,6 +278,7 @@ pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
         Format::Vdi => crate::vdi::create(params),
         Format::Vmdk => crate::vmdk::create(params),
         Format::Vhd => crate::vhd::create(params),
+        Format::Vhdx => crate::vhdx::create(params),
         #[allow(unreachable_patterns)]
         _ => Err(CreateFault::new("images of this format can only be read and written")),
     }
@@ -287,6 +293,7 @@ pub(crate) enum AnyLayer {
     Vdi(Vdi),
     Vmdk(Vmdk),
     Vhd(Vhd),
+    Vhdx(Vhdx),
 }
 
 impl AnyLayer {
@@ -299,6 +306,7 @@ impl AnyLayer {
             Format::Vdi => Vdi::open(ctx, file, access),
             Format::Vmdk => Vmdk::open(ctx, file, access),
             Format::Vhd => Vhd::open(ctx, file, access),
+            Format::Vhdx => Vhdx::open(ctx, file, access),
         }
     }
 
@@ -311,6 +319,7 @@ impl AnyLayer {
             AnyLayer::Vdi(layer) => layer,
             AnyLayer::Vmdk(layer) => layer,
             AnyLayer::Vhd(layer) => layer,
+            AnyLayer::Vhdx(layer) => layer,
         }
     }
 
@@ -323,6 +332,7 @@ impl AnyLayer {
             AnyLayer::Vdi(layer) => layer,
             AnyLayer::Vmdk(layer) => layer,
             AnyLayer::Vhd(layer) => layer,
+            AnyLayer::Vhdx(layer) => layer,
         }
     }
 }

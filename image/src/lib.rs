@@ -27,6 +27,7 @@ mod types;
 mod unpack;
 mod vdi;
 mod vhd;
+mod vhdx;
 mod vmdk;
 
 pub use check::{CheckParams, CheckProgress, CheckReport, PROBLEMS_MAX, Repair};
