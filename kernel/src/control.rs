@@ -14,8 +14,8 @@ use platter_xen::xenbus::Kind;
 use platter_xen::xenstore::{XsError, names};
 
 use crate::device::Device;
-use crate::limits::STORES_MAX;
-use crate::mounts::MountSlot;
+use crate::fronts::{FrontKind, FrontSlot};
+use crate::limits::FRONTS_MAX;
 use crate::xs::{Purpose, Xs};
 
 /// How the domain ends.
@@ -29,7 +29,6 @@ pub enum Ending {
 const END_NS: u64 = 8_000_000_000;
 
 const SHUTDOWN: &str = "control/shutdown";
-const SHARES: &str = "device/9pfs";
 const WATCH_BACKEND: u32 = 1;
 const WATCH_SHUTDOWN: u32 = 2;
 
@@ -37,7 +36,9 @@ pub struct Control {
     domid: DomId,
     /// `/local/domain/S/backend`.
     tree: String,
-    mounts: Vec<MountSlot>,
+    fronts: Vec<FrontSlot>,
+    /// Kinds of our own devices that are not listed yet.
+    unlisted: usize,
     frames_max: usize,
     ready: bool,
     ending: Option<Ending>,
@@ -47,12 +48,13 @@ pub struct Control {
 }
 
 impl Control {
-    /// `frames_max`: what the rings of all 9p shares may take.
+    /// `frames_max`: what the rings and pools of our own devices may take.
     pub fn new(domid: DomId, frames_max: usize, xs: &mut Xs) -> Control {
         let mut control = Control {
             domid,
             tree: format!("/local/domain/{}/backend", domid.0),
-            mounts: Vec::new(),
+            fronts: Vec::new(),
+            unlisted: FrontKind::ALL.len(),
             frames_max,
             ready: false,
             ending: None,
@@ -69,7 +71,9 @@ impl Control {
         xs.write("control/feature-poweroff", "1", Purpose::None);
         xs.write("control/feature-reboot", "1", Purpose::None);
         xs.watch(SHUTDOWN, WATCH_SHUTDOWN);
-        xs.list(SHARES, Purpose::Mounts);
+        for kind in FrontKind::ALL {
+            xs.list(kind.directory(), Purpose::Fronts(kind));
+        }
         xs.watch(&self.tree, WATCH_BACKEND);
         self.scan(xs, self.tree.clone(), 0);
     }
@@ -78,12 +82,22 @@ impl Control {
         self.ready
     }
 
-    pub fn mounts_mut(&mut self) -> impl Iterator<Item = &mut MountSlot> {
-        self.mounts.iter_mut()
+    pub fn fronts_mut(&mut self) -> impl Iterator<Item = &mut FrontSlot> {
+        self.fronts.iter_mut()
     }
 
-    pub fn mount(&mut self, index: u8) -> Option<&mut MountSlot> {
-        self.mounts.get_mut(index as usize)
+    pub fn front(&mut self, index: u8) -> Option<&mut FrontSlot> {
+        self.fronts.get_mut(index as usize)
+    }
+
+    /// A device of ours must be looked after soon.
+    pub fn is_impatient(&self) -> bool {
+        self.fronts.iter().any(FrontSlot::is_impatient)
+    }
+
+    /// All devices of ours are known: a store that is not among them will not come.
+    pub fn knows_fronts(&self) -> bool {
+        self.unlisted == 0
     }
 
     /// The ending asked for, and whether its time is up.
@@ -99,7 +113,7 @@ impl Control {
             xs.read(SHUTDOWN, Purpose::Shutdown);
             return;
         }
-        self.mounts.iter_mut().filter(|m| m.concerns(path)).for_each(MountSlot::look);
+        self.fronts.iter_mut().filter(|f| f.concerns(path)).for_each(FrontSlot::look);
         let mut known = false;
         for device in devices.iter_mut().flatten().filter(|d| d.concerns(path)) {
             device.look = true;
@@ -133,7 +147,10 @@ impl Control {
                     self.scanned(xs, devices, &path, depth, name);
                 }
             }
-            (Purpose::Mounts, Ok(payload)) => self.found_shares(&payload),
+            (Purpose::Fronts(kind), result) => {
+                self.unlisted = self.unlisted.saturating_sub(1);
+                self.found_fronts(kind, &result.unwrap_or_default());
+            }
             (Purpose::Shutdown, Ok(value)) => self.shutdown(xs, &value),
             _ => {}
         }
@@ -199,14 +216,18 @@ impl Control {
             Some(Box::new(Device::new(index, serial, kind_known, DomId(domid), be, name)));
     }
 
-    fn found_shares(&mut self, payload: &[u8]) {
+    fn found_fronts(&mut self, kind: FrontKind, payload: &[u8]) {
         let numbers: Vec<String> = names(payload).map(ToString::to_string).collect();
-        let share = self.frames_max / numbers.len().max(1);
+        // Shares divide what there is for rings; disks and controllers have one pool.
+        let share = match kind {
+            FrontKind::Share => self.frames_max / numbers.len().max(1),
+            FrontKind::Disk | FrontKind::Pci => self.frames_max / 2,
+        };
         for number in numbers {
-            let known = self.mounts.iter().any(|mount| mount.is_named(&number));
-            if !known && self.mounts.len() < STORES_MAX {
-                let index = self.mounts.len() as u8;
-                self.mounts.push(MountSlot::new(index, &number, share));
+            let known = self.fronts.iter().any(|front| front.is(kind, &number));
+            if !known && self.fronts.len() < FRONTS_MAX {
+                let index = self.fronts.len() as u8;
+                self.fronts.push(FrontSlot::new(index, kind, &number, share));
             }
         }
     }

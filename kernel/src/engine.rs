@@ -5,6 +5,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 
 use platter_image::{BlockRef, Prepared};
+use platter_storage::any::AnyDevice;
 use platter_storage::{FileId, Run, Store, Submit, Tag, Window};
 use platter_xen::{Hypervisor, PAGE_BYTES, Region};
 
@@ -12,6 +13,7 @@ use crate::fault::Fault;
 use crate::job::Job;
 use crate::limits::{BOUNCE_BYTES, DISKS_MAX, JOBS_MAX, OPS_MAX, REQUESTS_MAX, STORES_MAX};
 use crate::request::{Request, Segments};
+use crate::stores::AnyStore;
 use crate::table::{Id, Table};
 use crate::transfer::Batch;
 
@@ -100,6 +102,16 @@ pub struct StoreSlot<S> {
     pub store: S,
     /// It had no room; cleared when it answers something.
     pub full: bool,
+}
+
+impl StoreSlot<AnyStore> {
+    /// First words of paths that lead to it.
+    pub fn names(&self) -> alloc::vec::Vec<&str> {
+        match &self.store {
+            AnyStore::NineP(_) => alloc::vec![self.name.as_str()],
+            AnyStore::Block(store) => store.disk_names().collect(),
+        }
+    }
 }
 
 /// How a submission went.
@@ -199,11 +211,6 @@ impl<S> Engine<S> {
             batch: Batch::new(),
             gather: Gather::new(),
         }
-    }
-
-    /// The store that a path's first word names.
-    pub fn store_named(&self, name: &str) -> Option<u8> {
-        self.stores.iter().position(|slot| slot.name == name).map(|index| index as u8)
     }
 
     /// Can a store take more right now? What this says no to need not be planned.
@@ -323,6 +330,42 @@ impl<S> Engine<S> {
     pub fn bounce(&self, job: Id, offset: usize, len: usize) -> Run {
         assert!(offset + len <= BOUNCE_BYTES);
         Run { region: self.bounces[job.0 as usize], offset, len }
+    }
+}
+
+impl Engine<AnyStore> {
+    /// The store that a path's first word names, a share or one of the disks.
+    pub fn store_named(&self, name: &str) -> Option<u8> {
+        let named = |slot: &StoreSlot<AnyStore>| match &slot.store {
+            AnyStore::NineP(_) => slot.name == name,
+            AnyStore::Block(store) => store.has_disk(name) || store.expects(name),
+        };
+        self.stores.iter().position(named).map(|index| index as u8)
+    }
+
+    /// A disk may be expected that has not turned up.
+    pub fn is_found(&self, store: u8, name: &str) -> bool {
+        match &self.stores[store as usize].store {
+            AnyStore::NineP(_) => true,
+            AnyStore::Block(store) => store.has_disk(name),
+        }
+    }
+
+    /// The path within its store: disks' paths begin with the disk's name.
+    pub fn path_in_store(&self, store: u8, name: &str, path: &str) -> String {
+        match &self.stores[store as usize].store {
+            AnyStore::NineP(_) => String::from(path),
+            AnyStore::Block(_) if path.is_empty() => String::from(name),
+            AnyStore::Block(_) => alloc::format!("{name}/{path}"),
+        }
+    }
+
+    /// A device of the block store.
+    pub fn device(&self, index: usize) -> Option<&AnyDevice> {
+        self.stores.iter().find_map(|slot| match &slot.store {
+            AnyStore::Block(store) => store.devices().nth(index),
+            AnyStore::NineP(_) => None,
+        })
     }
 }
 

@@ -5,6 +5,8 @@
 pub const DISKS_MAX: usize = 32;
 /// Stores: 9p shares and disks of the storage domain itself.
 pub const STORES_MAX: usize = 8;
+/// Devices of the storage domain itself.
+pub const FRONTS_MAX: usize = 16;
 /// Guest requests in flight over all disks: 2.2 KiB each, most of it 256 segments.
 pub const REQUESTS_MAX: usize = 192;
 /// Requests one disk may always have in flight, whatever the others do.

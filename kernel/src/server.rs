@@ -7,7 +7,7 @@ use alloc::boxed::Box;
 use alloc::vec::Vec;
 
 use platter_storage::{Answer, Done, Store};
-use platter_xen::{DomId, Hypervisor, Port, Region};
+use platter_xen::{Bus, DomId, Hypervisor, Port, Region};
 
 use crate::answer::take_op;
 use crate::control::{Control, Ending};
@@ -48,6 +48,8 @@ pub struct Server {
     control: Control,
     devices: Vec<Option<Box<Device>>>,
     ports: Vec<Port>,
+    /// How many of them are not a disk's rings: xenstore's and the stores', at the start.
+    own_ports: usize,
     /// The files in use, as of the last opening.
     held: Vec<Held>,
     /// Where the round-robin starts.
@@ -57,7 +59,7 @@ pub struct Server {
 
 impl Server {
     /// Takes all memory that serving needs and begins to look for shares and disks.
-    pub fn new<H: Hypervisor>(hv: &mut H, setup: Setup) -> Server {
+    pub fn new<H: Hypervisor + Bus>(hv: &mut H, setup: Setup) -> Server {
         let engine = Engine::new(hv);
         let mut devices = Vec::new();
         devices.resize_with(DISKS_MAX, || None);
@@ -70,6 +72,7 @@ impl Server {
             control,
             devices,
             ports: Vec::new(),
+            own_ports: 0,
             held: Vec::new(),
             first: 0,
             cache_bytes: (setup.heap_bytes / 16).clamp(CACHE_BYTES_MIN, CACHE_BYTES_MAX),
@@ -87,7 +90,7 @@ impl Server {
     }
 
     /// One turn.
-    pub fn poll<H: Hypervisor>(&mut self, hv: &mut H, now_ns: u64) -> Turn {
+    pub fn poll<H: Hypervisor + Bus>(&mut self, hv: &mut H, now_ns: u64) -> Turn {
         self.clear_events(hv);
         let mut went_on = self.take_answers(hv, now_ns);
         went_on |= self.take_control(hv, now_ns);
@@ -102,18 +105,14 @@ impl Server {
     }
 
     /// Before anything is looked at: an event that comes later is not lost then.
-    fn clear_events<H: Hypervisor>(&mut self, hv: &mut H) {
-        hv.take_pending(self.xs.port());
-        for slot in &self.engine.stores {
-            let AnyStore::NineP(client) = &slot.store;
-            for port in client.ports() {
-                hv.take_pending(port);
-            }
+    fn clear_events<H: Hypervisor + Bus>(&mut self, hv: &mut H) {
+        for port in &self.ports[..self.own_ports] {
+            hv.take_pending(*port);
         }
     }
 
     /// Answers of the stores go to whoever asked.
-    fn take_answers<H: Hypervisor>(&mut self, hv: &mut H, now_ns: u64) -> bool {
+    fn take_answers<H: Hypervisor + Bus>(&mut self, hv: &mut H, now_ns: u64) -> bool {
         let mut went_on = false;
         for store in 0..self.engine.stores.len() {
             while let Some(done) = self.engine.stores[store].store.poll(hv, now_ns) {
@@ -132,7 +131,14 @@ impl Server {
         went_on
     }
 
-    fn dispatch<H: Hypervisor>(&mut self, hv: &mut H, now_ns: u64, store: u8, op: Op, done: Done) {
+    fn dispatch<H: Hypervisor + Bus>(
+        &mut self,
+        hv: &mut H,
+        now_ns: u64,
+        store: u8,
+        op: Op,
+        done: Done,
+    ) {
         let index = op.disk as usize;
         if op.kind == OpKind::Open {
             self.held.clear();
@@ -152,7 +158,7 @@ impl Server {
     }
 
     /// Runs `act` on a device with its surroundings; false when there is no such device.
-    fn with_device<H: Hypervisor>(
+    fn with_device<H: Hypervisor + Bus>(
         &mut self,
         index: usize,
         hv: &mut H,
@@ -166,6 +172,7 @@ impl Server {
             hv,
             now_ns,
             cache_bytes: self.cache_bytes,
+            fronts_known: self.control.knows_fronts(),
             held: &self.held,
         };
         act(device, &mut world);
@@ -173,7 +180,7 @@ impl Server {
     }
 
     /// xenstore: what changed, what was answered, and each device's turn.
-    fn take_control<H: Hypervisor>(&mut self, hv: &mut H, now_ns: u64) -> bool {
+    fn take_control<H: Hypervisor + Bus>(&mut self, hv: &mut H, now_ns: u64) -> bool {
         let mut went_on = false;
         while let Some(event) = self.xs.poll(hv) {
             went_on = true;
@@ -188,8 +195,8 @@ impl Server {
                 XsEvent::Dead => log::error!("the connection to xenstore is dead"),
             }
         }
-        for mount in self.control.mounts_mut() {
-            mount.turn(&mut self.engine, &mut self.xs);
+        for front in self.control.fronts_mut() {
+            front.turn(&mut self.engine, &mut self.xs, hv, now_ns);
         }
         for index in 0..self.devices.len() {
             let mut fate = Fate::Stays;
@@ -202,7 +209,7 @@ impl Server {
         went_on
     }
 
-    fn reply<H: Hypervisor>(
+    fn reply<H: Hypervisor + Bus>(
         &mut self,
         hv: &mut H,
         now_ns: u64,
@@ -224,15 +231,15 @@ impl Server {
             Purpose::DeviceRemoved { index, serial } => {
                 self.with_device(index as usize, hv, now_ns, |device, _| device.removed(serial));
             }
-            Purpose::MountKey { index, key } => {
+            Purpose::FrontKey { index, key } => {
                 let (engine, xs) = (&mut self.engine, &mut self.xs);
-                if let Some(mount) = self.control.mount(index) {
-                    mount.key_read(engine, xs, hv, key, result);
+                if let Some(front) = self.control.front(index) {
+                    front.key_read(engine, xs, hv, key, result);
                 }
             }
-            Purpose::MountWritten { index } => {
-                if let Some(mount) = self.control.mount(index) {
-                    mount.written();
+            Purpose::FrontWritten { index } => {
+                if let Some(front) = self.control.front(index) {
+                    front.written();
                 }
             }
             other => self.control.answered(other, result, &mut self.xs, &mut self.devices),
@@ -240,7 +247,7 @@ impl Server {
     }
 
     /// Requests: taken, planned, carried on, answered.
-    fn serve<H: Hypervisor>(&mut self, hv: &mut H, now_ns: u64) -> bool {
+    fn serve<H: Hypervisor + Bus>(&mut self, hv: &mut H, now_ns: u64) -> bool {
         let serving = self.devices.iter().flatten().filter(|d| d.is_serving()).count();
         let share = (REQUESTS_MAX / serving.max(1)).max(REQUESTS_PER_DISK_MIN);
         let count = self.devices.len();
@@ -274,15 +281,18 @@ impl Server {
     }
 
     /// Asks for events, looks once more, and says how long there is nothing to do.
-    fn before_sleep<H: Hypervisor>(&mut self, hv: &mut H, now_ns: u64) -> Turn {
+    fn before_sleep<H: Hypervisor + Bus>(&mut self, hv: &mut H, now_ns: u64) -> Turn {
         let mut until_ns = now_ns.saturating_add(IDLE_NS);
         self.ports.clear();
         self.ports.push(self.xs.port());
+        let mut more = self.control.is_impatient();
         for slot in &self.engine.stores {
-            let AnyStore::NineP(client) = &slot.store;
-            self.ports.extend(client.ports());
+            slot.store.ports(&mut self.ports);
+            let at_ns = Store::<H>::poll_at_ns(&slot.store);
+            more |= at_ns.is_some_and(|at_ns| at_ns <= now_ns);
+            until_ns = until_ns.min(at_ns.unwrap_or(u64::MAX));
         }
-        let mut more = false;
+        self.own_ports = self.ports.len();
         for device in self.devices.iter_mut().flatten() {
             until_ns = until_ns.min(device.wake_ns.unwrap_or(u64::MAX));
             let serving = device.is_serving();
@@ -302,7 +312,7 @@ impl Server {
     }
 
     /// A shutdown asked for: every image is marked clean and flushed first, within a bound.
-    fn end<H: Hypervisor>(&mut self, hv: &mut H, now_ns: u64) -> Option<Ending> {
+    fn end<H: Hypervisor + Bus>(&mut self, hv: &mut H, now_ns: u64) -> Option<Ending> {
         let (ending, late) = self.control.ending(now_ns)?;
         let mut open = false;
         for index in 0..self.devices.len() {

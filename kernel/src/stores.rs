@@ -1,12 +1,18 @@
 //! The kinds of store that a storage domain can have, behind one name.
 
+use alloc::boxed::Box;
+
+use platter_storage::any::AnyDevice;
+use platter_storage::block_store::BlockStore;
 use platter_storage::ninep::Client;
 use platter_storage::{Access, Done, FileId, Store, StoreFault, Submit, Tag, Window};
-use platter_xen::Hypervisor;
+use platter_xen::{Bus, Hypervisor, Port};
 
 /// A 9p share, or a disk of the storage domain itself.
 pub enum AnyStore {
     NineP(Client),
+    /// All disks of the domain: a volume may lie on several.
+    Block(Box<BlockStore<AnyDevice>>),
 }
 
 /// Calls the method of whichever store it is.
@@ -14,13 +20,32 @@ macro_rules! each {
     ($self:ident, $store:ident => $call:expr) => {
         match $self {
             AnyStore::NineP($store) => $call,
+            AnyStore::Block($store) => $call,
         }
     };
 }
 
-impl<H: Hypervisor> Store<H> for AnyStore {
+impl AnyStore {
+    /// The event channels to sleep on.
+    pub fn ports(&self, ports: &mut alloc::vec::Vec<Port>) {
+        match self {
+            AnyStore::NineP(client) => ports.extend(client.ports()),
+            AnyStore::Block(store) => {
+                ports.extend(store.devices().filter_map(|device| match device {
+                    AnyDevice::Blkfront(front) => front.port(),
+                    AnyDevice::Nvme(_) => None,
+                }));
+            }
+        }
+    }
+}
+
+impl<H: Hypervisor + Bus> Store<H> for AnyStore {
     fn io_bytes_max(&self) -> u32 {
-        each!(self, store => Store::<H>::io_bytes_max(store))
+        match self {
+            AnyStore::NineP(store) => Store::<H>::io_bytes_max(store),
+            AnyStore::Block(store) => Store::<H>::io_bytes_max(&**store),
+        }
     }
 
     fn open(&mut self, hv: &mut H, tag: Tag, path: &str, access: Access) -> Result<(), StoreFault> {
@@ -71,6 +96,13 @@ impl<H: Hypervisor> Store<H> for AnyStore {
         len: u64,
     ) -> Result<Submit, StoreFault> {
         each!(self, store => store.punch(hv, tag, file, offset, len))
+    }
+
+    fn poll_at_ns(&self) -> Option<u64> {
+        match self {
+            AnyStore::NineP(store) => Store::<H>::poll_at_ns(store),
+            AnyStore::Block(store) => Store::<H>::poll_at_ns(&**store),
+        }
     }
 
     fn poll(&mut self, hv: &mut H, now_ns: u64) -> Option<Done> {

@@ -8,6 +8,8 @@ use platter_xen::xenbus::XenbusState;
 use platter_xen::xenstore::{Client, Event, Op, Token, TxId, XsError};
 use platter_xen::{Hypervisor, Port, Region};
 
+use crate::fronts::FrontKind;
+
 /// What an answer is for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Purpose {
@@ -18,8 +20,8 @@ pub enum Purpose {
         path: alloc::string::String,
         depth: u8,
     },
-    /// Our own 9p shares.
-    Mounts,
+    /// Our own devices of a kind.
+    Fronts(FrontKind),
     /// A key that device `index` asked for; `serial` tells its successors apart.
     DeviceKey {
         index: u16,
@@ -37,12 +39,12 @@ pub enum Purpose {
         index: u16,
         serial: u32,
     },
-    MountKey {
+    FrontKey {
         index: u8,
-        key: &'static str,
+        key: alloc::string::String,
     },
-    /// The last of a mount's writes.
-    MountWritten {
+    /// The last of a device's writes.
+    FrontWritten {
         index: u8,
     },
     Shutdown,

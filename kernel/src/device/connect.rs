@@ -7,10 +7,10 @@ use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 
-use platter_xen::Hypervisor;
 use platter_xen::ring::BackRing;
 use platter_xen::vbd::{Connect, ConnectFault, FIRST_KEYS, Layout};
 use platter_xen::xenbus::{Rings, XenbusState};
+use platter_xen::{Bus, Hypervisor};
 
 use super::{Batch, Device, Surroundings};
 use crate::disk::{Disk, Queue};
@@ -18,7 +18,7 @@ use crate::limits::{QUEUES_MAX, RING_ORDER_MAX};
 use crate::xs::Purpose;
 
 impl Device {
-    pub(super) fn read_shape<H: Hypervisor>(&mut self, world: &mut Surroundings<'_, H>) {
+    pub(super) fn read_shape<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
         let paths = FIRST_KEYS.map(|key| self.below_fe(key));
         self.read(world.xs, Batch::Shape, &paths);
     }
@@ -27,7 +27,7 @@ impl Device {
         format!("{}/{key}", self.fe.as_deref().unwrap_or(""))
     }
 
-    pub(super) fn shape_read<H: Hypervisor>(&mut self, world: &mut Surroundings<'_, H>) {
+    pub(super) fn shape_read<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
         let values = FIRST_KEYS.map(|key| self.values.get(&self.below_fe(key)).map(Vec::as_slice));
         match Layout::parse(values, QUEUES_MAX as u32, RING_ORDER_MAX) {
             Ok(layout) => {
@@ -40,7 +40,7 @@ impl Device {
         }
     }
 
-    pub(super) fn keys_read<H: Hypervisor>(&mut self, world: &mut Surroundings<'_, H>) {
+    pub(super) fn keys_read<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
         let Some(layout) = self.layout.take() else { return };
         let values: Vec<Option<&Vec<u8>>> =
             layout.keys().iter().map(|key| self.values.get(&self.below_fe(key))).collect();
@@ -58,7 +58,7 @@ impl Device {
     }
 
     /// Maps and binds everything, or nothing.
-    fn connect<H: Hypervisor>(
+    fn connect<H: Hypervisor + Bus>(
         &mut self,
         world: &mut Surroundings<'_, H>,
         connect: &Connect,
@@ -76,7 +76,7 @@ impl Device {
     }
 
     /// The frontend's keys cannot be used: said once, until the frontend changes.
-    fn refuse_connect<H: Hypervisor>(&mut self, world: &mut Surroundings<'_, H>, why: &str) {
+    fn refuse_connect<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>, why: &str) {
         self.connect_refused = true;
         if world.now_ns >= self.refusal_shown_ns {
             self.refusal_shown_ns = world.now_ns + REFUSAL_LOG_NS;
@@ -91,7 +91,7 @@ impl Device {
     }
 
     /// Carries a release on: what is in flight ends first, then every page and port is let go.
-    pub(super) fn release_on<H: Hypervisor>(&mut self, world: &mut Surroundings<'_, H>) {
+    pub(super) fn release_on<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
         if self.rings != Rings::Releasing {
             return;
         }
@@ -127,7 +127,7 @@ impl Device {
 /// Between two lines about refused frontends of one disk: guests can provoke them.
 const REFUSAL_LOG_NS: u64 = 5_000_000_000;
 
-fn connect_queue<H: Hypervisor>(
+fn connect_queue<H: Hypervisor + Bus>(
     hv: &mut H,
     disk: &mut Disk,
     connect: &Connect,
@@ -149,7 +149,7 @@ fn connect_queue<H: Hypervisor>(
     Ok(())
 }
 
-fn release_queues<H: Hypervisor>(hv: &mut H, disk: &mut Disk) {
+fn release_queues<H: Hypervisor + Bus>(hv: &mut H, disk: &mut Disk) {
     for queue in &disk.queues {
         hv.close_port(queue.port);
         hv.unmap(queue.region);

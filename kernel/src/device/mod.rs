@@ -16,7 +16,7 @@ use alloc::vec::Vec;
 use platter_xen::vbd::Layout;
 use platter_xen::xenbus::{self, Action, Kind, Memory, Rings, View, XenbusState};
 use platter_xen::xenstore::XsError;
-use platter_xen::{DomId, Hypervisor};
+use platter_xen::{Bus, DomId, Hypervisor};
 
 use crate::config::DiskConfig;
 use crate::disk::Disk;
@@ -89,6 +89,8 @@ pub struct Surroundings<'a, H> {
     pub now_ns: u64,
     /// Metadata cache for one image, bytes.
     pub cache_bytes: usize,
+    /// All stores that will ever be are known by name.
+    pub fronts_known: bool,
     /// Files held by the other devices.
     pub held: &'a [Held],
 }
@@ -210,7 +212,7 @@ impl Device {
     }
 
     /// Carries the device on as far as it goes now.
-    pub fn turn<H: Hypervisor>(&mut self, world: &mut Surroundings<'_, H>) -> Fate {
+    pub fn turn<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) -> Fate {
         if self.wake_ns.is_some_and(|wake_ns| world.now_ns >= wake_ns) {
             self.wake_ns = None;
             self.look = true;
@@ -239,7 +241,7 @@ impl Device {
     }
 
     /// The domain ends: the image is made clean, whatever the guest does. True when it is.
-    pub fn wind_up<H: Hypervisor>(&mut self, world: &mut Surroundings<'_, H>) -> bool {
+    pub fn wind_up<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) -> bool {
         match self.rings {
             Rings::Up | Rings::Broken => self.rings = Rings::Releasing,
             Rings::Down => self.begin_finish(world, Then::Forget),
@@ -277,7 +279,7 @@ impl Device {
     }
 
     /// A key was answered.
-    pub fn key_read<H: Hypervisor>(
+    pub fn key_read<H: Hypervisor + Bus>(
         &mut self,
         world: &mut Surroundings<'_, H>,
         serial: u32,
@@ -325,7 +327,7 @@ impl Device {
         core::str::from_utf8(value).ok()
     }
 
-    fn described<H: Hypervisor>(&mut self, world: &mut Surroundings<'_, H>) {
+    fn described<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
         let front = format!("/local/domain/{}/", self.guest.0);
         let Some(fe) = self.text("frontend").filter(|fe| fe.starts_with(&front)) else {
             // Not complete yet, or not dom0's words: an event will come, or it goes away.
@@ -359,7 +361,7 @@ impl Device {
     }
 
     /// Both ends' states are read: act.
-    fn decide<H: Hypervisor>(&mut self, world: &mut Surroundings<'_, H>) {
+    fn decide<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
         let state = |path: &str| {
             let text = self.values.get(path)?;
             Some(XenbusState::parse(text).unwrap_or(XenbusState::Unknown))
@@ -384,7 +386,7 @@ impl Device {
         self.act(world, action);
     }
 
-    fn act<H: Hypervisor>(&mut self, world: &mut Surroundings<'_, H>, action: Action) {
+    fn act<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>, action: Action) {
         match action {
             Action::Wait => {}
             Action::WaitFor(ns) => self.wake_ns = Some(world.now_ns + ns),

@@ -5,7 +5,7 @@ use alloc::string::{String, ToString};
 
 use platter_image::{FileNo, Stop};
 use platter_storage::{Access, Answer, Opened, Store, StoreFault};
-use platter_xen::Hypervisor;
+use platter_xen::{Bus, Hypervisor};
 
 use super::{Device, Fate, Held, Stage, Surroundings, Then};
 use crate::disk::Disk;
@@ -23,7 +23,11 @@ const SHARED: &str = "the image is in use by another disk: a writer must be alon
 
 impl Device {
     /// The disk cannot be served: the reason goes to the three places where people look.
-    pub(super) fn fail<H: Hypervisor>(&mut self, world: &mut Surroundings<'_, H>, reason: &str) {
+    pub(super) fn fail<H: Hypervisor + Bus>(
+        &mut self,
+        world: &mut Surroundings<'_, H>,
+        reason: &str,
+    ) {
         log::warn!("guest {} disk {}: {reason}", self.guest.0, self.vdev);
         world.xs.write(&format!("error/backend/{}/error", self.name), reason, Purpose::None);
         world.xs.write(&self.below_be("hotplug-error"), reason, Purpose::None);
@@ -32,21 +36,21 @@ impl Device {
         self.look = true;
     }
 
-    pub(super) fn fail_with<H: Hypervisor>(
+    pub(super) fn fail_with<H: Hypervisor + Bus>(
         &mut self,
         world: &mut Surroundings<'_, H>,
         fault: &Fault,
     ) {
         let config = self.config.as_ref().expect("opening follows its configuration");
-        let path = match self.paths.last() {
-            Some(path) => format!("/{}/{path}", config.store),
-            None => format!("/{}/{}", config.store, config.path),
-        };
+        let mut path = format!("/{}/{}", config.store, config.path);
+        if let [_, .., last] = self.paths.as_slice() {
+            path = format!("{path}' and below it '{last}");
+        }
         let reason = opening::sentence(&path, config.format, fault);
         self.fail(world, &reason);
     }
 
-    pub(super) fn close_files<H: Hypervisor>(&mut self, world: &mut Surroundings<'_, H>) {
+    pub(super) fn close_files<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
         if let Some(disk) = self.disk.take() {
             for file in &disk.files {
                 let slot = &mut world.engine.stores[file.handle.store as usize];
@@ -57,7 +61,7 @@ impl Device {
     }
 
     /// Opening, step by step.
-    pub(super) fn open_on<H: Hypervisor>(&mut self, world: &mut Surroundings<'_, H>) {
+    pub(super) fn open_on<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
         match self.stage {
             Stage::WaitStore if self.wake_ns.is_none() => self.ask_top(world),
             Stage::Opening(Opening::Image) => {
@@ -74,21 +78,24 @@ impl Device {
         }
     }
 
-    pub(super) fn ask_top<H: Hypervisor>(&mut self, world: &mut Surroundings<'_, H>) {
+    pub(super) fn ask_top<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
         let config = self.config.clone().expect("waiting follows the description");
         let asked = match world.engine.store_named(&config.store) {
             None => Ok(false),
+            Some(store) if !world.engine.is_found(store, &config.store) => Ok(false),
             Some(store) => {
                 let access = if self.read_only { Access::ReadOnly } else { Access::ReadWrite };
-                let path = config.path.as_str();
-                opening::ask_file(world.engine, world.hv, self.index, store, path, access)
+                let path = world.engine.path_in_store(store, &config.store, &config.path);
+                opening::ask_file(world.engine, world.hv, self.index, store, &path, access)
             }
         };
         match asked {
             Ok(true) => self.stage = Stage::AskTop,
             Ok(false) | Err(Fault::Store(StoreFault::Gone)) => {
                 let deadline = self.since_ns + STORE_WAIT_NS;
-                if world.now_ns >= deadline || world.engine.store_named(&config.store).is_none() {
+                let unknown =
+                    world.fronts_known && world.engine.store_named(&config.store).is_none();
+                if world.now_ns >= deadline || unknown {
                     self.fail(world, &store_missing(world.engine, &config.store));
                     return;
                 }
@@ -108,7 +115,7 @@ impl Device {
     }
 
     /// The answer to the opening of a file.
-    pub fn file_answer<H: Hypervisor>(
+    pub fn file_answer<H: Hypervisor + Bus>(
         &mut self,
         world: &mut Surroundings<'_, H>,
         store: u8,
@@ -152,7 +159,7 @@ impl Device {
         }
     }
 
-    fn top_opened<H: Hypervisor>(
+    fn top_opened<H: Hypervisor + Bus>(
         &mut self,
         world: &mut Surroundings<'_, H>,
         store: u8,
@@ -176,7 +183,7 @@ impl Device {
         disk.files.push(opening::file_of(store, opened, access));
         disk.cache = config.cache;
         disk.throttle = Throttle::new(config.iops, config.bps);
-        self.paths = alloc::vec![config.path.clone()];
+        self.paths = alloc::vec![world.engine.path_in_store(store, &config.store, &config.path)];
         self.disk = Some(disk);
         Ok(())
     }
@@ -193,13 +200,14 @@ impl Device {
         disk.file_opened(file, store, opened, access)
     }
 
-    fn opened_all<H: Hypervisor>(&mut self, world: &mut Surroundings<'_, H>) {
+    fn opened_all<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
         let config = self.config.clone().expect("opening follows its configuration");
         let disk = self.disk.as_mut().expect("a disk being opened");
         let unit = (config.sector_bytes / 512) as u64;
         let sectors = disk.image.sectors() / unit * unit;
         disk.limits.capacity_sectors = sectors;
         disk.limits.discard = self.discard && config.discard;
+        world.engine.gather.reserve_long(disk.image.miss_bytes_max() as usize);
         let depth = disk.image.depth();
         log::info!(
             "guest {} disk {}: /{}/{} as {}, {} MiB{}{}",
@@ -217,7 +225,7 @@ impl Device {
     }
 
     /// Marks the image clean before the device goes.
-    pub(super) fn begin_finish<H: Hypervisor>(
+    pub(super) fn begin_finish<H: Hypervisor + Bus>(
         &mut self,
         world: &mut Surroundings<'_, H>,
         then: Then,
@@ -233,7 +241,7 @@ impl Device {
     }
 
     /// Carries the finishing on: the image's own marks, then a last flush.
-    pub(super) fn finish_on<H: Hypervisor>(&mut self, world: &mut Surroundings<'_, H>) {
+    pub(super) fn finish_on<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
         let Stage::Finishing(then) = self.stage else { return };
         let Some(disk) = &mut self.disk else { return self.finished(world, then) };
         if disk.flush.failed_last() {
@@ -262,13 +270,17 @@ impl Device {
         disk.pump_flush(world.engine, world.hv);
     }
 
-    fn finished_when_idle<H: Hypervisor>(&mut self, world: &mut Surroundings<'_, H>, then: Then) {
+    fn finished_when_idle<H: Hypervisor + Bus>(
+        &mut self,
+        world: &mut Surroundings<'_, H>,
+        then: Then,
+    ) {
         if self.disk.as_ref().is_none_or(Disk::is_idle) {
             self.finished(world, then);
         }
     }
 
-    fn finished<H: Hypervisor>(&mut self, world: &mut Surroundings<'_, H>, then: Then) {
+    fn finished<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>, then: Then) {
         self.close_files(world);
         self.stage = Stage::Finished;
         let purpose = Purpose::DeviceRemoved { index: self.index, serial: self.serial };
@@ -294,9 +306,9 @@ fn store_missing(engine: &Engine<AnyStore>, name: &str) -> String {
         return format!("the server of store '{name}' is not there: start it, then attach again");
     }
     let mut known = String::new();
-    for slot in &engine.stores {
+    for name in engine.stores.iter().flat_map(|slot| slot.names()) {
         known.push_str(if known.is_empty() { "" } else { ", " });
-        known.push_str(&slot.name);
+        known.push_str(name);
     }
     let known = if known.is_empty() { "none".to_string() } else { known };
     format!("there is no store '{name}': known are {known}; see p9= and disk= of this domain")

@@ -3,10 +3,10 @@
 use alloc::format;
 use alloc::string::ToString;
 
-use platter_xen::Hypervisor;
 use platter_xen::blkif::info;
 use platter_xen::vbd::DiskNodes;
 use platter_xen::xenbus::XenbusState;
+use platter_xen::{Bus, Hypervisor};
 
 use super::{Device, Stage, Surroundings};
 use crate::limits::{QUEUES_MAX, RING_ORDER_MAX, STATS_NS};
@@ -18,7 +18,7 @@ const PHYSICAL_SECTOR_BYTES: u32 = 4096;
 impl Device {
     /// Everything a frontend may want to know, and InitWait after it: frontends read features
     /// before they connect (Linux) or after (Windows), so all of it stands from now on.
-    pub(super) fn publish<H: Hypervisor>(&mut self, world: &mut Surroundings<'_, H>) {
+    pub(super) fn publish<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
         let Some(disk) = &self.disk else { return };
         let mut bits = 0;
         bits |= if self.read_only { info::READONLY } else { 0 };
@@ -43,7 +43,7 @@ impl Device {
     }
 
     /// The disk grew: the frontend re-reads `sectors` when our state is written again.
-    pub(super) fn republish_size<H: Hypervisor>(&mut self, world: &mut Surroundings<'_, H>) {
+    pub(super) fn republish_size<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
         let Some(disk) = &self.disk else { return };
         let sectors = disk.limits.capacity_sectors.to_string();
         world.xs.write(&format!("{}/sectors", self.be), &sectors, Purpose::None);
@@ -51,7 +51,7 @@ impl Device {
     }
 
     /// Counters, for people and tests: one node a disk, `data/disk/KIND-G-D`.
-    pub(super) fn show_stats<H: Hypervisor>(&mut self, world: &mut Surroundings<'_, H>) {
+    pub(super) fn show_stats<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
         let due = world.now_ns.saturating_sub(self.stats_ns) >= STATS_NS;
         let Some(disk) = self.disk.as_ref().filter(|_| due && self.stage == Stage::Ready) else {
             return;

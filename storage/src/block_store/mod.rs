@@ -111,6 +111,22 @@ impl<D> BlockStore<D> {
         (&mut self.devices[index].device, &mut self.pool)
     }
 
+    /// All devices, in the order they were attached.
+    pub fn devices(&self) -> impl Iterator<Item = &D> {
+        self.devices.iter().map(|attached| &attached.device)
+    }
+
+    /// How many attached devices have a name that begins with `prefix`: for naming the next.
+    pub fn count_named(&self, prefix: &str) -> usize {
+        self.devices.iter().filter(|attached| attached.name.starts_with(prefix)).count()
+    }
+
+    /// Whether a device is attached whose disks may still turn up under that name.
+    pub fn expects(&self, name: &str) -> bool {
+        let unfound = |attached: &&Attached<D>| attached.units == 0;
+        self.devices.iter().filter(unfound).any(|attached| name.starts_with(&attached.name))
+    }
+
     /// Whether a disk of that name was found: a path may begin with it.
     pub fn has_disk(&self, name: &str) -> bool {
         self.disks.iter().any(|disk| disk.name == name)

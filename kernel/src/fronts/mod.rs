@@ -1,0 +1,281 @@
+//! The storage domain's own devices: 9p shares, disks of other domains, PCI functions. Found at
+//! start, brought up whenever their backends appear, and again after they died.
+//!
+//! One slot for each directory below `device/`. Level-triggered: any event makes a slot read
+//! its backend's nodes anew and ask its machine (mount, blkfront or pcifront, all in storage)
+//! what to write.
+
+mod disk;
+mod pci;
+mod share;
+
+use alloc::boxed::Box;
+use alloc::collections::BTreeMap;
+use alloc::format;
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+
+use platter_storage::any::AnyDevice;
+use platter_storage::block_store::BlockStore;
+use platter_storage::ninep::{Mount, MountFault};
+use platter_storage::pcifront::Pcifront;
+use platter_xen::xenstore::{XsError, decimal};
+use platter_xen::{Bus, DomId, Hypervisor};
+
+use crate::engine::{Engine, StoreSlot};
+use crate::stores::AnyStore;
+use crate::xs::{Purpose, Xs};
+
+/// Watch tokens of the backends' states.
+const WATCH_BASE: u32 = 100;
+/// Pages of the pool that carries the data of all disks: at most 4 MiB.
+const POOL_PAGES_MAX: usize = 1024;
+/// Operations of all disks at once.
+const DISK_OPS_MAX: usize = 256;
+
+/// The kind of a device, by the name of its directory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FrontKind {
+    Share,
+    Disk,
+    Pci,
+}
+
+impl FrontKind {
+    pub const ALL: [FrontKind; 3] = [FrontKind::Share, FrontKind::Disk, FrontKind::Pci];
+
+    /// The directory of our own that lists them.
+    pub fn directory(self) -> &'static str {
+        match self {
+            FrontKind::Share => "device/9pfs",
+            FrontKind::Disk => "device/vbd",
+            FrontKind::Pci => "device/pci",
+        }
+    }
+}
+
+/// What a slot drives, once its nodes are read.
+enum Drive {
+    /// Nothing yet.
+    Unread,
+    Share {
+        mount: Mount,
+        store: u8,
+        was_up: bool,
+        said: Option<MountFault>,
+    },
+    /// A device of the block store.
+    Disk {
+        device: usize,
+        was_up: bool,
+    },
+    Pci {
+        front: Box<Pcifront>,
+    },
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Busy {
+    No,
+    Front,
+    Back,
+    /// The second round of a PCI backend: the functions that the first one counted.
+    Functions,
+    Writing,
+}
+
+/// One device of ours.
+pub struct FrontSlot {
+    index: u8,
+    kind: FrontKind,
+    /// `device/KIND/N`, ours to write.
+    fe: String,
+    be: String,
+    /// What users call it: a share's tag, a disk's name.
+    name: String,
+    drive: Drive,
+    busy: Busy,
+    outstanding: usize,
+    values: BTreeMap<String, Vec<u8>>,
+    look: bool,
+    frames_max: usize,
+}
+
+impl FrontSlot {
+    /// `number`: the device's place below its directory. `frames_max`: for its rings or pool.
+    pub fn new(index: u8, kind: FrontKind, number: &str, frames_max: usize) -> FrontSlot {
+        FrontSlot {
+            index,
+            kind,
+            fe: format!("{}/{number}", kind.directory()),
+            be: String::new(),
+            name: String::new(),
+            drive: Drive::Unread,
+            busy: Busy::No,
+            outstanding: 0,
+            values: BTreeMap::new(),
+            look: true,
+            frames_max,
+        }
+    }
+
+    pub fn is(&self, kind: FrontKind, number: &str) -> bool {
+        self.kind == kind && self.fe.rsplit('/').next() == Some(number)
+    }
+
+    pub fn concerns(&self, path: &str) -> bool {
+        !self.be.is_empty() && (path.starts_with(&self.be) || self.be.starts_with(path))
+    }
+
+    pub fn look(&mut self) {
+        self.look = true;
+    }
+
+    /// Its turn: notices what happened below it, and asks xenstore what it needs to know.
+    pub fn turn<H: Hypervisor + Bus>(
+        &mut self,
+        engine: &mut Engine<AnyStore>,
+        xs: &mut Xs,
+        hv: &mut H,
+        now_ns: u64,
+    ) {
+        match self.kind {
+            FrontKind::Share => self.notice_share(engine),
+            FrontKind::Disk => self.notice_disk(engine),
+            FrontKind::Pci => self.search(engine, hv, now_ns),
+        }
+        if self.busy != Busy::No || !self.look {
+            return;
+        }
+        self.look = false;
+        let (busy, keys): (Busy, &[&str]) = match (&self.drive, self.kind) {
+            (Drive::Unread, FrontKind::Share) => (Busy::Front, &share::FRONT_KEYS),
+            (Drive::Unread, _) => (Busy::Front, &["backend", "backend-id"]),
+            (_, FrontKind::Share) => (Busy::Back, &share::BACK_KEYS),
+            (_, FrontKind::Disk) => (Busy::Back, &disk::BACK_KEYS),
+            (_, FrontKind::Pci) => (Busy::Back, &pci::BACK_KEYS),
+        };
+        self.values.clear();
+        self.read(xs, busy, keys.iter().map(|key| key.to_string()));
+    }
+
+    /// Must it be looked after again soon, event or not?
+    pub fn is_impatient(&self) -> bool {
+        matches!(&self.drive, Drive::Pci { front } if front.is_busy())
+    }
+
+    fn read(&mut self, xs: &mut Xs, busy: Busy, keys: impl Iterator<Item = String>) {
+        self.busy = busy;
+        self.outstanding = 0;
+        let below = if busy == Busy::Front { &self.fe } else { &self.be };
+        for key in keys {
+            let path = format!("{below}/{key}");
+            let purpose = Purpose::FrontKey { index: self.index, key };
+            self.outstanding += xs.read(&path, purpose) as usize;
+        }
+        if self.outstanding == 0 {
+            self.busy = Busy::No;
+        }
+    }
+
+    /// A key was answered.
+    pub fn key_read<H: Hypervisor + Bus>(
+        &mut self,
+        engine: &mut Engine<AnyStore>,
+        xs: &mut Xs,
+        hv: &mut H,
+        key: String,
+        result: Result<Vec<u8>, XsError>,
+    ) {
+        if let Ok(value) = result {
+            self.values.insert(key, value);
+        }
+        self.outstanding -= 1;
+        if self.outstanding > 0 {
+            return;
+        }
+        match (core::mem::replace(&mut self.busy, Busy::No), self.kind) {
+            (Busy::Front, _) => self.front_read(engine, xs, hv),
+            (Busy::Back, FrontKind::Share) => self.share_read(engine, xs, hv),
+            (Busy::Back, FrontKind::Disk) => self.disk_read(engine, xs, hv),
+            (Busy::Back, FrontKind::Pci) => self.pci_read(xs, hv),
+            (Busy::Functions, _) => self.functions_read(xs, hv),
+            (Busy::No | Busy::Writing, _) => {}
+        }
+    }
+
+    /// The last of our writes was answered.
+    pub fn written(&mut self) {
+        self.busy = Busy::No;
+        self.look = true;
+    }
+
+    fn text(&self, key: &str) -> Option<&str> {
+        core::str::from_utf8(self.values.get(key)?).ok()
+    }
+
+    fn value(&self, key: &str) -> Option<&[u8]> {
+        self.values.get(key).map(Vec::as_slice)
+    }
+
+    /// Our own directory is read: who serves us.
+    fn front_read<H: Hypervisor + Bus>(
+        &mut self,
+        engine: &mut Engine<AnyStore>,
+        xs: &mut Xs,
+        hv: &mut H,
+    ) {
+        let id = self.value("backend-id").and_then(decimal).and_then(|id| u16::try_from(id).ok());
+        let (Some(be), Some(id)) = (self.text("backend").map(String::from), id) else { return };
+        self.be = be;
+        let taken = match self.kind {
+            FrontKind::Share => self.take_share(engine, DomId(id)),
+            FrontKind::Disk => self.take_disk(engine, hv, DomId(id)),
+            FrontKind::Pci => self.take_pci(engine, hv, DomId(id)),
+        };
+        match taken {
+            Ok(()) => {
+                xs.watch(&format!("{}/state", self.be), WATCH_BASE + u32::from(self.index));
+                self.look = true;
+            }
+            Err(why) => log::warn!("{} is not used: {why}", self.fe),
+        }
+    }
+
+    /// Writes nodes below our own directory; the last one's answer lets the slot go on.
+    fn write(&mut self, xs: &mut Xs, nodes: &[(String, String)]) {
+        self.busy = Busy::Writing;
+        let last = nodes.len().saturating_sub(1);
+        for (index, (key, value)) in nodes.iter().enumerate() {
+            let purpose = match index == last {
+                true => Purpose::FrontWritten { index: self.index },
+                false => Purpose::None,
+            };
+            xs.write(&format!("{}/{key}", self.fe), value, purpose);
+        }
+    }
+}
+
+/// The block store's place among the stores; made when the first device needs it.
+fn block_store<'a, H: Hypervisor>(
+    engine: &'a mut Engine<AnyStore>,
+    hv: &mut H,
+    frames_max: usize,
+) -> Result<&'a mut BlockStore<AnyDevice>, &'static str> {
+    let is_block = |slot: &StoreSlot<AnyStore>| matches!(slot.store, AnyStore::Block(_));
+    let place = match engine.stores.iter().position(is_block) {
+        Some(place) => place,
+        None => {
+            let store = BlockStore::new(hv, frames_max.min(POOL_PAGES_MAX), DISK_OPS_MAX)
+                .ok_or("no memory for its data: raise memory= of the storage domain")?;
+            let store = AnyStore::Block(Box::new(store));
+            let slot = StoreSlot { name: String::new(), store, full: false };
+            engine.stores.push(slot).map_err(|_| "too many stores")?;
+            engine.stores.len() - 1
+        }
+    };
+    match &mut engine.stores[place].store {
+        AnyStore::Block(store) => Ok(store),
+        AnyStore::NineP(_) => unreachable!("found by its kind"),
+    }
+}
