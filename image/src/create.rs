@@ -89,6 +89,8 @@ pub(crate) enum Entry {
     Be64,
     Le32,
     Le64,
+    /// The value and then this word, both big-endian.
+    Be64And(u64),
 }
 
 impl Entry {
@@ -97,6 +99,7 @@ impl Entry {
             Entry::Be16 => 2,
             Entry::Be32 | Entry::Le32 => 4,
             Entry::Be64 | Entry::Le64 => 8,
+            Entry::Be64And(_) => 16,
         }
     }
 
@@ -107,6 +110,10 @@ impl Entry {
             Entry::Be64 => into.copy_from_slice(&value.to_be_bytes()),
             Entry::Le32 => into.copy_from_slice(&(value as u32).to_le_bytes()),
             Entry::Le64 => into.copy_from_slice(&value.to_le_bytes()),
+            Entry::Be64And(word) => {
+                into[..8].copy_from_slice(&value.to_be_bytes());
+                into[8..].copy_from_slice(&word.to_be_bytes());
+            }
         }
     }
 }

@@ -273,6 +273,7 @@ pub(crate) trait Layer {
 pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
     match params.format {
         Format::Raw => crate::raw::create(params),
+        Format::Qcow2 => crate::qcow2::create(params),
         Format::Qed => crate::qed::create(params),
         Format::Qcow => crate::qcow::create(params),
         Format::Vdi => crate::vdi::create(params),

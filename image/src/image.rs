@@ -263,6 +263,10 @@ impl Image {
             let what = "a smaller size (images only grow)";
             return Err(ImageFault::unsupported(FileNo(0), what, sectors).into());
         }
+        if self.layers.get(1).is_some_and(|below| below.get_ref().sectors() > now) {
+            let what = "growing a disk over a longer backing file, whose end would show";
+            return Err(ImageFault::unsupported(FileNo(0), what, sectors).into());
+        }
         if sectors > u64::MAX / crate::types::SECTOR_BYTES {
             let limit = u64::MAX / crate::types::SECTOR_BYTES;
             return Err(ImageFault::limit(FileNo(0), "sectors", sectors, limit).into());

@@ -21,6 +21,8 @@ const UNIT_BYTES: u64 = 512;
 const UNITS: usize = (BLOCK_BYTES / UNIT_BYTES) as usize;
 /// Ways of a set: more blocks than any one step needs at once.
 const WAYS: usize = 8;
+/// Ways of a set that are kept from being dirty all at once: as many as one step needs.
+const WAYS_KEPT: usize = 5;
 
 /// When a dirty sector is written in a flush: lower phases are durable before higher ones.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -450,6 +452,13 @@ impl Meta {
         let ways = set..set + WAYS;
         let evictable =
             |s: &Slot| s.state == State::Ready && s.dirty == 0 && s.writing == 0 && s.pins == 0;
+        // A step that needs several blocks of one set must not see them push each other out.
+        let usable = |s: &Slot| s.state == State::Free || evictable(s);
+        let left = ways.clone().filter(|&i| usable(&self.slots[i])).count();
+        let dirty = ways.clone().any(|i| self.slots[i].dirty != 0);
+        if left < WAYS_KEPT && dirty && self.flush.is_none() {
+            return Err(Stop::NeedFlush);
+        }
         let mut chosen = ways.clone().find(|&i| self.slots[i].state == State::Free);
         for _ in 0..2 {
             if chosen.is_some() {
@@ -461,8 +470,7 @@ impl Meta {
             }
         }
         let Some(index) = chosen else {
-            let dirty = ways.clone().any(|i| self.slots[i].dirty != 0) && self.flush.is_none();
-            return Err(if dirty { Stop::NeedFlush } else { Stop::Busy });
+            return Err(Stop::Busy);
         };
         self.slots[index] = Slot { state, file, block, used: true, ..EMPTY };
         Ok(index)

@@ -42,7 +42,7 @@ pub const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
 pub const EXTENSION_FEATURE_NAMES: u32 = 0x6803_f857;
 const EXTENSION_BITMAPS: u32 = 0x2385_2875;
 const EXTENSION_CRYPTO: u32 = 0x0537_be77;
-const EXTENSION_DATA_FILE: u32 = 0x4441_5441;
+pub const EXTENSION_DATA_FILE: u32 = 0x4441_5441;
 
 /// Offsets of fields that are written.
 pub mod field {

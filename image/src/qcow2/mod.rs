@@ -6,23 +6,31 @@
 //! once the pointer's removal is durable. It must never write where the header, the L1 table, the
 //! refcount table or a directory lies, whatever the tables say.
 
+mod check;
+mod create;
+mod discard;
 mod entry;
 mod header;
 mod map;
 mod refcount;
+mod resize;
+mod snapshot;
 mod write;
 
 use alloc::boxed::Box;
 use alloc::vec;
 
+use crate::check::{CheckParams, CheckProgress};
 use crate::fault::{FaultKind, ImageFault};
 use crate::files::Access;
 use crate::format::{AnyLayer, Ctx, Found, Layer, OpenedLayer, Parent};
-use crate::info::Details;
-use crate::types::{DiscardPlan, FileNo, SECTOR_BYTES, SectorRange, Step, WritePlan};
+use crate::info::{Details, SnapshotInfo};
+use crate::types::{DiscardPlan, FileNo, ResizePlan, SECTOR_BYTES, SectorRange, Step, WritePlan};
 
+use check::Checker;
+pub(crate) use create::create;
 use entry::Kind;
-use header::{HEADER_BYTES_MAX, Header};
+use header::{HEADER_BYTES_MAX, Header, Stretch};
 use refcount::Space;
 use write::Writer;
 
@@ -37,6 +45,11 @@ pub(crate) struct Qcow2 {
     access: Access,
     /// Bytes of the snapshot table, known once the image is ready for writing.
     snapshot_table_bytes: u64,
+    snapshots_measured: u32,
+    bitmap_directory: Stretch,
+    checker: Option<Box<Checker>>,
+    /// A dirty image was gone through, with whatever result.
+    rebuilt: bool,
     /// Made at open, for a writable image alone: a chain of read-only layers stays small.
     writer: Option<Box<Writer>>,
 }
@@ -83,11 +96,22 @@ impl Qcow2 {
         let writer = (access == Access::ReadWrite).then(|| {
             let info = ctx.files.info(file);
             let end = info.size_bytes.div_ceil(header.cluster_bytes());
-            Box::new(Writer::new(Space::new(end, info.can_grow), &extensions))
+            Box::new(Writer::new(Space::new(end, info.can_grow)))
         });
-        let (bitmaps, snapshot_table_bytes) = (extensions.bitmaps, 0);
-        let mut layer =
-            Qcow2 { file, data, kind, bitmaps, access, header, snapshot_table_bytes, writer };
+        let mut layer = Qcow2 {
+            file,
+            data,
+            kind,
+            bitmaps: extensions.bitmaps,
+            access,
+            header,
+            snapshot_table_bytes: 0,
+            snapshots_measured: 0,
+            bitmap_directory: extensions.bitmap_directory.unwrap_or_default(),
+            checker: None,
+            rebuilt: false,
+            writer,
+        };
         if layer.writer.is_some() {
             layer.guard_tables();
         }
@@ -126,6 +150,32 @@ impl Layer for Qcow2 {
 
     fn discard(&mut self, ctx: &mut Ctx, range: SectorRange, zero: bool) -> Step<DiscardPlan> {
         self.discard_range(ctx, range, zero)
+    }
+
+    fn ready(&mut self, ctx: &mut Ctx) -> Step<()> {
+        if self.writer.is_some() {
+            self.measure_snapshots(ctx)?;
+            self.guard_tables();
+            self.rebuild(ctx)?;
+        }
+        Ok(())
+    }
+
+    fn snapshot(&mut self, ctx: &mut Ctx, n: u32) -> Step<Option<SnapshotInfo>> {
+        self.snapshot_info(ctx, n)
+    }
+
+    fn check_begin(&mut self, ctx: &mut Ctx, params: CheckParams) -> Result<(), ImageFault> {
+        self.begin_check(ctx, params);
+        Ok(())
+    }
+
+    fn check_step(&mut self, ctx: &mut Ctx) -> Step<CheckProgress> {
+        self.step_check(ctx)
+    }
+
+    fn resize(&mut self, ctx: &mut Ctx, sectors: u64) -> Step<ResizePlan> {
+        self.grow(ctx, sectors)
     }
 
     fn flushed(&mut self, _ctx: &mut Ctx, ok: bool) {

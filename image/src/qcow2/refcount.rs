@@ -144,8 +144,17 @@ impl Space {
         Space { frees: Frees::new(), job: Job::None, end, hole: 1, scan: None }
     }
 
+    /// First cluster after all that is known to be used.
+    pub fn end(&self) -> u64 {
+        self.end
+    }
+
+    pub fn set_end(&mut self, end: u64) {
+        self.end = end;
+    }
+
     /// Cluster `k` became free.
-    fn freed(&mut self, k: u64) {
+    pub fn freed(&mut self, k: u64) {
         self.hole = self.hole.min(k);
     }
 }
@@ -332,6 +341,33 @@ impl Qcow2 {
                 return Ok(run);
             }
         }
+    }
+
+    /// Free clusters after all that is used: for a repair, which cannot trust holes, and for what
+    /// must lie in a row.
+    pub(super) fn find_end(&mut self, ctx: &mut Ctx, want: u64) -> Step<Run> {
+        let hole = core::mem::replace(&mut self.writer_mut().space.hole, u64::MAX);
+        let found = self.find_any(ctx, Lengths { want, least: 1 });
+        self.writer_mut().space.hole = hole;
+        found
+    }
+
+    /// Makes the cluster of `run` the refcount block for the region of `cluster`.
+    pub(super) fn block_for(&mut self, ctx: &mut Ctx, run: Run, cluster: u64) -> Step<()> {
+        let offset = run.first << self.kind.cluster_bits;
+        if !self.is_beyond_file(ctx, run.first) {
+            let what = "a missing refcount block, on a store that cannot grow";
+            return Err(ImageFault::unsupported(self.file, what, cluster).into());
+        }
+        let entry_at = self.reftable_entry_offset(cluster);
+        // Its bytes are never written: beyond the file's end they are zeros.
+        ctx.meta.forget(self.file, offset, self.cluster_bytes());
+        ctx.meta.reserve(self.file, self.run_place(run))?;
+        ctx.meta.reserve(self.file, entry_at)?;
+        ctx.meta.reserve(self.file, self.run_place(run))?;
+        self.take_run(ctx, run);
+        ctx.meta.put(self.file, entry_at, &offset.to_be_bytes(), Phase::REACH);
+        Ok(())
     }
 
     /// Looks for a hole left by what was freed, a little at a time.

@@ -1,4 +1,4 @@
-//! Writes and discards: which host bytes a guest write goes to, and what its commit changes.
+//! Writes: which host bytes a guest write goes to, and what its commit changes.
 //!
 //! Order guarded: counts of new clusters are raised by `prepare`, tables are changed by `commit`
 //! alone, old clusters are given to [`Frees`](super::refcount::Frees), which waits for a flush. A
@@ -11,19 +11,20 @@ use crate::format::{Ctx, read_only};
 use crate::image::PLANS_MAX;
 use crate::meta::{BLOCK_BYTES, Phase};
 use crate::types::{
-    DiscardPlan, PRELUDES_MAX, Prelude, Prepared, SECTOR_BYTES, SectorRange, Step, Stop, WritePlan,
+    PRELUDES_MAX, Prelude, Prepared, SECTOR_BYTES, SectorRange, Step, Stop, WritePlan,
 };
 
 use super::Qcow2;
-use super::entry::{COMPRESSED, COPIED, Cluster, L2Entry, ZERO};
+use super::entry::{COMPRESSED, COPIED, Cluster, L2Entry};
 use super::header::{
-    AUTOCLEAR_DATA_FILE_RAW, Extensions, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY, Stretch, field,
+    AUTOCLEAR_DATA_FILE_RAW, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY, Stretch, field,
 };
 use super::map::{L2, Subcluster};
 use super::refcount::{Run, Space};
+use super::resize::Growth;
 
 /// Clusters of one plan at most (ours): bounds the work of a commit.
-const PLAN_CLUSTERS_MAX: u64 = 256;
+pub(super) const PLAN_CLUSTERS_MAX: u64 = 256;
 /// Stretches that no guest write may touch: header, L1 table, refcount table, snapshot table,
 /// bitmap directory.
 const GUARDED: usize = 5;
@@ -33,9 +34,11 @@ pub(super) struct Writer {
     plans: [Plan; PLANS_MAX],
     pub space: Space,
     guarded: [Stretch; GUARDED],
-    bitmap_directory: Stretch,
     /// Something that must be durable before anything else is written is not yet.
     pub awaits_flush: bool,
+    /// Changes of the active L1 table so far, and a longer one that is being made.
+    pub l1_changes: u64,
+    pub growth: Option<Growth>,
 }
 
 /// What the commit of a plan will do.
@@ -96,13 +99,14 @@ struct Piece {
 }
 
 impl Writer {
-    pub fn new(space: Space, extensions: &Extensions) -> Writer {
+    pub fn new(space: Space) -> Writer {
         Writer {
             plans: [Plan::default(); PLANS_MAX],
             space,
             guarded: [Stretch::default(); GUARDED],
-            bitmap_directory: extensions.bitmap_directory.unwrap_or_default(),
             awaits_flush: false,
+            l1_changes: 0,
+            growth: None,
         }
     }
 
@@ -133,13 +137,13 @@ impl Qcow2 {
                 u64::from(header.reftable_clusters) << header.cluster_bits,
             ),
             stretch(header.snapshots_offset, snapshots),
-            self.writer().bitmap_directory,
+            self.bitmap_directory,
         ];
         self.writer_mut().guarded = guarded;
     }
 
     /// May guest data go to `len` bytes at `offset` of the image file?
-    fn check_host(&self, ctx: &Ctx, at: u64, offset: u64, len: u64) -> Step<()> {
+    pub(super) fn check_host(&self, ctx: &Ctx, at: u64, offset: u64, len: u64) -> Step<()> {
         if self.kind.data_file {
             return Ok(());
         }
@@ -242,7 +246,7 @@ impl Qcow2 {
     }
 
     /// Another plan is making or replacing the L2 table.
-    fn wait_for_l2(&self, guest: u64, l2: Option<L2>) -> Step<()> {
+    pub(super) fn wait_for_l2(&self, guest: u64, l2: Option<L2>) -> Step<()> {
         if l2.is_some_and(|l2| l2.copied) {
             return Ok(());
         }
@@ -252,7 +256,7 @@ impl Qcow2 {
     }
 
     /// Is the entry of this cluster about to change?
-    fn is_held(&self, cluster: u64) -> bool {
+    pub(super) fn is_held(&self, cluster: u64) -> bool {
         let held = |plan: &Plan| {
             cluster >= plan.guest && cluster - plan.guest < plan.clusters << self.kind.cluster_bits
         };
@@ -621,6 +625,7 @@ impl Qcow2 {
             let at = self.l1_entry_offset(plan.guest);
             let word = plan.new_l2 | COPIED;
             ctx.meta.put(self.file, at, &word.to_be_bytes(), Phase::DIRECTORY);
+            self.writer_mut().l1_changes += 1;
             ctx.meta.unpin(self.file, at);
             if plan.old_l2 != 0 {
                 let old = plan.old_l2 >> self.kind.cluster_bits;
@@ -654,7 +659,7 @@ impl Qcow2 {
     }
 
     /// The reference that an entry held will be given back once its removal is durable.
-    fn release(&mut self, ctx: &Ctx, at: u64, entry: L2Entry, guest: u64) {
+    pub(super) fn release(&mut self, ctx: &Ctx, at: u64, entry: L2Entry, guest: u64) {
         let bits = self.kind.cluster_bits;
         if self.kind.data_file {
             return;
@@ -697,139 +702,4 @@ impl Qcow2 {
             frees.push(plan.host >> bits, plan.clusters, true);
         }
     }
-
-    pub(super) fn discard_range(
-        &mut self,
-        ctx: &mut Ctx,
-        range: SectorRange,
-        zero: bool,
-    ) -> Step<DiscardPlan> {
-        self.before_change(ctx)?;
-        let start = range.start_bytes();
-        let l2_end = ((start >> self.l2_reach_bits()) + 1) << self.l2_reach_bits();
-        let end = (start + range.bytes()).min(l2_end);
-        let answer = |bytes: u64, punch| Ok(DiscardPlan { sectors: bytes / SECTOR_BYTES, punch });
-        let unit = if self.kind.extended { self.subcluster_bytes() } else { self.cluster_bytes() };
-        let l2 = self.l2(ctx, start)?;
-        self.wait_for_l2(start, l2)?;
-        let Some(l2) = l2 else {
-            // Nothing here: zeros already, unless a layer below says otherwise.
-            let done = !zero || !self.has_backing();
-            return answer(if done { end - start } else { 0 }, None);
-        };
-        // Reading as zeros without data needs the zero flag, or nothing below.
-        let can = l2.copied && !self.kind.data_file && (self.kind.v3 || !self.has_backing());
-        if !can {
-            return answer(if zero { 0 } else { end - start }, None);
-        }
-        if !start.is_multiple_of(unit) {
-            let next = start.next_multiple_of(unit).min(end);
-            return answer(if zero { 0 } else { next - start }, None);
-        }
-        let mut done = start;
-        let mut punch: Punch = None;
-        let first_at = self.entry_offset(l2, start);
-        for _ in 0..PLAN_CLUSTERS_MAX {
-            let at = self.entry_offset(l2, done);
-            if done >= end || at / BLOCK_BYTES != first_at / BLOCK_BYTES {
-                break;
-            }
-            let before = punch;
-            let next = match self.discard_piece(ctx, at, done, end, zero, &mut punch) {
-                Ok(next) => next,
-                Err(_) if done > start => break,
-                Err(stop) => return Err(stop),
-            };
-            if next == done {
-                punch = before;
-                break;
-            }
-            done = next;
-        }
-        if done == start && !zero {
-            // Less than a unit at the end: kept.
-            done = end;
-        }
-        answer(done - start, punch)
-    }
-
-    /// Lets go of guest bytes `done` to at most `end` within one cluster; gives where it got
-    /// to, `done` for nowhere.
-    fn discard_piece(
-        &mut self,
-        ctx: &mut Ctx,
-        at: u64,
-        done: u64,
-        end: u64,
-        zero: bool,
-        punch: &mut Punch,
-    ) -> Step<u64> {
-        let size = self.cluster_bytes();
-        let cluster = done & !(size - 1);
-        let disk_end = self.header.size_bytes & !(SECTOR_BYTES - 1);
-        let stop = end.min(cluster + size);
-        if self.is_held(cluster) {
-            return Err(Stop::Busy);
-        }
-        let entry = self.entry(ctx, at)?;
-        let found = self.cluster(at, entry, done)?;
-        let whole = done == cluster && (stop == cluster + size || stop == disk_end);
-        if !whole {
-            return match (zero, self.kind.extended) {
-                (true, true) => self.zero_subclusters(ctx, at, entry, found, (done, stop)),
-                (true, false) => Ok(done),
-                (false, _) => Ok(stop),
-            };
-        }
-        let new = match found {
-            Cluster::Absent | Cluster::Zero { host: None, .. } if !zero => return Ok(stop),
-            Cluster::Absent if !self.has_backing() => return Ok(stop),
-            Cluster::Zero { host: None, .. } if !self.kind.extended => return Ok(stop),
-            _ if self.kind.extended => L2Entry { word: 0, bitmap: u64::MAX << 32 },
-            _ if self.kind.v3 => L2Entry { word: ZERO, bitmap: 0 },
-            _ => L2Entry { word: 0, bitmap: 0 },
-        };
-        if let Cluster::Data { host, copied: true } = found {
-            self.check_host(ctx, at, host, size)?;
-            match punch {
-                Some((_, offset, len)) if *offset + *len == host => *len += size,
-                Some(_) => return Ok(done),
-                None => *punch = Some((self.data, host, size)),
-            }
-        }
-        if !self.writer().space.frees.room(1) {
-            return Err(Stop::NeedFlush);
-        }
-        ctx.meta.reserve(self.file, at)?;
-        self.release(ctx, at, entry, done);
-        self.put_entry(ctx, at, new);
-        Ok(stop)
-    }
-
-    /// Makes whole subclusters read as zeros.
-    fn zero_subclusters(
-        &self,
-        ctx: &mut Ctx,
-        at: u64,
-        entry: L2Entry,
-        found: Cluster,
-        (done, stop): (u64, u64),
-    ) -> Step<u64> {
-        let size = self.subcluster_bytes();
-        let disk_end = self.header.size_bytes & !(SECTOR_BYTES - 1);
-        let reached = if stop == disk_end { stop } else { stop / size * size };
-        if reached <= done || matches!(found, Cluster::Compressed { .. }) {
-            return Ok(done);
-        }
-        let within = done % self.cluster_bytes();
-        let (first, count) = (within / size, (reached - done).div_ceil(size));
-        let bits = ((1u64 << count) - 1) << first;
-        ctx.meta.reserve(self.file, at)?;
-        let bitmap = entry.bitmap & !bits | bits << 32;
-        self.put_entry(ctx, at, L2Entry { word: entry.word, bitmap });
-        Ok(reached)
-    }
 }
-
-/// A stretch of a file to give back.
-type Punch = Option<(crate::types::FileNo, u64, u64)>;

@@ -1,0 +1,580 @@
+//! The check of a qcow2 image: counts every reference and compares with the refcounts, window by
+//! window of host clusters so that memory stays within the budget; then the COPIED flags.
+//!
+//! Order guarded by the metadata cache as for writes: a repaired count is durable before a
+//! repaired flag. Counts are lowered only if all tables could be read: what a broken table
+//! refers to is unknown.
+
+use alloc::boxed::Box;
+use alloc::vec;
+use alloc::vec::Vec;
+
+use crate::check::{CheckParams, CheckProgress, CheckReport, Repair};
+use crate::fault::ImageFault;
+use crate::format::Ctx;
+use crate::meta::{BLOCK_BYTES, Phase};
+use crate::types::{Step, Stop};
+
+use super::Qcow2;
+use super::entry::{COMPRESSED, COPIED, Cluster, L1_RESERVED, L2_RESERVED, L2Entry, OFFSET};
+use super::header::{INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY, field};
+use super::refcount::Job;
+
+/// Clusters compared in one step.
+const COMPARE_AT_ONCE: u64 = 4096;
+/// L1 entries looked at in one step.
+const L1_AT_ONCE: u64 = 512;
+/// A count that is no longer exact.
+const SATURATED: u16 = u16::MAX;
+
+/// An L1 table being walked.
+#[derive(Clone, Copy, Debug)]
+struct Walk {
+    l1_offset: u64,
+    l1_entries: u64,
+    /// The active table, whose flags must be right.
+    active: bool,
+    at: u64,
+    /// Bytes done of the L2 table of entry `at`, with its offset.
+    inside: Option<(u64, u64)>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Stage {
+    /// The header and the tables that it names.
+    Start,
+    /// The refcount table from this entry on.
+    Tables(u64),
+    Walk(Walk),
+    /// The snapshot to be walked next and its place.
+    Snapshot(u32, u64),
+    /// The bitmap to be walked next and its place in the directory.
+    Bitmap(u32, u64),
+    /// A bitmap's table: offset, entries, entry; and what comes after it.
+    BitmapTable {
+        table: (u64, u64),
+        at: u64,
+        next: (u32, u64),
+    },
+    /// The next cluster to compare.
+    Compare(u64),
+    /// The flags of the active tables.
+    Flags(Walk),
+    /// The marks in the header.
+    Marks,
+}
+
+/// A check under way.
+pub(super) struct Checker {
+    params: CheckParams,
+    report: CheckReport,
+    stage: Stage,
+    /// First cluster of the window, and references to each cluster of it.
+    window: u64,
+    counts: Vec<u16>,
+    /// Clusters that the file holds.
+    limit: u64,
+    /// L2 tables and blocks met in this window: more than clusters is a loop of claims.
+    tables: u64,
+    /// A table could not be understood.
+    broken: bool,
+    /// A snapshot being walked, and its successor.
+    after: Option<(u32, u64)>,
+}
+
+impl Checker {
+    fn first_window(&self) -> bool {
+        self.window == 0
+    }
+
+    /// A break of the format, told once although each window meets it.
+    fn corrupt(&mut self, problem: ImageFault) {
+        self.broken = true;
+        if self.first_window() {
+            self.report.corrupt(problem);
+        }
+    }
+
+    fn progress(&self) -> CheckProgress {
+        let windows = self.limit.div_ceil(self.counts.len() as u64).max(1);
+        let done = self.window / self.counts.len() as u64;
+        CheckProgress::More { done, total: windows + 1 }
+    }
+}
+
+impl Qcow2 {
+    pub(super) fn begin_check(&mut self, ctx: &mut Ctx, params: CheckParams) {
+        let limit = ctx.files.size(self.file).div_ceil(self.cluster_bytes());
+        let room = (params.budget_bytes / 2).max(4096) as u64;
+        let clusters = self.header.size_bytes.div_ceil(self.cluster_bytes());
+        self.checker = Some(Box::new(Checker {
+            params,
+            report: CheckReport { clusters, ..CheckReport::default() },
+            stage: Stage::Start,
+            window: 0,
+            counts: vec![0; room.min(limit.max(1)) as usize],
+            limit,
+            tables: 0,
+            broken: false,
+            after: None,
+        }));
+    }
+
+    /// One bounded part of the check.
+    pub(super) fn step_check(&mut self, ctx: &mut Ctx) -> Step<CheckProgress> {
+        // What is to be given back is no leak.
+        self.finish_frees(ctx)?;
+        if self.writer.is_some() {
+            self.run_job(ctx)?;
+        }
+        let mut checker = self.checker.take().expect("a check was begun");
+        let result = self.step_stage(ctx, &mut checker);
+        match result {
+            Ok(Some(stage)) => {
+                checker.stage = stage;
+                let progress = checker.progress();
+                self.checker = Some(checker);
+                Ok(progress)
+            }
+            Ok(None) => Ok(CheckProgress::Done(checker.report)),
+            Err(stop) => {
+                self.checker = Some(checker);
+                Err(stop)
+            }
+        }
+    }
+
+    fn step_stage(&mut self, ctx: &mut Ctx, c: &mut Checker) -> Step<Option<Stage>> {
+        match c.stage {
+            Stage::Start => self.start_window(ctx, c).map(Some),
+            Stage::Tables(at) => self.count_tables(ctx, c, at).map(Some),
+            Stage::Walk(walk) => self.walk(ctx, c, walk).map(Some),
+            Stage::Snapshot(n, offset) => self.count_snapshot(ctx, c, n, offset).map(Some),
+            Stage::Bitmap(n, offset) => self.count_bitmap(ctx, c, n, offset).map(Some),
+            Stage::BitmapTable { table, at, next } => {
+                self.count_bitmap_table(ctx, c, table, at, next).map(Some)
+            }
+            Stage::Compare(cluster) => self.compare(ctx, c, cluster).map(Some),
+            Stage::Flags(walk) => self.check_flags(ctx, c, walk).map(Some),
+            Stage::Marks => self.clear_marks(ctx, c).map(|()| None),
+        }
+    }
+
+    /// Counts one reference to each cluster of a stretch.
+    fn refer(&self, c: &mut Checker, field: &'static str, at: u64, offset: u64, bytes: u64) {
+        if bytes == 0 {
+            return;
+        }
+        let bits = self.kind.cluster_bits;
+        let (first, last) = (offset >> bits, offset.saturating_add(bytes - 1) >> bits);
+        if last >= c.limit {
+            c.corrupt(ImageFault::corrupt(self.file, field, at, offset));
+        }
+        c.report.end_bytes = c.report.end_bytes.max((last.min(c.limit) + 1) << bits);
+        let end = c.window + c.counts.len() as u64;
+        for cluster in first.max(c.window)..(last + 1).min(end) {
+            let count = &mut c.counts[(cluster - c.window) as usize];
+            *count = count.saturating_add(1);
+        }
+    }
+
+    fn active(&self) -> Walk {
+        Walk {
+            l1_offset: self.header.l1_offset,
+            l1_entries: self.header.l1_entries.into(),
+            active: true,
+            at: 0,
+            inside: None,
+        }
+    }
+
+    fn start_window(&mut self, ctx: &mut Ctx, c: &mut Checker) -> Step<Stage> {
+        self.measure_snapshots(ctx)?;
+        let bits = self.kind.cluster_bits;
+        c.counts.fill(0);
+        c.tables = 0;
+        let header = &self.header;
+        let tables = [
+            ("the header", 0, self.cluster_bytes()),
+            ("the L1 table", header.l1_offset, u64::from(header.l1_entries) * 8),
+            (
+                "the refcount table",
+                header.reftable_offset,
+                u64::from(header.reftable_clusters) << bits,
+            ),
+            ("the snapshot table", header.snapshots_offset, self.snapshot_table_bytes),
+            ("the bitmap directory", self.bitmap_directory.offset, self.bitmap_directory.bytes),
+        ];
+        for (field, offset, bytes) in tables {
+            self.refer(c, field, 0, offset, bytes);
+        }
+        Ok(Stage::Tables(0))
+    }
+
+    fn count_tables(&mut self, ctx: &mut Ctx, c: &mut Checker, mut at: u64) -> Step<Stage> {
+        let bits = self.kind.cluster_bits;
+        let entries = u64::from(self.header.reftable_clusters) << (bits - 3);
+        let end = (at + BLOCK_BYTES / 8).min(entries);
+        while at < end {
+            let place = self.header.reftable_offset + at * 8;
+            let word = ctx.meta.get_u64_be(self.file, place)?;
+            at += 1;
+            if word == 0 {
+                continue;
+            }
+            c.tables += 1;
+            if !word.is_multiple_of(self.cluster_bytes()) || c.tables > c.limit {
+                let what = "a refcount table entry";
+                c.corrupt(ImageFault::corrupt(self.file, what, place, word));
+                continue;
+            }
+            self.refer(c, "a refcount table entry", place, word, self.cluster_bytes());
+            // A step may stop at the next entry's block: what is counted stays counted.
+            c.stage = Stage::Tables(at);
+        }
+        if at < entries {
+            return Ok(Stage::Tables(at));
+        }
+        c.tables = 0;
+        Ok(Stage::Walk(self.active()))
+    }
+
+    fn walk(&mut self, ctx: &mut Ctx, c: &mut Checker, mut walk: Walk) -> Step<Stage> {
+        if let Some((table, done)) = walk.inside {
+            let next = self.walk_l2(ctx, c, walk, table, done)?;
+            let more = next < self.cluster_bytes();
+            walk.inside = more.then_some((table, next));
+            walk.at += u64::from(!more);
+            return Ok(Stage::Walk(walk));
+        }
+        for _ in 0..L1_AT_ONCE {
+            if walk.at >= walk.l1_entries {
+                return Ok(self.after_walk(c));
+            }
+            let place = walk.l1_offset + walk.at * 8;
+            let word = ctx.meta.get_u64_be(self.file, place)?;
+            let offset = word & OFFSET;
+            if word & L1_RESERVED != 0 {
+                c.corrupt(ImageFault::corrupt(self.file, "an L1 entry", place, word));
+            }
+            c.tables += u64::from(offset != 0);
+            let aligned = offset.is_multiple_of(self.cluster_bytes());
+            let inside = offset < ctx.files.size(self.file) && c.tables <= c.limit;
+            if offset != 0 && !(aligned && inside) {
+                c.corrupt(ImageFault::corrupt(self.file, "an L1 entry", place, word));
+            } else if offset != 0 {
+                self.refer(c, "an L1 entry", place, offset, self.cluster_bytes());
+                walk.inside = Some((offset, 0));
+                return Ok(Stage::Walk(walk));
+            }
+            walk.at += 1;
+            c.stage = Stage::Walk(walk);
+        }
+        Ok(Stage::Walk(walk))
+    }
+
+    fn after_walk(&self, c: &mut Checker) -> Stage {
+        c.tables = 0;
+        match c.after.take() {
+            // The active table comes first, then the snapshots.
+            None => Stage::Snapshot(0, self.header.snapshots_offset),
+            Some((n, offset)) => Stage::Snapshot(n, offset),
+        }
+    }
+
+    /// Counts what the entries of one cache block of an L2 table refer to; gives the bytes of
+    /// the table done.
+    fn walk_l2(
+        &mut self,
+        ctx: &mut Ctx,
+        c: &mut Checker,
+        walk: Walk,
+        table: u64,
+        done: u64,
+    ) -> Step<u64> {
+        let step = if self.kind.extended { 16 } else { 8 };
+        let end = self.cluster_bytes().min(done + BLOCK_BYTES);
+        // One look brings the block in; the rest cannot stop.
+        self.entry(ctx, table + done)?;
+        for within in (done..end).step_by(step) {
+            let at = table + within;
+            let entry = self.entry(ctx, at)?;
+            if entry.word == 0 && entry.bitmap == 0 {
+                continue;
+            }
+            let guest = (walk.at << self.l2_reach_bits())
+                + ((within / step as u64) << self.kind.cluster_bits);
+            self.count_entry(c, walk.active, at, entry, guest);
+        }
+        Ok(end)
+    }
+
+    fn count_entry(&self, c: &mut Checker, active: bool, at: u64, entry: L2Entry, guest: u64) {
+        let word = entry.word;
+        let reserved = word & COMPRESSED == 0 && word & L2_RESERVED != 0;
+        let copied_packed = word & COMPRESSED != 0 && word & COPIED != 0;
+        if reserved || copied_packed {
+            c.corrupt(ImageFault::corrupt(self.file, "an L2 entry's flags", at, word));
+        }
+        let first = c.first_window() && active;
+        match self.kind.cluster(entry, guest) {
+            Err(bad) => c.corrupt(ImageFault::corrupt(self.file, bad.0, at, word)),
+            Ok(Cluster::Absent | Cluster::Zero { host: None, .. }) => {}
+            Ok(Cluster::Compressed { offset, bytes }) => {
+                self.refer(c, "a compressed cluster", at, offset, bytes.into());
+                c.report.allocated += u64::from(first);
+                c.report.compressed += u64::from(first);
+            }
+            Ok(Cluster::Data { host, .. } | Cluster::Zero { host: Some(host), .. }) => {
+                if !self.kind.data_file {
+                    self.refer(c, "an L2 entry", at, host, self.cluster_bytes());
+                }
+                c.report.allocated += u64::from(first);
+            }
+        }
+    }
+
+    fn count_snapshot(
+        &mut self,
+        ctx: &mut Ctx,
+        c: &mut Checker,
+        n: u32,
+        offset: u64,
+    ) -> Step<Stage> {
+        if n >= self.header.snapshots {
+            return Ok(Stage::Bitmap(0, self.bitmap_directory.offset));
+        }
+        let snapshot = self.snapshot_at(ctx, offset)?;
+        let bytes = snapshot.l1_entries * 8;
+        self.refer(c, "a snapshot's L1 table", offset, snapshot.l1_offset, bytes);
+        c.after = Some((n + 1, offset + snapshot.bytes()));
+        Ok(Stage::Walk(Walk {
+            l1_offset: snapshot.l1_offset,
+            l1_entries: snapshot.l1_entries,
+            active: false,
+            at: 0,
+            inside: None,
+        }))
+    }
+
+    fn count_bitmap(&mut self, ctx: &mut Ctx, c: &mut Checker, n: u32, offset: u64) -> Step<Stage> {
+        let end = self.bitmap_directory.offset + self.bitmap_directory.bytes;
+        if n >= self.bitmaps || offset + 24 > end {
+            return Ok(Stage::Compare(c.window));
+        }
+        let mut b = [0; 24];
+        ctx.read(self.file, offset, &mut b)?;
+        let table = u64::from_be_bytes(b[..8].try_into().expect("eight bytes"));
+        let entries = u64::from(u32::from_be_bytes(b[8..12].try_into().expect("four bytes")));
+        let name = u64::from(u16::from_be_bytes([b[18], b[19]]));
+        let extra = u64::from(u32::from_be_bytes(b[20..24].try_into().expect("four bytes")));
+        let next = (n + 1, offset + (24 + name + extra).next_multiple_of(8));
+        let size = ctx.files.size(self.file);
+        let inside = table.checked_add(entries * 8).is_some_and(|end| end <= size);
+        if !table.is_multiple_of(self.cluster_bytes()) || !inside {
+            c.corrupt(ImageFault::corrupt(self.file, "a bitmap's table", offset, table));
+            return Ok(Stage::Bitmap(next.0, next.1));
+        }
+        self.refer(c, "a bitmap's table", offset, table, entries * 8);
+        Ok(Stage::BitmapTable { table: (table, entries), at: 0, next })
+    }
+
+    fn count_bitmap_table(
+        &mut self,
+        ctx: &mut Ctx,
+        c: &mut Checker,
+        (table, entries): (u64, u64),
+        at: u64,
+        next: (u32, u64),
+    ) -> Step<Stage> {
+        let end = (at + BLOCK_BYTES / 8).min(entries);
+        for n in at..end {
+            let place = table + n * 8;
+            let word = ctx.meta.get_u64_be(self.file, place)?;
+            if word & OFFSET != 0 {
+                self.refer(c, "a bitmap", place, word & OFFSET, self.cluster_bytes());
+            }
+            c.stage = Stage::BitmapTable { table: (table, entries), at: n + 1, next };
+        }
+        if end < entries {
+            return Ok(Stage::BitmapTable { table: (table, entries), at: end, next });
+        }
+        Ok(Stage::Bitmap(next.0, next.1))
+    }
+
+    fn compare(&mut self, ctx: &mut Ctx, c: &mut Checker, mut cluster: u64) -> Step<Stage> {
+        let end = (c.window + c.counts.len() as u64).min(c.limit);
+        let stop = end.min(cluster + COMPARE_AT_ONCE);
+        while cluster < stop {
+            self.compare_one(ctx, c, cluster)?;
+            cluster += 1;
+            c.stage = Stage::Compare(cluster);
+        }
+        if cluster < end {
+            return Ok(Stage::Compare(cluster));
+        }
+        if end < c.limit {
+            c.window = end;
+            return Ok(Stage::Start);
+        }
+        Ok(Stage::Flags(self.active()))
+    }
+
+    fn compare_one(&mut self, ctx: &mut Ctx, c: &mut Checker, cluster: u64) -> Step<()> {
+        let wanted = c.counts[(cluster - c.window) as usize];
+        let stored = match self.refcount(ctx, cluster) {
+            // Told when the refcount table was gone through.
+            Err(Stop::Fault(_)) => 0,
+            stored => stored?,
+        };
+        if wanted == SATURATED || stored == u64::from(wanted) {
+            return Ok(());
+        }
+        let wanted = u64::from(wanted);
+        let offset = cluster << self.kind.cluster_bits;
+        let file = self.file;
+        let problem = |what| ImageFault::corrupt(file, what, offset, stored);
+        if stored < wanted {
+            let fits = wanted <= self.count_max();
+            let fix = c.params.repair == Repair::All && fits;
+            if fix {
+                self.make_countable(ctx, cluster)?;
+                self.set_refcount(ctx, cluster, wanted)?;
+            }
+            c.report.corrupt(problem("a refcount that is too low"));
+            c.report.corruptions_fixed += u64::from(fix);
+            return Ok(());
+        }
+        let fix = c.params.repair != Repair::Nothing && !c.broken;
+        if fix {
+            self.set_refcount(ctx, cluster, wanted)?;
+            if wanted == 0 {
+                let len = self.cluster_bytes();
+                ctx.meta.forget(self.file, offset, len);
+                self.writer_mut().space.freed(cluster);
+            }
+        }
+        c.report.leak(problem("a refcount that is too high"));
+        c.report.leaks_fixed += u64::from(fix);
+        Ok(())
+    }
+
+    /// Gives the region of a cluster a refcount block, after the end of all that is used.
+    fn make_countable(&mut self, ctx: &mut Ctx, cluster: u64) -> Step<()> {
+        if self.refcount_block(ctx, cluster)?.is_some() {
+            return Ok(());
+        }
+        if cluster >= self.covered_clusters() {
+            // Rare enough to be left to other tools: a table too small for its own file.
+            let what = "a refcount table too small for the file";
+            return Err(ImageFault::unsupported(self.file, what, cluster).into());
+        }
+        let end = self.writer().space.end();
+        if end < self.covered_clusters() && self.refcount_block(ctx, end)?.is_none() {
+            // The new block counts itself; it is the one wanted, or the next try finds it.
+            self.writer_mut().space.job = Job::Block { cluster: end, zeroed: 0 };
+            self.run_job(ctx)?;
+            self.writer_mut().space.set_end(end + 1);
+            return self.make_countable(ctx, cluster);
+        }
+        let run = self.find_end(ctx, 1)?;
+        self.block_for(ctx, run, cluster)
+    }
+
+    /// The flags of the active tables must say whether the counts are 1.
+    fn check_flags(&mut self, ctx: &mut Ctx, c: &mut Checker, mut walk: Walk) -> Step<Stage> {
+        if let Some((table, done)) = walk.inside {
+            let step = if self.kind.extended { 16 } else { 8 };
+            let end = self.cluster_bytes().min(done + BLOCK_BYTES);
+            for within in (done..end).step_by(step) {
+                let at = table + within;
+                let entry = self.entry(ctx, at)?;
+                let plain = entry.word & COMPRESSED == 0 && entry.word & OFFSET != 0;
+                if plain && !self.kind.data_file {
+                    self.check_flag(ctx, c, at, entry.word, Phase::TABLE)?;
+                }
+                // The next entry may stop: this one is done.
+                walk.inside = Some((table, within + step as u64));
+                c.stage = Stage::Flags(walk);
+            }
+            let more = end < self.cluster_bytes();
+            walk.inside = more.then_some((table, end));
+            walk.at += u64::from(!more);
+            return Ok(Stage::Flags(walk));
+        }
+        for _ in 0..L1_AT_ONCE {
+            if walk.at >= walk.l1_entries {
+                return Ok(Stage::Marks);
+            }
+            let place = walk.l1_offset + walk.at * 8;
+            let word = ctx.meta.get_u64_be(self.file, place)?;
+            let offset = word & OFFSET;
+            let good = offset.is_multiple_of(self.cluster_bytes())
+                && offset < ctx.files.size(self.file)
+                && c.tables < c.limit;
+            if offset != 0 && good {
+                self.check_flag(ctx, c, place, word, Phase::DIRECTORY)?;
+                c.tables += 1;
+                walk.inside = Some((offset, 0));
+                return Ok(Stage::Flags(walk));
+            }
+            walk.at += 1;
+            c.stage = Stage::Flags(walk);
+        }
+        Ok(Stage::Flags(walk))
+    }
+
+    fn check_flag(
+        &self,
+        ctx: &mut Ctx,
+        c: &mut Checker,
+        at: u64,
+        word: u64,
+        phase: Phase,
+    ) -> Step<()> {
+        let count = self.refcount(ctx, (word & OFFSET) >> self.kind.cluster_bits)?;
+        if (count == 1) == (word & COPIED != 0) {
+            return Ok(());
+        }
+        let fix = c.params.repair == Repair::All;
+        if fix {
+            ctx.meta.set(self.file, at, &(word ^ COPIED).to_be_bytes(), phase)?;
+        }
+        c.report.corrupt(ImageFault::corrupt(self.file, "a COPIED flag", at, word));
+        c.report.corruptions_fixed += u64::from(fix);
+        Ok(())
+    }
+
+    /// A sound image is neither dirty nor corrupt.
+    fn clear_marks(&mut self, ctx: &mut Ctx, c: &mut Checker) -> Step<()> {
+        let marks = INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT;
+        let marked = self.header.incompatible & marks != 0;
+        if c.params.repair == Repair::All && c.report.is_sound() && marked {
+            let cleared = self.header.incompatible & !marks;
+            let bytes = cleared.to_be_bytes();
+            ctx.meta.set(self.file, field::INCOMPATIBLE, &bytes, Phase::HEADER)?;
+            self.header.incompatible = cleared;
+        }
+        Ok(())
+    }
+
+    /// Before a dirty image is written: its refcounts are made right.
+    pub(super) fn rebuild(&mut self, ctx: &mut Ctx) -> Step<()> {
+        let dirty = self.header.incompatible & INCOMPATIBLE_DIRTY != 0;
+        let corrupt = self.header.incompatible & INCOMPATIBLE_CORRUPT != 0;
+        if self.writer.is_none() || !dirty || corrupt || self.rebuilt {
+            return Ok(());
+        }
+        if self.checker.is_none() {
+            let params = CheckParams { repair: Repair::All, budget_bytes: REBUILD_BYTES };
+            self.begin_check(ctx, params);
+        }
+        while let CheckProgress::More { .. } = self.step_check(ctx)? {}
+        // Not sound: it stays dirty, and writes are refused.
+        self.rebuilt = true;
+        if ctx.meta.is_dirty() { Err(Stop::NeedFlush) } else { Ok(()) }
+    }
+}
+
+/// Memory for the rebuild of a dirty image, given back after it (ours).
+const REBUILD_BYTES: usize = 1 << 20;

@@ -1,0 +1,142 @@
+//! Growing the disk.
+//!
+//! Order guarded: a longer L1 table is written whole (`BEFORE`) before the header, in one sector,
+//! names it together with the new size (`HEADER`); the old one is freed after that is durable.
+
+use crate::fault::{FaultKind, ImageFault};
+use crate::format::Ctx;
+use crate::meta::{BLOCK_BYTES, Phase};
+use crate::types::{ResizePlan, SECTOR_BYTES, Step, Stop};
+
+use super::Qcow2;
+use super::header::{L1_BYTES_MAX, field};
+
+/// A longer L1 table that is being made: its place, how many of its clusters are taken, and how
+/// many bytes are written.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Growth {
+    first: u64,
+    clusters: u64,
+    taken: u64,
+    written: u64,
+    /// Changes of the L1 table when the copying began.
+    changes: u64,
+}
+
+impl Qcow2 {
+    pub(super) fn grow(&mut self, ctx: &mut Ctx, sectors: u64) -> Step<ResizePlan> {
+        self.before_change(ctx)?;
+        if !self.kind.v3 && self.header.snapshots > 0 {
+            let what = "growing a version 2 image with snapshots (they do not say their size)";
+            return Err(ImageFault::unsupported(self.file, what, 2).into());
+        }
+        let bytes = sectors.checked_mul(SECTOR_BYTES).filter(|&bytes| bytes >> 63 == 0);
+        let Some(bytes) = bytes else {
+            let max = i64::MAX as u64 / SECTOR_BYTES;
+            return Err(ImageFault::limit(self.file, "sectors", sectors, max).into());
+        };
+        let entries = bytes.div_ceil(1 << self.l2_reach_bits());
+        if entries * 8 > L1_BYTES_MAX {
+            let what = "the L1 table, bytes";
+            return Err(ImageFault::limit(self.file, what, entries * 8, L1_BYTES_MAX).into());
+        }
+        if self.kind.data_file {
+            let info = ctx.files.info(self.data);
+            if !info.can_grow && bytes > info.size_bytes {
+                let fault = ImageFault::new(FaultKind::Full, self.data, "the data file");
+                return Err(ImageFault { value: bytes, limit: info.size_bytes, ..fault }.into());
+            }
+        }
+        let table = match entries > u64::from(self.header.l1_entries) {
+            true => Some(self.make_l1(ctx, entries)?),
+            false => None,
+        };
+        ctx.meta.reserve(self.file, field::SIZE)?;
+        ctx.meta.put(self.file, field::SIZE, &bytes.to_be_bytes(), Phase::HEADER);
+        self.header.size_bytes = bytes;
+        if let Some(offset) = table {
+            let mut fields = [0; 12];
+            fields[..4].copy_from_slice(&(entries as u32).to_be_bytes());
+            fields[4..].copy_from_slice(&offset.to_be_bytes());
+            ctx.meta.put(self.file, field::L1, &fields, Phase::HEADER);
+            let old = self.header.l1_offset >> self.kind.cluster_bits;
+            let len = u64::from(self.header.l1_entries) * 8;
+            let len = len.div_ceil(self.cluster_bytes());
+            (self.header.l1_offset, self.header.l1_entries) = (offset, entries as u32);
+            let writer = self.writer_mut();
+            writer.growth = None;
+            writer.space.frees.push(old, len, false);
+            // Entries of the new table must not be written before the header names it.
+            writer.awaits_flush = true;
+            self.guard_tables();
+        }
+        let grow = self.kind.data_file.then_some((self.data, bytes));
+        if let Some((file, bytes)) = grow {
+            ctx.files.grow(file, bytes);
+        }
+        Ok(ResizePlan { grow })
+    }
+
+    /// Writes an L1 table of `entries` entries with the old ones in it; gives its offset.
+    fn make_l1(&mut self, ctx: &mut Ctx, entries: u64) -> Step<u64> {
+        if !self.writer().space.frees.room(2) {
+            return Err(Stop::NeedFlush);
+        }
+        let clusters = (entries * 8).div_ceil(self.cluster_bytes());
+        let region = 1 << self.block_counts_bits();
+        if clusters >= region {
+            // Each region starts with the refcount block that counts it.
+            let what = "an L1 table of so many clusters";
+            return Err(ImageFault::limit(self.file, what, clusters, region - 1).into());
+        }
+        let changes = self.writer().l1_changes;
+        let fresh = Growth { first: 0, clusters, taken: 0, written: 0, changes };
+        let mut growth = self.writer().growth.unwrap_or(fresh);
+        if growth.clusters != clusters {
+            // Another size was asked for meanwhile.
+            if growth.taken > 0 {
+                self.writer_mut().space.frees.push(growth.first, growth.taken, true);
+            }
+            (growth, self.writer_mut().growth) = (fresh, None);
+        }
+        while growth.taken < clusters {
+            let run = self.find_end(ctx, clusters - growth.taken)?;
+            ctx.meta.reserve(self.file, self.run_place(run))?;
+            if growth.taken > 0 && run.first != growth.first + growth.taken {
+                let (first, taken) = (growth.first, growth.taken);
+                self.writer_mut().space.frees.push(first, taken, true);
+                growth.taken = 0;
+            }
+            if growth.taken == 0 {
+                growth.first = run.first;
+            }
+            growth.taken += run.count;
+            self.take_run(ctx, run);
+            self.writer_mut().growth = Some(growth);
+        }
+        if growth.changes != changes {
+            (growth.written, growth.changes) = (0, changes);
+        }
+        let offset = growth.first << self.kind.cluster_bits;
+        let piece = self.cluster_bytes().min(BLOCK_BYTES);
+        let old_bytes = u64::from(self.header.l1_entries) * 8;
+        while growth.written < clusters << self.kind.cluster_bits {
+            let mut bytes = [0; BLOCK_BYTES as usize];
+            let bytes = &mut bytes[..piece as usize];
+            let from = growth.written;
+            if from < old_bytes {
+                let len = (old_bytes - from).min(piece) as usize;
+                ctx.meta.get(self.file, self.header.l1_offset + from, &mut bytes[..len])?;
+            }
+            if piece == BLOCK_BYTES {
+                ctx.meta.create(self.file, offset + from, Phase::BEFORE)?;
+                ctx.meta.put(self.file, offset + from, bytes, Phase::BEFORE);
+            } else {
+                ctx.meta.set(self.file, offset + from, bytes, Phase::BEFORE)?;
+            }
+            growth.written += piece;
+            self.writer_mut().growth = Some(growth);
+        }
+        Ok(offset)
+    }
+}
