@@ -1,7 +1,7 @@
 //! What image tests share: scratch files, making images, and readers by other authors.
 //!
-//! The readers are Python packages (libvhdi-python, dissect.hypervisor) in a virtual environment
-//! under build/. Where it is missing the comparison is skipped and says so;
+//! The readers are Python packages (libvhdi-python, libvmdk-python, libqcow-python,
+//! dissect.hypervisor) in a virtual environment under build/. Where it is missing the comparison is skipped and says so;
 //! `PLATTER_READERS=install` makes it.
 
 #![allow(dead_code)]
@@ -81,7 +81,7 @@ fn find_python() -> Option<PathBuf> {
     let root = std::env::var_os("PLATTER_READERS_ENV").map_or(root, PathBuf::from);
     let python = root.join("bin/python");
     let holds = |python: &Path| {
-        let args = ["-c", "import pyvhdi, dissect.hypervisor"];
+        let args = ["-c", "import pyvhdi, pyvmdk, pyqcow, dissect.hypervisor"];
         let run = Command::new(python).args(args).output();
         run.is_ok_and(|output| output.status.success())
     };
@@ -97,7 +97,7 @@ fn find_python() -> Option<PathBuf> {
         assert!(status.success(), "{program:?} {args:?}");
     };
     run(Path::new("python3"), &["-m", "venv", root.to_str().unwrap()]);
-    let packages = ["libvhdi-python", "dissect.hypervisor"];
+    let packages = ["libvhdi-python", "libvmdk-python", "libqcow-python", "dissect.hypervisor"];
     run(&root.join("bin/pip"), &[&["install", "-q"][..], &packages].concat());
     assert!(holds(&python), "the readers can be imported");
     Some(python)

@@ -1,8 +1,9 @@
 """Writes the disk that an image holds to standard output, as another author's reader sees it.
 
 usage: read.py READER IMAGE [PARENT ...]
-READER is libvhdi (pyvhdi: VHD and VHDX, parents given nearest first) or dissect
-(dissect.hypervisor: VHD without parents; VHDX, which finds its parents itself).
+READER is libvhdi (pyvhdi: VHD and VHDX), libvmdk (pyvmdk), libqcow (pyqcow), each with parents
+given nearest first, or dissect (dissect.hypervisor: VHD without parents; VDI with one; VHDX and
+VMDK, which find their parents themselves).
 """
 import sys
 from pathlib import Path
@@ -21,8 +22,42 @@ def libvhdi(paths):
     return below.get_media_size(), below
 
 
+def libvmdk(paths):
+    import pyvmdk
+
+    below = None
+    for path in reversed(paths):
+        image = pyvmdk.handle()
+        image.open(path)
+        image.open_extent_data_files()
+        if below is not None:
+            image.set_parent(below)
+        below = image
+    return below.get_media_size(), below
+
+
+def libqcow(paths):
+    import pyqcow
+
+    image = pyqcow.file()
+    image.open(paths[0])
+    return image.get_media_size(), image
+
+
 def dissect(paths):
-    if paths[0].endswith(".vhd"):
+    if paths[0].endswith(".vdi"):
+        from dissect.hypervisor.disk.vdi import VDI
+
+        below = None
+        for path in reversed(paths):
+            image = VDI(open(path, "rb"), below)
+            below = image.open()
+        return image.size, below
+    if paths[0].endswith(".vmdk"):
+        from dissect.hypervisor.disk.vmdk import VMDK
+
+        disk = VMDK(Path(paths[0]))
+    elif paths[0].endswith(".vhd"):
         from dissect.hypervisor.disk.vhd import VHD
 
         disk = VHD(open(paths[0], "rb"))
@@ -33,7 +68,8 @@ def dissect(paths):
     return disk.size, disk
 
 
-size, disk = {"libvhdi": libvhdi, "dissect": dissect}[sys.argv[1]](sys.argv[2:])
+readers = {"libvhdi": libvhdi, "libvmdk": libvmdk, "libqcow": libqcow, "dissect": dissect}
+size, disk = readers[sys.argv[1]](sys.argv[2:])
 while size > 0:
     piece = disk.read(min(size, 1 << 20))
     assert piece, "the reader stops before the end of the disk"
