@@ -31,4 +31,4 @@ mod transfer;
 mod xs;
 
 pub use control::Ending;
-pub use server::{Server, Setup, Turn};
+pub use server::{Census, Server, Setup, Turn};

@@ -41,6 +41,17 @@ pub enum Turn {
     End(Ending),
 }
 
+/// What a server has under way: all zero when no disk is attached.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Census {
+    pub devices: usize,
+    pub requests: usize,
+    /// Store operations.
+    pub ops: usize,
+    /// Copy jobs.
+    pub jobs: usize,
+}
+
 /// The storage domain's server.
 pub struct Server {
     engine: Engine<AnyStore>,
@@ -82,6 +93,16 @@ impl Server {
     /// The event channels to sleep on.
     pub fn ports(&self) -> &[Port] {
         &self.ports
+    }
+
+    /// What is under way, for tests that look for leaks.
+    pub fn census(&self) -> Census {
+        Census {
+            devices: self.devices.iter().flatten().count(),
+            requests: self.engine.requests.len(),
+            ops: self.engine.ops.len(),
+            jobs: self.engine.jobs.len(),
+        }
     }
 
     /// Shares and disks are being looked for; the first answers of xenstore have come.

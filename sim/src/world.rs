@@ -1,0 +1,503 @@
+//! The world: who runs when. One queue of wake-ups in simulated time; ties are broken by the
+//! order of entry, delays are drawn from the seed.
+//!
+//! Guards one-seed-one-run: no thread, no real clock, no iteration over a hash table. Platter
+//! sleeps as SCHEDOP_poll does: only a pending port that it listed, or its time, wakes it.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap};
+
+use platter_image::Format;
+use platter_kernel::{Ending, Server, Setup, Turn};
+use platter_xen::{DomId, Hypervisor, Port, Region};
+
+use crate::guest::{Guest, Habits};
+use crate::hostile::Hostile;
+use crate::images;
+use crate::machine::{Holdings, Machine};
+use crate::ninep;
+use crate::oracle::Oracle;
+use crate::rng::Rng;
+use crate::toolstack::{Carrier, DiskLine, Outcome, TOOLSTACK, Toolstack};
+use crate::xenstore::{XENSTORED, Xenstore};
+
+/// The platter domain.
+pub const S: u16 = 1;
+const MS: u64 = 1_000_000;
+/// What a turn of the server costs beside its hypercalls: ours, near what was measured.
+const TURN_NS: u64 = 1500;
+const GUEST_FRAMES: usize = 1 << 20;
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+enum Agent {
+    Platter,
+    Xenstored,
+    Host,
+    Toolstack,
+    Guest(usize),
+    Hostile(usize),
+}
+
+/// A disk image on the share and what is known of it.
+pub struct Image {
+    pub path: String,
+    pub format: Format,
+}
+
+pub struct World {
+    pub seed: u64,
+    pub now_ns: u64,
+    pub machine: Machine,
+    pub xs: Xenstore,
+    pub server: Option<Server>,
+    pub host: ninep::Server,
+    pub toolstack: Toolstack,
+    pub guests: Vec<Guest>,
+    pub hostiles: Vec<Hostile>,
+    /// Image of each guest's disk.
+    pub images: Vec<Image>,
+    pub rng: Rng,
+    /// Turns that the server took.
+    pub turns: u64,
+    pub ended: Option<Ending>,
+    /// Of 1000 wake-ups, so many come with an event at a port chosen by chance.
+    pub spurious: u64,
+    queue: BinaryHeap<Reverse<(u64, u64, Agent)>>,
+    due: BTreeMap<Agent, u64>,
+    entries: u64,
+    asleep: bool,
+    setup: Setup,
+    next_domain: u16,
+    next_disk: u32,
+    /// Guests that start when their disk is attached.
+    starting: Vec<usize>,
+    /// Called around each turn of the server.
+    pub around_turn: fn(&mut dyn FnMut()),
+}
+
+impl World {
+    /// A platter domain with `frames` frames and one share, `images`, whose server is up.
+    pub fn new(seed: u64, frames: usize) -> World {
+        let mut rng = Rng::new(seed);
+        let mut machine = Machine::new(rng.next());
+        machine.add_domain(0, 1 << 20);
+        machine.add_domain(S, frames);
+        machine.add_domain(XENSTORED, 0);
+        let page = machine.view(S).frames_alloc(1).expect("a page");
+        let (port, theirs) = machine.join(S, XENSTORED);
+        let mut xs = Xenstore::new(S, page, theirs);
+        plant(&mut xs);
+        let mut host = ninep::Server::new(&mut xs, S, 0, "images", rng.fork());
+        host.start(&mut xs);
+        let toolstack = Toolstack::new(&mut xs);
+        let setup = setup(page, port);
+        let mut world = World {
+            seed,
+            now_ns: MS,
+            machine,
+            xs,
+            server: None,
+            host,
+            toolstack,
+            guests: vec![],
+            hostiles: vec![],
+            images: vec![],
+            rng,
+            turns: 0,
+            ended: None,
+            spurious: 0,
+            queue: BinaryHeap::new(),
+            due: BTreeMap::new(),
+            entries: 0,
+            asleep: false,
+            setup,
+            next_domain: 2,
+            next_disk: 1,
+            starting: vec![],
+            around_turn: |turn| turn(),
+        };
+        world.boot();
+        world
+    }
+
+    /// The server starts.
+    pub fn boot(&mut self) {
+        let server = Server::new(&mut self.machine.view(S), self.setup);
+        self.server = Some(server);
+        self.schedule(Agent::Platter, self.now_ns);
+    }
+
+    fn schedule(&mut self, agent: Agent, at_ns: u64) {
+        if self.due.get(&agent).is_some_and(|due| *due <= at_ns) {
+            return;
+        }
+        self.due.insert(agent, at_ns);
+        self.entries += 1;
+        self.queue.push(Reverse((at_ns, self.entries, agent)));
+    }
+
+    /// Runs whoever is next. False when nobody is.
+    fn step(&mut self) -> bool {
+        let Some(Reverse((at_ns, _, agent))) = self.queue.pop() else { return false };
+        if self.due.get(&agent) != Some(&at_ns) {
+            return true;
+        }
+        self.due.remove(&agent);
+        self.now_ns = self.now_ns.max(at_ns);
+        let now_ns = self.now_ns;
+        let (machine, xs) = (&mut self.machine, &mut self.xs);
+        let again = match agent {
+            Agent::Platter => {
+                self.run_platter();
+                None
+            }
+            Agent::Xenstored => xs.run(machine).then(|| now_ns + self.rng.between(4000, 30_000)),
+            Agent::Host => self.host.run(machine, xs, now_ns),
+            Agent::Toolstack => {
+                let again = self.toolstack.run(xs, now_ns);
+                self.start_attached();
+                again
+            }
+            Agent::Guest(index) => self.guests[index].run(machine, xs, now_ns),
+            Agent::Hostile(index) => self.hostiles[index].run(machine, xs, now_ns),
+        };
+        if let Some(at_ns) = again {
+            self.schedule(agent, at_ns.max(now_ns + 1));
+        }
+        self.pass_on_events();
+        true
+    }
+
+    fn run_platter(&mut self) {
+        let Some(server) = &mut self.server else { return };
+        self.machine.cost_ns = 0;
+        let (machine, now_ns) = (&mut self.machine, self.now_ns);
+        let mut turn = Turn::Again;
+        (self.around_turn)(&mut || turn = server.poll(&mut machine.view(S), now_ns));
+        self.turns += 1;
+        let done_ns = now_ns + TURN_NS + self.machine.cost_ns;
+        self.asleep = false;
+        match turn {
+            Turn::Again => self.schedule(Agent::Platter, done_ns),
+            Turn::Sleep { until_ns } => {
+                self.asleep = true;
+                let pending = self.machine.any_pending(S, server.ports());
+                let at_ns = if pending { done_ns } else { until_ns.max(done_ns) };
+                self.schedule(Agent::Platter, at_ns);
+            }
+            Turn::End(ending) => {
+                self.ended = Some(ending);
+                self.stop_platter();
+            }
+        }
+    }
+
+    /// The domain is gone, whatever it was doing.
+    pub fn stop_platter(&mut self) {
+        if let Some(server) = self.server.take() {
+            // Dropping it in the middle of its work would break the rule that every request is
+            // answered; a machine that loses power does not drop anything either.
+            core::mem::forget(server);
+        }
+    }
+
+    fn pass_on_events(&mut self) {
+        if self.rng.chance(self.spurious) {
+            let choice = self.rng.next();
+            self.machine.disturb(S, choice);
+        }
+        while let Some(domain) = self.machine.woken.pop() {
+            self.wake(domain);
+        }
+        while let Some(domain) = self.xs.woken.pop() {
+            self.wake(domain);
+        }
+        if self.xs.has_output() {
+            self.wake(XENSTORED);
+        }
+    }
+
+    fn wake(&mut self, domain: u16) {
+        let soon = self.now_ns + self.rng.between(2000, 25_000);
+        let agent = match domain {
+            S => {
+                let Some(server) = &self.server else { return };
+                if !self.asleep || !self.machine.any_pending(S, server.ports()) {
+                    return;
+                }
+                Agent::Platter
+            }
+            0 => Agent::Host,
+            XENSTORED => Agent::Xenstored,
+            TOOLSTACK => {
+                let late = self.now_ns + self.rng.between(100_000, 4 * MS);
+                return self.schedule(Agent::Toolstack, late);
+            }
+            domain => match self.agent_of(domain) {
+                Some(agent) => agent,
+                None => return,
+            },
+        };
+        self.schedule(agent, soon);
+    }
+
+    fn agent_of(&self, domain: u16) -> Option<Agent> {
+        if let Some(index) = self.guests.iter().position(|guest| guest.domain == domain) {
+            return Some(Agent::Guest(index));
+        }
+        let index = self.hostiles.iter().position(|hostile| hostile.domain == domain)?;
+        Some(Agent::Hostile(index))
+    }
+
+    /// Runs for so long.
+    pub fn run_for(&mut self, ns: u64) {
+        let end_ns = self.now_ns + ns;
+        self.run_until_ns(end_ns);
+    }
+
+    fn run_until_ns(&mut self, end_ns: u64) {
+        while self.queue.peek().is_some_and(|Reverse((at_ns, ..))| *at_ns <= end_ns) {
+            self.step();
+        }
+        self.now_ns = self.now_ns.max(end_ns);
+    }
+
+    /// Runs until `done` says so; panics after `limit_ns`.
+    pub fn run_until(&mut self, what: &str, limit_ns: u64, done: impl Fn(&World) -> bool) {
+        let end_ns = self.now_ns + limit_ns;
+        while !done(self) {
+            assert!(self.now_ns < end_ns, "seed {}: {what} takes too long", self.seed);
+            assert!(self.step(), "seed {}: nothing happens any more before {what}", self.seed);
+        }
+    }
+
+    /// A new domain's number, with its place in xenstore.
+    pub fn new_domain(&mut self) -> u16 {
+        let domain = self.next_domain;
+        self.next_domain += 1;
+        self.machine.add_domain(domain, GUEST_FRAMES);
+        let home = format!("/local/domain/{domain}");
+        self.xs.write(0, &home, b"").expect("dom0 may write");
+        self.xs.set_owner(&home, 0, &[domain]);
+        domain
+    }
+
+    /// Puts an image of zeros on the share and a guest with habits before it; its disk is being
+    /// attached. The number of the guest.
+    pub fn add_guest(&mut self, format: Format, sectors: u64, habits: Habits) -> usize {
+        let disk = self.next_disk;
+        self.next_disk += 1;
+        let path = format!("disk{disk}.{}", format.name());
+        images::create(&mut self.host.files, &path, format, sectors, 0);
+        let oracle = Oracle::new(disk, sectors);
+        self.add_guest_on(&path, format, habits, oracle, "")
+    }
+
+    /// A guest on an image that is there; `options` follow the path in `params`.
+    pub fn add_guest_on(
+        &mut self,
+        path: &str,
+        format: Format,
+        habits: Habits,
+        oracle: Oracle,
+        options: &str,
+    ) -> usize {
+        let line = self.line(&format!("/images/{path},format={}{options}", format.name()));
+        let rng = self.rng.fork();
+        self.guests.push(Guest::new(line.clone(), habits, oracle, rng));
+        self.images.push(Image { path: path.to_string(), format });
+        let index = self.guests.len() - 1;
+        self.attach(&line);
+        self.starting.push(index);
+        index
+    }
+
+    /// A disk line for a new domain.
+    pub fn line(&mut self, params: &str) -> DiskLine {
+        DiskLine {
+            guest: self.new_domain(),
+            devid: 51712,
+            carrier: Carrier::Vbd,
+            params: params.to_string(),
+            writable: true,
+            cdrom: false,
+            protocol: None,
+        }
+    }
+
+    pub fn attach(&mut self, line: &DiskLine) {
+        self.toolstack.attach(&mut self.xs, line, self.now_ns);
+        self.schedule(Agent::Toolstack, self.now_ns + MS);
+        self.pass_on_events();
+    }
+
+    pub fn detach(&mut self, line: &DiskLine, force: bool) {
+        self.toolstack.detach(&mut self.xs, line, force, self.now_ns);
+        self.schedule(Agent::Toolstack, self.now_ns + MS);
+        self.pass_on_events();
+    }
+
+    fn start_attached(&mut self) {
+        let (xs, now_ns) = (&mut self.xs, self.now_ns);
+        let mut started = vec![];
+        for index in self.starting.clone() {
+            let guest = &mut self.guests[index];
+            let Some(verdict) = self.toolstack.verdict(&guest.line, true) else { continue };
+            assert!(
+                verdict.outcome == Outcome::Done,
+                "the disk of guest {} is not attached: {verdict:?}",
+                guest.domain
+            );
+            guest.start(xs, now_ns);
+            started.push(index);
+        }
+        self.starting.retain(|index| !started.contains(index));
+        for index in started {
+            self.schedule(Agent::Guest(index), self.now_ns + 1000);
+        }
+    }
+
+    /// Lets an agent look at the world now.
+    pub fn poke_guest(&mut self, index: usize) {
+        self.schedule(Agent::Guest(index), self.now_ns + 1000);
+    }
+
+    /// Lets the host's 9p server look at the world now.
+    pub fn poke_host(&mut self) {
+        self.schedule(Agent::Host, self.now_ns + 1000);
+        self.pass_on_events();
+    }
+
+    pub fn add_hostile(&mut self, hostile: Hostile) -> usize {
+        self.hostiles.push(hostile);
+        let index = self.hostiles.len() - 1;
+        self.schedule(Agent::Hostile(index), self.now_ns + MS);
+        index
+    }
+
+    /// The guest's domain is destroyed: it stops at once, the toolstack takes its disk away.
+    pub fn destroy_guest(&mut self, index: usize) {
+        self.guests[index].vanish();
+        self.starting.retain(|starting| *starting != index);
+        let line = self.guests[index].line.clone();
+        self.detach(&line, true);
+        self.machine.kill(line.guest);
+    }
+
+    /// Waits until every guest has done what it does.
+    pub fn run_guests(&mut self, limit_ns: u64) {
+        self.run_until("the guests' work", limit_ns, |world| {
+            world.guests.iter().all(Guest::is_done)
+        });
+    }
+
+    /// Detaches every disk in order, ends, and judges everything that is left.
+    pub fn wind_up(&mut self) {
+        self.hostiles.iter_mut().for_each(|hostile| hostile.stopping = true);
+        let lines: Vec<DiskLine> = self
+            .guests
+            .iter()
+            .map(|guest| &guest.line)
+            .chain(self.hostiles.iter().map(|hostile| &hostile.line))
+            .filter(|line| self.xs.exists(&line.be()))
+            .cloned()
+            .collect();
+        for line in &lines {
+            let hostile = self.hostiles.iter().any(|hostile| hostile.line == *line);
+            self.detach(line, hostile);
+        }
+        self.run_until("the toolstack's work", 60_000 * MS, |world| !world.toolstack.is_busy());
+        for verdict in self.toolstack.verdicts.iter().filter(|verdict| !verdict.attach) {
+            let hostile = self.hostiles.iter().any(|hostile| hostile.line == verdict.line);
+            assert!(
+                verdict.outcome == Outcome::Done || hostile,
+                "seed {}: a detach failed: {verdict:?}",
+                self.seed
+            );
+        }
+        for index in 0..self.hostiles.len() {
+            let domain = self.hostiles[index].domain;
+            self.hostiles[index].check_memory(&self.machine);
+            self.machine.kill(domain);
+        }
+        self.run_for(3000 * MS);
+        self.check_idle();
+        self.verify_images(false);
+    }
+
+    /// Nothing is attached: nothing may be held.
+    pub fn check_idle(&mut self) {
+        let seed = self.seed;
+        let turns = self.turns;
+        self.run_for(2000 * MS);
+        let turns = self.turns - turns;
+        assert!(turns <= 20, "seed {seed}: {turns} turns in two idle seconds");
+        let server = self.server.as_ref().expect("the server lives");
+        let census = server.census();
+        assert!(census == Default::default(), "seed {seed}: left behind: {census:?}");
+        let held = self.holdings();
+        assert!(held.maps == 0, "seed {seed}: {} pages are still mapped", held.maps);
+        let rings = self.machine.mapped_by_others(S);
+        assert!(held.grants == rings, "seed {seed}: {held:?}, the host maps {rings}");
+        for line in self.guests.iter().map(|g| &g.line) {
+            let mapped = self.machine.mapped_by_others(line.guest);
+            assert!(mapped == 0, "seed {seed}: pages of guest {} are mapped", line.guest);
+        }
+        let stale: Vec<String> = self
+            .xs
+            .owned(S)
+            .into_iter()
+            .filter(|path| path.contains("/backend/vbd") || path.contains("/backend/qdisk"))
+            .filter(|path| !path.contains("/error/"))
+            .chain(self.xs.owned(S).into_iter().filter(|path| path.contains("/data/disk/")))
+            .collect();
+        assert!(stale.is_empty(), "seed {seed}: nodes stay behind: {stale:?}");
+        let dropped = platter_xen::ring::permits_dropped();
+        assert!(dropped == 0, "seed {seed}: {dropped} requests were dropped unanswered");
+    }
+
+    pub fn holdings(&self) -> Holdings {
+        self.machine.holdings(S)
+    }
+
+    /// Every image against its guest's history.
+    pub fn verify_images(&self, after_cut: bool) {
+        for (image, guest) in self.images.iter().zip(&self.guests) {
+            let files = &self.host.files;
+            images::verify(files, &image.path, image.format, &guest.oracle, after_cut);
+        }
+    }
+
+    /// The power goes: platter and the host stop where they are, files keep what a disk keeps.
+    pub fn cut_power(&mut self) {
+        self.stop_platter();
+        let (machine, xs) = (&mut self.machine, &mut self.xs);
+        self.host.die(machine, xs, false);
+        self.host.files.cut(&mut self.rng);
+    }
+}
+
+fn setup(page: Region, port: Port) -> Setup {
+    Setup { domid: DomId(S), xenstore_page: page, xenstore_port: port, heap_bytes: 8 << 20 }
+}
+
+/// What the toolstack made of the storage domain's own tree (libxl_create.c).
+fn plant(xs: &mut Xenstore) {
+    let home = format!("/local/domain/{S}");
+    xs.write(0, &home, b"").expect("dom0 may write");
+    xs.set_owner(&home, 0, &[S]);
+    for ours in [
+        "control/shutdown",
+        "control/feature-poweroff",
+        "control/feature-reboot",
+        "data",
+        "drivers",
+        "feature",
+        "attr",
+        "error",
+    ] {
+        let path = format!("{home}/{ours}");
+        xs.write(0, &path, b"").expect("dom0 may write");
+        xs.set_owner(&path, S, &[]);
+    }
+}
