@@ -194,7 +194,7 @@ nvme_for_domains() {
 create_guest() {
     local before
     before=$(ready_count "$1")
-    step "guest $1: create"
+    step "$1: create the guest"
     create_guest_only "$@"
     wait_guest "$1" "$before"
 }
@@ -208,7 +208,7 @@ create_guest_only() {
 
 # wait_guest NAME [COUNT]: until it is up for more than the COUNT-th time (0).
 wait_guest() {
-    step "guest $1: wait until it is up"
+    step "$1: wait until Linux is up"
     within "$PATIENCE" ready_more_than "$1" "${2:-0}" || fail "guest $1 does not come up"
     rm -f "$RUN/$1.tty"
 }
@@ -328,10 +328,12 @@ bare_create_seconds() {
     xl destroy bare
 }
 
-# expect_soon WHAT SECONDS: SECONDS are less than 2, or at most 1 more than xl takes anyway.
+# expect_soon WHAT SECONDS: SECONDS are less than 2. On a host so busy that xl takes long by itself,
+# three times what it takes without a disk will do: libxl's own limit of 10 s is far above both.
 expect_soon() {
-    [ -s "$RUN/bare" ] || bare_create_seconds >"$RUN/bare"
-    echo "$2 $(cat "$RUN/bare")" | awk '{ exit !($1 < 2 || $1 < $2 + 1) }' ||
+    if [ "${2%.*}" -lt 2 ]; then return 0; fi
+    bare_create_seconds >"$RUN/bare"
+    echo "$2 $(cat "$RUN/bare")" | awk '{ exit !($1 < $2 * 3) }' ||
         fail "$1 took $2 s; without a disk it is $(cat "$RUN/bare") s"
 }
 

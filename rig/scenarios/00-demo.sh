@@ -13,12 +13,12 @@ scenario() {
     disk=$(disk xvda guest.raw)
     note "disk = [ '$disk' ]"
     create_guest guest "$disk"
-    step "guest: make a filesystem, write 24 MiB, remount, read back"
+    step "guest: make a filesystem, write 8 MiB, remount, read back"
     guest_must guest '
         set -e
         mkfs.ext4 -q /dev/xvda
         mount -t ext4 /dev/xvda /mnt
-        dd if=/dev/urandom of=/mnt/file bs=1M count=24 conv=fsync 2>/dev/null
+        dd if=/dev/urandom of=/mnt/file bs=1M count=8 conv=fsync 2>/dev/null
         md5sum </mnt/file >/tmp/before
         umount /mnt
         echo 3 >/proc/sys/vm/drop_caches

@@ -130,7 +130,7 @@ fn bench(layout: &Layout, suite: Suite, scenario: &Scenario) -> Result<bool> {
     let scenarios = std::slice::from_ref(scenario);
     let job = Job { layout, suite, scenarios, settings, keep: false };
     let mut good = false;
-    let results = job.run(&mut |at, event| match event {
+    let results = job.run(&mut |_, at, event| match event {
         Event::Step(_, text) => println!("rig: {at:6.1} s  {text}"),
         Event::Done(_, passed, _) => good = *passed,
         _ => {}

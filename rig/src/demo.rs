@@ -28,8 +28,7 @@ pub fn run(layout: &Layout, suite: Suite, keep: bool) -> Result<ExitCode> {
     let settings = vec![("STORAGE".to_owned(), "platter".to_owned())];
     let job = Job { layout, suite, scenarios: &scenarios, settings, keep };
     let mut good = false;
-    let results = layout.suite(suite).join("latest/results");
-    job.run(&mut |_, event| match event {
+    job.run(&mut |results, _, event| match event {
         Event::Up(kernel) => tell(&format!("dom0 is up, Linux {kernel}")),
         Event::Step(_, text) => tell(text),
         Event::Note(_, text) => println!("           {text}"),

@@ -91,13 +91,13 @@ pub struct Job<'a> {
 }
 
 impl Job<'_> {
-    /// Boots, runs and waits for the end; `tell` hears every event as it happens. Hands back the
-    /// results folder.
+    /// Boots, runs and waits for the end; `tell` hears every event as it happens, with the results
+    /// folder and the seconds since power-on. Hands back the results folder.
     ///
     /// # Errors
     /// When the machine cannot be started, falls silent, or stops before its end; the message
     /// shows the serial line's last words. Failed scenarios are not errors here.
-    pub fn run(&self, tell: &mut dyn FnMut(f32, &Event)) -> Result<PathBuf> {
+    pub fn run(&self, tell: &mut dyn FnMut(&Path, f32, &Event)) -> Result<PathBuf> {
         let folder = self.prepare().context("cannot prepare the job folder")?;
         let serial = folder.join("serial.log");
         let mut machine = Machine::start(self, &folder, &serial)?;
@@ -161,9 +161,10 @@ impl Job<'_> {
         &self,
         machine: &mut Machine,
         folder: &Path,
-        tell: &mut dyn FnMut(f32, &Event),
+        tell: &mut dyn FnMut(&Path, f32, &Event),
     ) -> Result<()> {
-        let path = folder.join("results/progress");
+        let results = folder.join("results");
+        let path = results.join("progress");
         let mut read_bytes = 0;
         let mut heard = Instant::now();
         let mut patience = Duration::from_secs(BOOT_SECONDS);
@@ -175,7 +176,7 @@ impl Job<'_> {
             read_bytes += whole;
             for line in String::from_utf8_lossy(&fresh[..whole]).lines() {
                 let Some((at, event)) = parse_event(line) else { continue };
-                tell(at, &event);
+                tell(&results, at, &event);
                 heard = Instant::now();
                 match event {
                     Event::End => return Ok(()),
@@ -244,11 +245,16 @@ impl Job<'_> {
     }
 }
 
-/// Removes the oldest job folders.
+/// Removes the oldest job folders, but none whose process is still there.
 fn prune(jobs: &Path) -> Result<()> {
     let mut folders: Vec<PathBuf> = Vec::new();
     for entry in fs::read_dir(jobs)? {
-        folders.push(entry?.path());
+        let path = entry?.path();
+        let name = text(&path);
+        let process = name.rsplit('-').next().unwrap_or_default();
+        if !Path::new("/proc").join(process).exists() {
+            folders.push(path);
+        }
     }
     folders.sort();
     let surplus = folders.len().saturating_sub(KEPT_JOBS);

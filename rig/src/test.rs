@@ -62,8 +62,7 @@ fn boot(job: &Job) -> Count {
     println!("rig: booting {} with {} scenarios", job.suite.name(), job.scenarios.len());
     let mut outcomes: BTreeMap<String, bool> = BTreeMap::new();
     let mut failed = Vec::new();
-    let results = job.layout.suite(job.suite).join("latest/results");
-    let ended = job.run(&mut |at, event| match event {
+    let ended = job.run(&mut |results, at, event| match event {
         Event::Up(kernel) => println!("rig: {at:6.1} s  dom0 is up, Linux {kernel}"),
         Event::Step(name, text) => show_step(at, name, text),
         Event::Done(name, passed, seconds) => {

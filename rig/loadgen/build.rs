@@ -1,0 +1,7 @@
+//! The linker arguments of the load generator.
+
+include!("../../linker/bare.rs");
+
+fn main() {
+    bare_kernel("loadgen");
+}
