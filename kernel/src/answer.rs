@@ -59,7 +59,7 @@ impl Disk {
             (OpKind::Punch { request }, _) => {
                 self.piece_done(engine, hv, request, None, Ok(()));
             }
-            (OpKind::Open, _) => unreachable!("openings have answers of their own"),
+            (OpKind::Open | OpKind::Size, _) => unreachable!("the device handles its own"),
         }
     }
 

@@ -35,6 +35,7 @@ pub struct DiskFile {
     pub handle: Handle,
     pub writable: bool,
     pub can_punch: bool,
+    pub can_grow: bool,
 }
 
 /// What one try at planning came to.

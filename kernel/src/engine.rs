@@ -77,6 +77,8 @@ pub enum OpKind {
     Punch {
         request: Id,
     },
+    /// Control: the size of a raw file.
+    Size,
     /// Control: the answer belongs to the disk's opening.
     Open,
 }

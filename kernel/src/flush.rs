@@ -267,7 +267,7 @@ impl Disk {
         self.note_flush_op(submitted)
     }
 
-    fn note_flush_op(&mut self, submitted: Submitted) -> bool {
+    pub fn note_flush_op(&mut self, submitted: Submitted) -> bool {
         match submitted {
             Submitted::Yes(_) => {
                 self.flush.ops += 1;

@@ -40,5 +40,7 @@ pub const LINGER_NS: u64 = 300_000_000;
 pub const STORE_WAIT_NS: u64 = 8_000_000_000;
 /// Dirty metadata is flushed after this much time even if the guest never flushes.
 pub const FLUSH_AFTER_NS: u64 = 5_000_000_000;
+/// Between two looks at the size of a raw file.
+pub const SIZE_NS: u64 = 2_000_000_000;
 /// Between two refreshes of a disk's counters in xenstore.
 pub const STATS_NS: u64 = 2_000_000_000;

@@ -173,6 +173,9 @@ impl Server {
             return;
         }
         let Some(device) = &mut self.devices[index] else { return };
+        if op.kind == OpKind::Size {
+            return device.size_answer(done.result);
+        }
         if let Some(disk) = &mut device.disk {
             disk.answered(&mut self.engine, hv, op, done);
         }

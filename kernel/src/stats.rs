@@ -56,11 +56,6 @@ impl Stats {
         self.refused.iter().sum()
     }
 
-    /// The refusals counted under `name`.
-    pub fn refused(&self, name: &str) -> u64 {
-        Self::names().position(|n| n == name).map_or(0, |i| self.refused[i])
-    }
-
     fn count(&mut self, name: &str) {
         let index = Self::names().position(|n| n == name).expect("every fault has a counter");
         self.refused[index] += 1;

@@ -10,7 +10,7 @@ use platter_xen::{Bus, Hypervisor, Port};
 
 /// A 9p share, or a disk of the storage domain itself.
 pub enum AnyStore {
-    NineP(Client),
+    NineP(Box<Client>),
     /// All disks of the domain: a volume may lie on several.
     Block(Box<BlockStore<AnyDevice>>),
 }
@@ -43,7 +43,7 @@ impl AnyStore {
 impl<H: Hypervisor + Bus> Store<H> for AnyStore {
     fn io_bytes_max(&self) -> u32 {
         match self {
-            AnyStore::NineP(store) => Store::<H>::io_bytes_max(store),
+            AnyStore::NineP(store) => Store::<H>::io_bytes_max(&**store),
             AnyStore::Block(store) => Store::<H>::io_bytes_max(&**store),
         }
     }
@@ -100,7 +100,7 @@ impl<H: Hypervisor + Bus> Store<H> for AnyStore {
 
     fn poll_at_ns(&self) -> Option<u64> {
         match self {
-            AnyStore::NineP(store) => Store::<H>::poll_at_ns(store),
+            AnyStore::NineP(store) => Store::<H>::poll_at_ns(&**store),
             AnyStore::Block(store) => Store::<H>::poll_at_ns(&**store),
         }
     }

@@ -54,10 +54,6 @@ impl<T> Table<T> {
         self.places.len() - self.free.len()
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
     pub fn iter(&self) -> impl Iterator<Item = (Id, &T)> {
         self.places.iter().enumerate().filter_map(|(i, p)| Some((Id(i as u16), p.as_ref()?)))
     }

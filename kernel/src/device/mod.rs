@@ -7,12 +7,14 @@
 mod connect;
 mod open;
 mod publish;
+mod resize;
 
 use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
+use platter_image::FileNo;
 use platter_xen::vbd::Layout;
 use platter_xen::xenbus::{self, Action, Kind, Memory, Rings, View, XenbusState};
 use platter_xen::xenstore::XsError;
@@ -143,6 +145,12 @@ pub struct Device {
     /// Something may have changed: look.
     pub look: bool,
     pub wake_ns: Option<u64>,
+    /// When a raw file's size is looked at next.
+    size_ns: u64,
+    /// The size that the disk should have, if larger than it is.
+    wanted_sectors: u64,
+    /// A file that must be made so long before the disk has grown.
+    grow_tail: Option<(FileNo, u64)>,
     stats_shown: String,
     stats_ns: u64,
     fate: Fate,
@@ -187,6 +195,9 @@ impl Device {
             values: BTreeMap::new(),
             look: true,
             wake_ns: None,
+            size_ns: 0,
+            wanted_sectors: 0,
+            grow_tail: None,
             stats_shown: String::new(),
             stats_ns: 0,
             fate: Fate::Stays,
@@ -220,6 +231,8 @@ impl Device {
         self.open_on(world);
         self.release_on(world);
         self.finish_on(world);
+        self.watch_size(world);
+        self.resize_on(world);
         if self.busy == Busy::No && self.look && self.fate == Fate::Stays {
             self.look = false;
             match self.stage {
@@ -256,7 +269,7 @@ impl Device {
     }
 
     fn read_states(&mut self, xs: &mut Xs) {
-        let mut paths = alloc::vec![self.below_be("state"), self.below_be("online")];
+        let mut paths = Vec::from(["state", "online", "resize"].map(|key| self.below_be(key)));
         paths.extend(self.fe.as_ref().map(|fe| format!("{fe}/state")));
         self.read(xs, Batch::Look, &paths);
     }
@@ -367,13 +380,15 @@ impl Device {
             Some(XenbusState::parse(text).unwrap_or(XenbusState::Unknown))
         };
         let front = self.fe.as_ref().and_then(|fe| state(&format!("{fe}/state")));
+        let own = state(&self.below_be("state"));
+        self.read_resize();
         if front != self.front_seen {
             self.connect_refused = false;
             self.front_seen = front;
         }
         let view = View {
             kind: self.kind,
-            own: state(&self.below_be("state")),
+            own,
             front,
             online: self.text("online").is_some_and(|online| online != "0"),
             image: self.image_state(),

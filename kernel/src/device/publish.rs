@@ -47,7 +47,9 @@ impl Device {
         let Some(disk) = &self.disk else { return };
         let sectors = disk.limits.capacity_sectors.to_string();
         world.xs.write(&format!("{}/sectors", self.be), &sectors, Purpose::None);
-        self.write_state(world.xs, XenbusState::Connected);
+        if self.is_serving() {
+            self.write_state(world.xs, XenbusState::Connected);
+        }
     }
 
     /// Counters, for people and tests: one node a disk, `data/disk/KIND-G-D`.

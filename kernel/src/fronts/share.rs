@@ -1,5 +1,6 @@
 //! A 9p share: its tag is the first word of a disk's path.
 
+use alloc::boxed::Box;
 use alloc::string::String;
 
 use platter_storage::ninep::{BackNodes, Client, Mount, MountStep, Session};
@@ -24,7 +25,8 @@ impl FrontSlot {
             return Err("its tag is taken");
         }
         let name = self.name.clone();
-        let slot = StoreSlot { name, store: AnyStore::NineP(Client::new()), full: false };
+        let store = AnyStore::NineP(Box::new(Client::new()));
+        let slot = StoreSlot { name, store, full: false };
         engine.stores.push(slot).map_err(|_| "too many stores")?;
         let store = engine.stores.len() as u8 - 1;
         let mount = Mount::new(domid, self.frames_max);

@@ -1,0 +1,121 @@
+//! Growing a disk while it is served.
+//!
+//! A raw file is grown by whoever owns the share: its size is looked at now and then. Any other
+//! image is grown by us, when the toolstack's domain writes the new size in bytes to `resize` in
+//! the backend directory. The guest learns of it by `sectors` and our state written once more.
+
+use platter_image::{Format, ResizePlan, SECTOR_BYTES, Stop};
+use platter_storage::{Answer, Store, StoreFault, Submit, Tag};
+use platter_xen::xenstore::decimal;
+use platter_xen::{Bus, Hypervisor};
+
+use super::{Busy, Device, Stage, Surroundings};
+use crate::disk::DiskFile;
+use crate::engine::{Op, OpKind, Stretch, Submitted, move_window};
+use crate::limits::SIZE_NS;
+
+/// The last sector of a file that must be longer.
+const TAIL_BYTES: u32 = 512;
+
+impl Device {
+    /// Asks for the size of a raw file when it is time.
+    pub(super) fn watch_size<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
+        let raw = self.config.as_ref().is_some_and(|config| config.format == Format::Raw);
+        let due = world.now_ns >= self.size_ns;
+        let (true, true, Some(disk)) =
+            (raw && due && self.is_serving(), !self.read_only, &mut self.disk)
+        else {
+            return;
+        };
+        self.size_ns = world.now_ns + SIZE_NS;
+        let DiskFile { handle, can_grow, .. } = disk.files[0];
+        if !can_grow {
+            return;
+        }
+        let op = Op::new(self.index, Stretch { handle, offset: 0, len: 0 }, OpKind::Size);
+        let Ok(id) = world.engine.ops.insert(op) else { return };
+        let slot = &mut world.engine.stores[handle.store as usize];
+        match slot.store.size(world.hv, Tag(id.0 as u32), handle.file) {
+            Ok(Submit::Taken(_)) => disk.ops += 1,
+            Ok(Submit::NoRoom) | Err(_) => {
+                world.engine.ops.take(id);
+            }
+        }
+    }
+
+    /// The raw file's size, as it is now.
+    pub fn size_answer(&mut self, answer: Result<Answer, StoreFault>) {
+        let Some(disk) = &mut self.disk else { return };
+        disk.ops -= 1;
+        disk.kick = true;
+        if let Ok(Answer::Size(bytes)) = answer {
+            self.wanted_sectors = bytes / SECTOR_BYTES;
+        }
+    }
+
+    /// `resize` in the backend directory, in bytes.
+    pub(super) fn read_resize(&mut self) {
+        let bytes = self.values.get(&self.below_be("resize")).and_then(|text| decimal(text));
+        if let Some(bytes) = bytes {
+            self.wanted_sectors = bytes / SECTOR_BYTES;
+        }
+    }
+
+    /// Grows the disk to what is wanted, as soon as nothing stands in the way.
+    pub(super) fn resize_on<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
+        let Some(disk) = self.disk.as_mut().filter(|_| self.stage == Stage::Ready) else { return };
+        if self.grow_tail.is_some() {
+            return self.grow_on(world);
+        }
+        if self.busy != Busy::No || self.wanted_sectors <= disk.image.sectors() {
+            return;
+        }
+        match disk.image.resize(self.wanted_sectors) {
+            Ok(ResizePlan { grow }) => {
+                // A raw file is as long as it says; others must be made so.
+                let raw = self.config.as_ref().is_some_and(|config| config.format == Format::Raw);
+                self.grow_tail = grow.filter(|_| !raw);
+                self.grow_on(world);
+            }
+            Err(Stop::Fault(fault)) => {
+                log::warn!("guest {} disk {}: cannot grow: {fault}", self.guest.0, self.vdev);
+                self.wanted_sectors = 0;
+            }
+            Err(stop) => {
+                if disk.stopped(world.engine, world.hv, stop).is_err() {
+                    self.wanted_sectors = 0;
+                }
+            }
+        }
+    }
+
+    /// Makes the file long enough, flushes, and tells the guest.
+    fn grow_on<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
+        let Some(disk) = &mut self.disk else { return };
+        if let Some((file, bytes)) = self.grow_tail {
+            let offset = bytes.saturating_sub(TAIL_BYTES.into());
+            let stretch = Stretch { handle: disk.handle(file), offset, len: TAIL_BYTES };
+            let zeros = platter_storage::Run {
+                region: world.engine.zeros,
+                offset: 0,
+                len: TAIL_BYTES as usize,
+            };
+            let op = Op::new(self.index, stretch, OpKind::FlushWrite);
+            let submitted = world.engine.submit_write(world.hv, op, &mut |hv, _, window| {
+                move_window(hv, &window, zeros, false);
+                Ok(())
+            });
+            if matches!(submitted, Submitted::NoRoom) {
+                return;
+            }
+            disk.note_flush_op(submitted);
+        }
+        self.grow_tail = None;
+        disk.flush.wanted |= disk.image.is_dirty();
+        let unit = u64::from(disk.limits.sector_bytes) / SECTOR_BYTES;
+        let sectors = disk.image.sectors() / unit * unit;
+        disk.limits.capacity_sectors = sectors;
+        log::info!("guest {} disk {}: now {} MiB", self.guest.0, self.vdev, sectors / 2048);
+        self.republish_size(world);
+    }
+}
