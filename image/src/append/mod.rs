@@ -207,6 +207,11 @@ impl Space {
         (self.next - self.origin).checked_next_multiple_of(align)?.checked_add(self.origin)
     }
 
+    /// The format's offsets reach further now.
+    pub fn reach(&mut self, info: FileInfo, reach: u64) {
+        self.limit = if info.can_grow { reach } else { reach.min(info.size_bytes) };
+    }
+
     /// The first byte not handed out.
     pub fn next(&self) -> u64 {
         self.next

@@ -334,8 +334,9 @@ impl Layer for Vdi {
         ctx.meta.put(file, at::BLOCKS, &count, Phase::HEADER);
         let bytes = map.header.disk_bytes.to_le_bytes();
         ctx.meta.put(file, at::DISK_BYTES, &bytes, Phase::HEADER);
-        // The reach of new blocks has changed: find the end again.
-        (writing.space, writing.scan) = (None, Scan::default());
+        let reach = map.header.data_offset + blocks * map.header.block_bytes;
+        let space = writing.space.as_mut().expect("the map is scanned");
+        space.reach(ctx.files.info(file), reach);
         Ok(ResizePlan { grow: None })
     }
 

@@ -7,6 +7,8 @@
 #[path = "../foreign/mod.rs"]
 mod foreign;
 
+mod flight;
+mod mutate;
 mod qcow;
 mod qed;
 mod vdi;

@@ -1,0 +1,87 @@
+//! Damaged images: bytes changed at random where metadata is, then opened, read, written,
+//! flushed, checked, grown. Whatever is answered, nothing panics and nothing hangs.
+//!
+//! Would miss: what takes more than a few changed bytes; the fuzz targets look for that.
+
+use super::*;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+const SECTORS: u64 = 9000;
+
+/// A written image of each format, and the files beside it.
+fn seeds() -> Vec<(Format, RamFolder)> {
+    let split = [("subformat", "twoGbMaxExtentSparse")];
+    let zero = [("zeroed_grain", "on")];
+    let kinds: [(Format, &[(&str, &str)]); 5] = [
+        (Format::Qed, &[]),
+        (Format::Vdi, &[]),
+        (Format::Qcow, &[]),
+        (Format::Vmdk, &zero),
+        (Format::Vmdk, &split),
+    ];
+    let make = |(format, options): (Format, &[(&str, &str)])| {
+        let folder = RamFolder::new();
+        create(&folder, &CreateParams { options, ..params(format, SECTORS) });
+        let mut engine = open(&folder, "image", rw(format));
+        scribble(&mut engine, &mut vec![0; SECTORS as usize * 512], &mut Rng(1), 12, 200);
+        engine.close().unwrap();
+        (format, folder)
+    };
+    kinds.into_iter().map(make).collect()
+}
+
+/// Uses an image as far as it lets itself be used; says if it opened.
+fn exercise(folder: &RamFolder, format: Format, rng: &mut Rng) -> bool {
+    let Ok(mut engine) = Engine::open(folder, "image", rw(format)) else { return false };
+    let sectors = engine.sectors();
+    let mut bytes = vec![0; 64 * 512];
+    for _ in 0..12 {
+        let sector = rng.below(sectors.clamp(1, SECTORS));
+        let _ = engine.read(sector, &mut bytes[..512 * (1 + rng.below(64) as usize)]);
+        let sector = rng.below(sectors.clamp(1, SECTORS));
+        let _ = match rng.below(4) {
+            0 => engine.write_zeroes(sector, 1 + rng.below(500)),
+            1 => engine.discard(sector, 1 + rng.below(500)),
+            2 => engine.flush(),
+            _ => engine.write(sector, &bytes[..512 * (1 + rng.below(64) as usize)]),
+        };
+    }
+    if sectors < 1 << 24 {
+        let params =
+            platter_image::CheckParams { repair: platter_image::Repair::All, budget_bytes: 0 };
+        let _ = engine.check(params, |_, _| {});
+    }
+    let _ = engine.drive(|image| image.resize(sectors.saturating_add(5000)));
+    let _ = engine.close();
+    true
+}
+
+#[test]
+fn changed_bytes_are_refused_or_served_but_never_a_panic() {
+    let rounds = std::env::var("PLATTER_SEEDS").ok().and_then(|n| n.parse().ok()).unwrap_or(150);
+    for (format, pristine) in seeds() {
+        let mut opened = 0;
+        for seed in 0..rounds {
+            let mut rng = Rng(seed);
+            let folder = RamFolder::new();
+            for name in pristine.names() {
+                let mut bytes = pristine.bytes(&name).unwrap();
+                // Headers, descriptors, directories and the first tables are all in front.
+                let front = bytes.len().min(if rng.below(2) == 0 { 512 } else { 600_000 }) as u64;
+                for _ in 0..1 + rng.below(6) {
+                    let at = rng.below(front) as usize;
+                    let used = (at..bytes.len().min(at + 5000)).find(|&at| bytes[at] != 0);
+                    let at = used.unwrap_or(at);
+                    bytes[at] = [0, 1, 0x7f, 0x80, 0xff, rng.next() as u8][rng.below(6) as usize];
+                }
+                folder.put(&name, bytes);
+            }
+            let run = AssertUnwindSafe(|| exercise(&folder, format, &mut rng));
+            match catch_unwind(run) {
+                Ok(did_open) => opened += u64::from(did_open),
+                Err(_) => panic!("{format:?} seed {seed} panics"),
+            }
+        }
+        assert!(opened > rounds / 4, "{format:?}: only {opened} of {rounds} opened at all");
+    }
+}
