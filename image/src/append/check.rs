@@ -1,6 +1,6 @@
 //! Checking a map: every entry lies in the file, no two name one place, and what lies in the
-//! file and is named by nothing is counted as leaked. It changes nothing: these formats keep no
-//! counts that could be mended, and their leaks end with the file.
+//! file and is named by nothing is counted as leaked. These formats keep no counts that could be
+//! mended, and their leaks end with the file: repair only makes redundant copies equal.
 //!
 //! References are counted in one bitmap of the caller's budget; a file larger than it covers is
 //! gone through once for each window.
@@ -12,7 +12,8 @@ use super::{Entry, Shape, Table};
 use crate::check::{CheckParams, CheckProgress, CheckReport, Repair};
 use crate::fault::ImageFault;
 use crate::format::Ctx;
-use crate::types::{Step, Stop};
+use crate::meta::Phase;
+use crate::types::{FileNo, Step, Stop};
 
 /// Words of the bitmap at least: 8 KiB.
 const WORDS_MIN: usize = 1024;
@@ -115,6 +116,9 @@ impl Checker {
             Ok(_) | Err(Stop::Fault(_)) => {}
             Err(stop) => return Err(stop),
         }
+        if let Some(copy) = copy {
+            ctx.meta.reserve(file, copy)?;
+        }
         // From here on nothing stops: what is marked is marked once.
         if within == 0 && shape.table_bytes() > 0 {
             for table in [Some(at), copy].into_iter().flatten() {
@@ -124,6 +128,9 @@ impl Checker {
         let count = shape.block_clusters(cluster, at, copy);
         for index in 0..count {
             let at = at + index * S::ENTRY_BYTES;
+            if let (true, Some(copy)) = (first_pass, copy) {
+                self.compare::<S>(ctx, file, (at, copy + index * S::ENTRY_BYTES));
+            }
             match shape.entry(ctx, at) {
                 Ok(Entry::Data(offset)) => {
                     let bytes = shape.cluster_bytes();
@@ -143,6 +150,28 @@ impl Checker {
         }
         self.cluster += count;
         Ok(())
+    }
+
+    /// Compares the copies of an entry, both resident. They may differ after a cut between
+    /// their writes: no fault, for the first copy alone counts; repair makes them equal.
+    fn compare<S: Shape>(&mut self, ctx: &mut Ctx, file: FileNo, (at, copy): (u64, u64)) {
+        let mut entries = [[0; 8]; 2];
+        let width = S::ENTRY_BYTES as usize;
+        for (entry, at) in entries.iter_mut().zip([at, copy]) {
+            if ctx.meta.get(file, at, &mut entry[..width]).is_err() {
+                return;
+            }
+        }
+        if entries[0] == entries[1] {
+            return;
+        }
+        let field = "a redundant entry, other than the first copy,";
+        self.report.note(ImageFault::corrupt(file, field, copy, u64::from_le_bytes(entries[1])));
+        if self.repairs {
+            ctx.meta.put(file, copy, &entries[0][..width], Phase::TABLE);
+            self.report.corruptions += 1;
+            self.report.corruptions_fixed += 1;
+        }
     }
 
     fn bad(&mut self, first_pass: bool, fault: ImageFault) {

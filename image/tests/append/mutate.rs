@@ -27,7 +27,19 @@ fn seeds() -> Vec<(Format, RamFolder)> {
         engine.close().unwrap();
         (format, folder)
     };
-    kinds.into_iter().map(make).collect()
+    let mut seeds: Vec<_> = kinds.into_iter().map(make).collect();
+    let data = |number: u64| 3 << 60 | number << 48;
+    let tables = [(0, data(2)), (1, data(0)), (2, 2 << 60), (100, data(1))];
+    for (line, bytes) in [
+        ("RW 3000 VMFSSPARSE", vmdk::cowd(&vec![7; 3000 * 512], &[0, 1, 2, 77, 2999])),
+        ("RW 8000 SESPARSE", vmdk::se_sparse(8000, &tables, 3)),
+    ] {
+        let folder = RamFolder::new();
+        folder.put("image", format!("# x\nCID=1\n{line} \"extent\"\n").into_bytes());
+        folder.put("extent", bytes);
+        seeds.push((Format::Vmdk, folder));
+    }
+    seeds
 }
 
 /// Uses an image as far as it lets itself be used; says if it opened.

@@ -205,6 +205,27 @@ fn a_directory_entry_of_zero_gets_its_tables_before_it_is_written_through() {
 }
 
 #[test]
+fn a_redundant_table_that_differs_is_made_equal_by_repair() {
+    let folder = RamFolder::new();
+    create(&folder, &vmdk("a.vmdk"));
+    scribble_on(&folder, "a.vmdk", Format::Vmdk, &mut model(SECTORS), 4);
+    let good = folder.bytes("a.vmdk").unwrap();
+    let mut bytes = good.clone();
+    let rgd = u64_le(&bytes, 48) as usize * 512;
+    let table = u32_le(&bytes, rgd + 4) as usize * 512;
+    put(&mut bytes, table, &[0; 2048]);
+    folder.put("a.vmdk", bytes);
+    let mut engine = open(&folder, "a.vmdk", rw(Format::Vmdk));
+    let report = check_all(&mut engine);
+    assert!(report.is_sound() && !report.problems.is_empty(), "{report:#?}");
+    let repair = platter_image::Repair::All;
+    let params = platter_image::CheckParams { repair, budget_bytes: 0 };
+    assert!(engine.check(params, |_, _| {}).unwrap().corruptions_fixed > 0);
+    engine.close().unwrap();
+    assert!(folder.bytes("a.vmdk").unwrap() == good);
+}
+
+#[test]
 fn zero_grains_hide_the_parent_and_are_filled_with_zeros_when_written() {
     let scratch = Scratch::new("vmdk-zero");
     let folder = RamFolder::new();
@@ -234,7 +255,7 @@ fn zero_grains_hide_the_parent_and_are_filled_with_zeros_when_written() {
 }
 
 /// ESX's sparse extent: grains of one sector, tables of 4096 entries.
-fn cowd(want: &[u8], written: &[usize]) -> Vec<u8> {
+pub fn cowd(want: &[u8], written: &[usize]) -> Vec<u8> {
     let mut bytes = vec![0; 2048 + 512 + 16384];
     put(&mut bytes, 0, b"COWD");
     let words = [1u32, 3, (want.len() / 512) as u32, 1, 4, 1, 0];
@@ -272,7 +293,7 @@ fn esx_sparse_extents_are_read() {
 }
 
 /// An seSparse extent of one table: the kinds of entries, and grains in no order.
-fn se_sparse(sectors: u64, entries: &[(usize, u64)], grains: u64) -> Vec<u8> {
+pub fn se_sparse(sectors: u64, entries: &[(usize, u64)], grains: u64) -> Vec<u8> {
     let mut bytes = vec![0; 512 * (8 + 64) + (grains * 4096) as usize];
     let words = [
         (0, 0xcafe_babe),
