@@ -15,6 +15,7 @@ use crate::files::{Access, FileInfo, Files};
 use crate::format::{AnyLayer, Ctx, Format, Found, Own, Parent};
 use crate::info::{LayerInfo, SnapshotInfo};
 use crate::meta::Meta;
+use crate::resolve::{Hit, Resolved};
 use crate::types::{
     BlockRef, DiscardPlan, Extent, FileNo, FlushStep, Place, Prepared, ResizePlan, SectorRange,
     Step, Stop, WritePlan,
@@ -35,8 +36,9 @@ pub struct Options {
     pub access: Access,
     /// Other files that the image names may be opened, within the same directory tree.
     pub allow_names: bool,
-    /// Memory for cached metadata, bytes: all that this image will ever hold, but for some
-    /// hundred bytes for each layer of a chain and one or two clusters for compressed formats.
+    /// Memory for cached metadata, bytes: all that this image will ever hold, but for as much
+    /// again for the index of a chain, some hundred bytes for each of its layers, and one or two
+    /// clusters for compressed formats.
     pub budget_bytes: usize,
     /// Freshness for identifiers that a format wants new (VMDK CID, VHDX GUIDs).
     pub seed: u64,
@@ -50,6 +52,13 @@ pub enum OpenStep {
     File { file: FileNo, named_by: FileNo, name: String, access: Access },
     /// The image can be used.
     Ready,
+}
+
+/// A write in flight: the sectors it writes, and those whose place it changes.
+#[derive(Clone, Copy)]
+struct Plan {
+    range: SectorRange,
+    moved: SectorRange,
 }
 
 /// Where a chain walk got to, so that a retry after a miss goes on from there.
@@ -71,6 +80,7 @@ pub struct Image {
     files: Files,
     meta: Meta,
     unpacker: Unpacker,
+    resolved: Resolved,
     layers: Vec<AnyLayer>,
     /// Of each layer: its file, its format and the file below as it names it.
     origins: Vec<(FileNo, Format, Option<Parent>)>,
@@ -78,7 +88,7 @@ pub struct Image {
     alone: bool,
     /// The layer to open next: its file and format; `None` when the chain is complete.
     next: Option<(FileNo, Format)>,
-    plans: [Option<SectorRange>; PLANS_MAX],
+    plans: [Option<Plan>; PLANS_MAX],
     walks: [Option<Walk>; WALKS],
     walk_clock: usize,
     sync_cursor: Option<u16>,
@@ -96,6 +106,7 @@ impl Image {
             files: Files::new(name, options.access, info, options.allow_names),
             meta: Meta::new(options.budget_bytes),
             unpacker: Unpacker::new(0),
+            resolved: Resolved::none(),
             layers: Vec::new(),
             origins: Vec::new(),
             alone: false,
@@ -141,6 +152,12 @@ impl Image {
         // All that serving will need is taken now.
         let unpacked = self.layers.iter().map(|l| l.get_ref().unpacked_bytes()).max();
         self.unpacker = Unpacker::new(unpacked.unwrap_or(0) as usize);
+        if self.layers.len() > 1 {
+            let grains = self.layers.iter().map(|l| l.get_ref().details().cluster_bytes);
+            let grain = grains.filter(|&bytes| bytes > 0).min().unwrap_or(u64::MAX);
+            let grain_sectors = grain / crate::types::SECTOR_BYTES;
+            self.resolved = Resolved::new(self.options.budget_bytes, grain_sectors);
+        }
         Ok(OpenStep::Ready)
     }
 
@@ -271,6 +288,7 @@ impl Image {
             let limit = u64::MAX / crate::types::SECTOR_BYTES;
             return Err(ImageFault::limit(FileNo(0), "sectors", sectors, limit).into());
         }
+        self.resolved.forget_all();
         let mut ctx = ctx!(self);
         self.layers[0].get().resize(&mut ctx, sectors)
     }
@@ -302,7 +320,25 @@ impl Image {
     /// The first piece of `range`, as the image reads now.
     pub fn map_read(&mut self, range: SectorRange) -> Step<Extent> {
         self.check_range(range)?;
+        if self.layers.len() == 1 {
+            return self.walk(range, 0);
+        }
+        if self.resolved.find(range).is_none() {
+            let mut ctx = ctx!(self);
+            // If a walk for others is under way, this one goes alone.
+            self.resolved.resolve(&mut ctx, &mut self.layers, range.start)?;
+        }
+        match self.resolved.find(range) {
+            Some(Hit::Extent(extent)) => Ok(extent),
+            Some(Hit::Layer(layer, range)) => self.walk(range, layer),
+            None => self.walk(range, 0),
+        }
+    }
+
+    /// The first piece of `range`, given that no layer above `from` has anything in it.
+    fn walk(&mut self, range: SectorRange, from: u16) -> Step<Extent> {
         let (mut walk, at) = self.walk_for(range);
+        walk.layer = walk.layer.max(from);
         loop {
             let depth = self.layers.len();
             let layer = self.layers[walk.layer as usize].get();
@@ -347,7 +383,7 @@ impl Image {
     pub fn prepare_write(&mut self, range: SectorRange) -> Step<WritePlan> {
         self.check_range(range)?;
         self.check_writable()?;
-        let overlap = |p: &SectorRange| p.start < range.end() && range.start < p.end();
+        let overlap = |p: &Plan| p.range.start < range.end() && range.start < p.range.end();
         if self.plans.iter().flatten().any(overlap) {
             return Err(Stop::Busy);
         }
@@ -357,17 +393,23 @@ impl Image {
         let mut ctx = ctx!(self);
         let plan = self.layers[0].get().prepare(&mut ctx, slot as u16, range)?;
         assert!(plan.sectors > 0 && plan.sectors <= range.count);
-        self.plans[slot] = Some(range.prefix(plan.sectors));
+        // Head and tail move with the written sectors, and with them where they are read.
+        let start = plan.head.map_or(range.start, |head| head.start);
+        let end = plan.tail.map_or(range.start + plan.sectors, SectorRange::end);
+        self.plans[slot] = Some(Plan {
+            range: range.prefix(plan.sectors),
+            moved: SectorRange::new(start, end - start),
+        });
         Ok(plan)
     }
 
     /// The plan's bytes are written: its mapping becomes visible. Not during a flush.
     pub fn commit(&mut self, prepared: Prepared) {
         assert!(!self.flushing(), "a commit during a flush");
-        let range = self.plans[prepared.slot as usize].take().expect("a plan in flight");
+        let plan = self.plans[prepared.slot as usize].take().expect("a plan in flight");
         let mut ctx = ctx!(self);
         self.layers[0].get().commit(&mut ctx, prepared.slot);
-        self.forget_walks(range);
+        self.forget_walks(plan.moved);
     }
 
     /// The plan could not be carried out.
@@ -383,7 +425,7 @@ impl Image {
     pub fn discard(&mut self, range: SectorRange, zero: bool) -> Step<DiscardPlan> {
         self.check_range(range)?;
         self.check_writable()?;
-        let overlap = |p: &SectorRange| p.start < range.end() && range.start < p.end();
+        let overlap = |p: &Plan| p.range.start < range.end() && range.start < p.range.end();
         if self.flushing() || self.plans.iter().flatten().any(overlap) {
             return Err(Stop::Busy);
         }
@@ -518,6 +560,7 @@ impl Image {
     }
 
     fn forget_walks(&mut self, range: SectorRange) {
+        self.resolved.forget(range);
         for walk in &mut self.walks {
             if walk.is_some_and(|w| w.range.start < range.end() && range.start < w.range.end()) {
                 *walk = None;

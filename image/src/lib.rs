@@ -23,6 +23,7 @@ mod qcow;
 mod qcow2;
 mod qed;
 mod raw;
+mod resolve;
 mod types;
 mod unpack;
 mod vdi;
