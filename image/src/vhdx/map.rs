@@ -37,6 +37,8 @@ pub(super) const ENTRY_PARTIAL: u64 = 7;
 pub(super) const ENTRY_BITMAP: u64 = 6;
 const STATE_MASK: u64 = 7;
 const OFFSET_MASK: u64 = !(MIB - 1);
+/// Largest place of a block: no file is longer than `i64::MAX`.
+const OFFSET_MAX: u64 = 1 << 62;
 
 impl Vhdx {
     /// Byte of the BAT entry of a payload block.
@@ -78,7 +80,11 @@ impl Vhdx {
     }
 
     fn check_place(&self, at: u64, entry: u64, offset: u64, len: u64) -> Result<(), ImageFault> {
-        if offset < MIB || self.in_metadata(offset, len) {
+        if offset > OFFSET_MAX {
+            let field = "VHDX BAT entry, beyond the end of any file";
+            return Err(ImageFault::corrupt(self.file, field, at, entry));
+        }
+        if self.in_metadata(offset, len) {
             let field = "VHDX BAT entry, into the metadata";
             return Err(ImageFault::corrupt(self.file, field, at, entry));
         }

@@ -649,10 +649,10 @@ impl Vhdx {
             State::Full(place) | State::Partial(place) => Some(place),
             _ => None,
         };
-        let hides_parent = state == State::NotPresent && self.geometry.has_parent && zero;
-        // A fixed disk keeps its blocks.
-        let lets_go = place.is_some() && !self.geometry.leave_allocated;
-        if all && (lets_go || hides_parent) {
+        // A fixed disk keeps its blocks. In a child, libvhdi shows the parent through a block of
+        // zeros: good enough for what was let go, not for what must read as zeros.
+        let keeps = self.geometry.leave_allocated || zero && self.geometry.has_parent;
+        if all && place.is_some() && !keeps {
             writer.wait_for_block(block)?;
             ctx.meta.reserve(self.file, self.entry_at(block))?;
             let entry = ENTRY_ZERO.to_le_bytes();
