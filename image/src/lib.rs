@@ -44,3 +44,4 @@ pub use types::{
     BlockRef, DiscardPlan, Extent, FileNo, FlushStep, PRELUDES_MAX, Place, Prelude, Prepared,
     ResizePlan, SECTOR_BYTES, SectorRange, Step, Stop, WritePlan,
 };
+pub use vmdk::VmdkStream;

@@ -11,14 +11,14 @@ use crate::format::Format;
 use crate::types::{FileNo, SECTOR_BYTES};
 
 /// The usual grain, 64 KiB, and the usual entries of a grain table.
-const GRAIN_BYTES: u64 = 64 << 10;
-const TABLE_ENTRIES: u64 = 512;
+pub(super) const GRAIN_BYTES: u64 = 64 << 10;
+pub(super) const TABLE_ENTRIES: u64 = 512;
 /// Room of an embedded descriptor.
-const DESCRIPTOR_SECTORS: u64 = 20;
+pub(super) const DESCRIPTOR_SECTORS: u64 = 20;
 /// Sectors of an extent of the split kinds: 2 GiB.
 const SPLIT_SECTORS: u64 = (2 << 30) / SECTOR_BYTES;
 /// Sectors that the u32 entries of a sparse extent can reach, with room for its tables.
-const SPARSE_SECTORS_MAX: u64 = (1 << 32) - (1 << 26);
+pub(super) const SPARSE_SECTORS_MAX: u64 = (1 << 32) - (1 << 26);
 /// Most extents that are opened again.
 const EXTENTS_MAX: u64 = super::descriptor::EXTENTS_MAX as u64;
 
@@ -63,22 +63,12 @@ pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
     }
     let extents = split(params, kind)?;
     let parent = parent_lines(params)?;
-    let cid = random(params.seed, 0) as u32 & 0x7fff_ffff;
     let mut lines = String::new();
     for (name, sectors) in &extents {
         let (word, end) = if kind.is_flat { ("FLAT", " 0") } else { ("SPARSE", "") };
         lines += &format!("RW {sectors} {word} \"{name}\"{end}\n");
     }
-    let heads = if adapter == "ide" { 16 } else { 255 };
-    let text = format!(
-        "# Disk DescriptorFile\nversion=1\nCID={cid:08x}\n{parent}createType=\"{}\"\n\n\
-         # Extent description\n{lines}\n# The Disk Data Base\n#DDB\n\n\
-         ddb.virtualHWVersion = \"{version}\"\nddb.geometry.cylinders = \"{}\"\n\
-         ddb.geometry.heads = \"{heads}\"\nddb.geometry.sectors = \"63\"\n\
-         ddb.adapterType = \"{adapter}\"\n",
-        kind.name,
-        params.sectors / (63 * heads)
-    );
+    let text = describe(params, kind.name, &parent, &lines, (adapter, version));
     if !kind.is_flat && !kind.is_split {
         let header = sparse(params, zero_grain, (params.sectors, true))?;
         if text.len() as u64 > DESCRIPTOR_SECTORS * SECTOR_BYTES {
@@ -103,15 +93,33 @@ pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
     Ok(create)
 }
 
+/// The descriptor's text.
+pub(super) fn describe(
+    params: &CreateParams,
+    create_type: &str,
+    parent: &str,
+    lines: &str,
+    (adapter, version): (&str, &str),
+) -> String {
+    // All ones would mean "no parent" where a child names it.
+    let cid = random(params.seed, 0) as u32 & 0x7fff_ffff;
+    let heads = if adapter == "ide" { 16 } else { 255 };
+    let cylinders = params.sectors / (63 * heads);
+    format!(
+        "# Disk DescriptorFile\nversion=1\nCID={cid:08x}\n{parent}createType=\"{create_type}\"\n\n\
+         # Extent description\n{lines}\n# The Disk Data Base\n#DDB\n\n\
+         ddb.virtualHWVersion = \"{version}\"\nddb.geometry.cylinders = \"{cylinders}\"\n\
+         ddb.geometry.heads = \"{heads}\"\nddb.geometry.sectors = \"63\"\n\
+         ddb.adapterType = \"{adapter}\"\n"
+    )
+}
+
 /// Names and sectors of the extents.
 fn split(
     params: &CreateParams,
     kind: &Kind,
 ) -> Result<alloc::vec::Vec<(String, u64)>, CreateFault> {
-    let name = params.name;
-    if name.is_empty() || name.contains(['"', '\n', '\r', '/', '\0']) {
-        return Err(CreateFault::new("a VMDK cannot hold its file's name"));
-    }
+    let name = check_name(params.name)?;
     let (stem, suffix) = match name.rsplit_once('.') {
         Some((stem, suffix)) => (stem, format!(".{suffix}")),
         None => (name, String::new()),
@@ -135,6 +143,14 @@ fn split(
         (format!("{stem}-{letter}{:03}{suffix}", n + 1), sectors)
     };
     Ok((0..count).map(extent).collect())
+}
+
+/// A file's name that can stand in a descriptor.
+pub(super) fn check_name(name: &str) -> Result<&str, CreateFault> {
+    if name.is_empty() || name.contains(['"', '\n', '\r', '/', '\0']) {
+        return Err(CreateFault::new("a VMDK cannot hold its file's name"));
+    }
+    Ok(name)
 }
 
 fn parent_lines(params: &CreateParams) -> Result<String, CreateFault> {

@@ -16,6 +16,7 @@ pub(super) const GD_AT_END: u64 = u64::MAX;
 pub(super) const FLAG_NEWLINES: u32 = 1;
 pub(super) const FLAG_REDUNDANT: u32 = 1 << 1;
 pub(super) const FLAG_ZERO_GRAIN: u32 = 1 << 2;
+pub(super) const FLAG_COMPRESSED: u32 = 1 << 16;
 pub(super) const FLAG_MARKERS: u32 = 1 << 17;
 /// Bytes that a text-mode transfer would change: "\n \r\n".
 pub(super) const NEWLINES: [u8; 4] = [b'\n', b' ', b'\r', b'\n'];
@@ -130,6 +131,7 @@ impl Sparse {
         put(56, &(self.directory / SECTOR_BYTES).to_le_bytes());
         put(64, &overhead_sectors.to_le_bytes());
         put(73, &NEWLINES);
+        put(77, &u16::from(self.is_compressed).to_le_bytes());
         bytes
     }
 }

@@ -11,6 +11,7 @@ mod descriptor;
 mod extent;
 mod header;
 mod sparse;
+mod stream;
 
 use alloc::boxed::Box;
 use alloc::vec;
@@ -29,6 +30,7 @@ use crate::info::Details;
 use crate::meta::Phase;
 use crate::types::{DiscardPlan, FileNo, Prepared, SectorRange, Step, WritePlan};
 pub(crate) use create::create;
+pub use stream::VmdkStream;
 
 /// What only a writable layer has.
 struct Writing {

@@ -3,7 +3,7 @@
 //! hand, then read by all who can).
 
 use super::*;
-use platter_image::Backing;
+use platter_image::{Backing, VmdkStream};
 
 /// Ends within a grain; a multiple of 8 KiB, or dissect fails.
 const SECTORS: u64 = 200_000;
@@ -177,6 +177,37 @@ fn stream_optimized_images_of_qemu_are_read_and_not_written() {
         put(&mut bad, edit.0, &edit.1);
         folder.put("b.vmdk", bad);
         open(&folder, "b.vmdk", ro(Format::Vmdk)).read(0, &mut [0; 512]).unwrap_err();
+    }
+}
+
+#[test]
+fn a_stream_written_from_front_to_end_reads_the_same_to_all_readers() {
+    let scratch = Scratch::new("vmdk-out");
+    let mut want: Vec<u8> = (0..SECTORS as u32 * 512).map(|n| (n / 90 * 7) as u8).collect();
+    want[3_000_000..90_000_000].fill(0);
+    let mut stream = VmdkStream::new(&vmdk("o.vmdk")).unwrap();
+    let mut file = stream.start().to_vec();
+    for (n, grain) in want.chunks(stream.grain_bytes()).enumerate() {
+        if grain.iter().any(|&b| b != 0) {
+            let mut whole = grain.to_vec();
+            whole.resize(stream.grain_bytes(), 0);
+            let packed = miniz_oxide::deflate::compress_to_vec_zlib(&whole, 6);
+            file.extend(stream.grain(n as u64, &packed).unwrap());
+        }
+    }
+    file.extend(stream.finish());
+    let folder = RamFolder::new();
+    folder.put("o.vmdk", file);
+    let mut engine = open(&folder, "o.vmdk", ro(Format::Vmdk));
+    assert!(read_all(&mut engine) == want);
+    assert!(check_all(&mut engine).is_sound());
+    copy_out(&folder, &scratch);
+    assert!(scratch.by_qemu("vmdk", "o.vmdk") == want, "QEMU reads it");
+    qemu_check(&scratch, "vmdk", "o.vmdk");
+    for reader in ["libvmdk", "dissect"] {
+        if let Some(disk) = scratch.by_reader(reader, &["o.vmdk"]) {
+            assert!(disk == want, "{reader} reads it");
+        }
     }
 }
 
