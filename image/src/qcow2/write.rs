@@ -217,6 +217,8 @@ impl Qcow2 {
         let end = end.min(cluster + pieces * self.cluster_bytes());
         match first.need {
             Need::InPlace(host) => {
+                // The file may end within the cluster: what is written beyond must be seen.
+                ctx.files.grow(self.data, host + start % self.cluster_bytes() + (end - start));
                 let plan = Plan { state: PlanState::InPlace, ..Plan::default() };
                 self.writer_mut().plans[slot as usize] = plan;
                 Ok(self.plan(slot, start, end, host, (0, 0), heapless::Vec::new()))
@@ -224,6 +226,7 @@ impl Qcow2 {
             Need::Keep(host) => {
                 let at = self.entry_offset(l2.expect("an entry was read"), start);
                 ctx.meta.pin(self.file, at)?;
+                ctx.files.grow(self.data, host + start % self.cluster_bytes() + (end - start));
                 self.writer_mut().plans[slot as usize] = Plan {
                     state: PlanState::Mapping,
                     guest: cluster,
