@@ -33,7 +33,7 @@ tidy:
 	$(CARGO) run -q -p platter-tidy
 
 .PHONY: kernels
-kernels: kernel
+kernels: kernel loadgen
 
 .PHONY: tool
 tool:
@@ -67,6 +67,11 @@ endef
 .PHONY: kernel
 kernel:
 	$(call bare_kernel,platter-kernel,platter)
+
+# A guest that floods its disks, for the rig's scenarios and benches.
+.PHONY: loadgen
+loadgen:
+	$(call bare_kernel,platter-loadgen,loadgen)
 
 # A kernel that tests the machine under Xen, or crashes in the way its command line names.
 .PHONY: probe

@@ -134,11 +134,7 @@ impl Disk {
     ///
     /// # Errors
     /// The node that is of no use.
-    pub fn nodes<G: Guest>(
-        &self,
-        guest: &mut G,
-        xs: &mut XenStore,
-    ) -> Result<DiskNodes, String> {
+    pub fn nodes<G: Guest>(&self, guest: &mut G, xs: &mut XenStore) -> Result<DiskNodes, String> {
         let values = BACK_KEYS.map(|key| {
             let path = format!("{}/{key}", self.back);
             xs.ask(guest, Op::Read { path: &path }).ok()
@@ -174,8 +170,7 @@ impl Wires {
     /// # Errors
     /// When the domain has no memory, grants or ports left.
     pub fn make<G: Guest>(guest: &mut G, to: DomId, shape: Shape) -> Result<Wires, String> {
-        let mut wires =
-            Wires { shape, rings: Vec::new(), ports: Vec::new(), grefs: Vec::new() };
+        let mut wires = Wires { shape, rings: Vec::new(), ports: Vec::new(), grefs: Vec::new() };
         for _ in 0..shape.queues {
             let region = guest.frames_alloc(1 << shape.order).ok_or("no memory for a ring")?;
             wires.grefs.push(grant_all(guest, to, region, true)?);

@@ -196,14 +196,13 @@ impl<'a> Lane<'a> {
             return None;
         }
         let turn = self.issued + 1;
-        let is_due = |every: u64| self.pass.commands && every > 0 && turn.is_multiple_of(every);
+        let is_due = |every: u64| self.pass.commands && every > 0 && turn % every == 0;
         let nodes = &self.link.nodes;
         if nodes.flush && is_due(options.flush_every) {
             self.issued += 1;
             return Some(Ready { slot, work: Work::Flush, block: 0 });
         }
-        let discard =
-            is_due(options.discard_every) && nodes.discard_granularity_bytes.is_some();
+        let discard = is_due(options.discard_every) && nodes.discard_granularity_bytes.is_some();
         let barrier = nodes.flush && is_due(options.barrier_every) && self.is_small();
         let block = self.next_block()?;
         let work = match () {

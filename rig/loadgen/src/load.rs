@@ -11,7 +11,7 @@ use platter_xen::Port;
 use platter_xen::blkif::SEGMENTS_DIRECT_MAX;
 
 use crate::front::{CONNECTED, Disk, Link, connect, disconnect};
-use crate::guest::{Guest, SECOND_NS};
+use crate::guest::{Guest, MS_NS, SECOND_NS};
 use crate::lane::Lane;
 use crate::options::Options;
 use crate::pool::{Pool, PoolShape};
@@ -69,9 +69,8 @@ impl Session {
         xs: &mut XenStore,
         options: &Options,
     ) -> Result<Vec<(String, Report)>, String> {
-        let wanted = |unit: &&mut Unit| {
-            options.disks.is_empty() || options.disks.contains(&unit.disk.vdev)
-        };
+        let wanted =
+            |unit: &&mut Unit| options.disks.is_empty() || options.disks.contains(&unit.disk.vdev);
         let mut units: Vec<&mut Unit> = self.units.iter_mut().filter(wanted).collect();
         if units.is_empty() || units.len() < options.disks.len() {
             return Err(format!("no such disk: {:?}", options.disks));
@@ -171,7 +170,7 @@ impl Unit {
     }
 
     /// `None` before [`prepare`](Self::prepare).
-    fn lane(&mut self, options: &Options, pass: Pass, now_ns: u64) -> Option<Lane<'_>> {
+    fn lane<'a>(&'a mut self, options: &'a Options, pass: Pass, now_ns: u64) -> Option<Lane<'a>> {
         let (link, pool) = (self.link.as_mut()?, self.pool.as_ref()?);
         // What is not verified needs no model, and what is written then voids the one there is.
         if !options.verify && !options.check {
@@ -227,5 +226,10 @@ fn pass<G: Guest>(
             guest.sleep_until(&ports, now_ns + NAP_NS);
         }
     }
-    Ok(lanes.into_iter().map(|lane| lane.finish(guest)).collect())
+    let reports: Vec<Report> = lanes.into_iter().map(|lane| lane.finish(guest)).collect();
+    if !pass.commands {
+        let ms = (guest.now_ns() - start_ns) / MS_NS;
+        log::info!("pass percent={} once={} ms={ms}", pass.read_percent, pass.once);
+    }
+    Ok(reports)
 }

@@ -57,7 +57,13 @@ impl fmt::Display for Report {
         let mbps_tenths = per_second(self.bytes) / 100_000;
         let us = |percent| self.latencies.percentile_ns(percent) / 1000;
         write!(f, "ms={} ios={} ", elapsed_ns / 1_000_000, self.ios())?;
-        write!(f, "iops={} mbps={}.{} ", per_second(self.ios()), mbps_tenths / 10, mbps_tenths % 10)?;
+        write!(
+            f,
+            "iops={} mbps={}.{} ",
+            per_second(self.ios()),
+            mbps_tenths / 10,
+            mbps_tenths % 10
+        )?;
         write!(f, "p50_us={} p95_us={} p99_us={} ", us(50), us(95), us(99))?;
         write!(f, "max_us={} ", self.latencies.max_ns() / 1000)?;
         write!(f, "reads={} writes={} ", self.reads, self.writes)?;
