@@ -50,21 +50,18 @@ pub struct CheckReport {
 
 impl CheckReport {
     /// Counts a break of the format.
-    #[allow(dead_code)]
     pub(crate) fn corrupt(&mut self, problem: ImageFault) {
         self.corruptions += 1;
         self.note(problem);
     }
 
     /// Counts a cluster that is leaked.
-    #[allow(dead_code)]
     pub(crate) fn leak(&mut self, problem: ImageFault) {
         self.leaks += 1;
         self.note(problem);
     }
 
     /// Keeps a problem if there is room.
-    #[allow(dead_code)]
     pub(crate) fn note(&mut self, problem: ImageFault) {
         // The first ones matter: what comes later often follows from them.
         let _ = self.problems.push(problem);
@@ -77,6 +74,8 @@ impl CheckReport {
 }
 
 /// How far a check is.
+// Made once a step and never stored: a box for the report would only cost.
+#[allow(clippy::large_enum_variant)]
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum CheckProgress {
     /// Call again. `done` of `total` in units that only mean progress.

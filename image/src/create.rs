@@ -84,7 +84,6 @@ pub struct CreateWrite<'a> {
 /// Width and byte order of the entries of a generated table.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Entry {
-    Be16,
     Be32,
     Be64,
     Le32,
@@ -96,7 +95,6 @@ pub(crate) enum Entry {
 impl Entry {
     fn bytes(self) -> usize {
         match self {
-            Entry::Be16 => 2,
             Entry::Be32 | Entry::Le32 => 4,
             Entry::Be64 | Entry::Le64 => 8,
             Entry::Be64And(_) => 16,
@@ -105,7 +103,6 @@ impl Entry {
 
     fn emit(self, value: u64, into: &mut [u8]) {
         match self {
-            Entry::Be16 => into.copy_from_slice(&(value as u16).to_be_bytes()),
             Entry::Be32 => into.copy_from_slice(&(value as u32).to_be_bytes()),
             Entry::Be64 => into.copy_from_slice(&value.to_be_bytes()),
             Entry::Le32 => into.copy_from_slice(&(value as u32).to_le_bytes()),
@@ -173,14 +170,12 @@ impl Create {
     }
 
     /// For formats: another file beside the image; gives its number.
-    #[allow(dead_code)]
     pub(crate) fn add_file(&mut self, name: String, bytes: u64) -> usize {
         self.files.push(CreateFile { name: Some(name), bytes });
         self.files.len() - 1
     }
 
     /// For formats: the content of a stretch of a file.
-    #[allow(dead_code)]
     pub(crate) fn put(&mut self, file: usize, offset: u64, content: Content) {
         self.pieces.push(Piece { file, offset, content });
     }
@@ -228,13 +223,11 @@ impl Create {
 }
 
 /// The options of a [`CreateParams`], taken one by one; what is left over is unknown.
-#[allow(dead_code)]
 pub(crate) struct Wanted<'a> {
     options: &'a [(&'a str, &'a str)],
     known: Vec<&'static str>,
 }
 
-#[allow(dead_code)]
 impl<'a> Wanted<'a> {
     pub fn new(options: &'a [(&'a str, &'a str)]) -> Wanted<'a> {
         Wanted { options, known: Vec::new() }
@@ -277,7 +270,6 @@ impl<'a> Wanted<'a> {
 }
 
 /// Numbers for identifiers out of a seed (splitmix64).
-#[allow(dead_code)]
 pub(crate) fn random(seed: u64, n: u64) -> u64 {
     let mut z = seed.wrapping_add((n + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -280,8 +280,6 @@ pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
         Format::Vmdk => crate::vmdk::create(params),
         Format::Vhd => crate::vhd::create(params),
         Format::Vhdx => crate::vhdx::create(params),
-        #[allow(unreachable_patterns)]
-        _ => Err(CreateFault::new("images of this format can only be read and written")),
     }
 }
 

@@ -14,6 +14,7 @@ use crate::fault::{FaultKind, ImageFault};
 use crate::files::{Access, FileInfo, Files};
 use crate::format::{AnyLayer, Ctx, Format, Found, Own, Parent};
 use crate::info::{LayerInfo, SnapshotInfo};
+use crate::merge::TopExtent;
 use crate::meta::Meta;
 use crate::resolve::{Hit, Resolved};
 use crate::types::{
@@ -376,6 +377,22 @@ impl Image {
             self.walks[at] = None;
             return Ok(Extent { sectors, place });
         }
+    }
+
+    /// What the top layer itself holds of the first piece of `range`.
+    pub fn map_top(&mut self, range: SectorRange) -> Step<TopExtent> {
+        self.check_range(range)?;
+        let (found, sectors) = self.layers[0].get().map(&mut ctx!(self), range)?;
+        let place = match found {
+            Found::Data { file, offset } => Some(Place::File { file, offset }),
+            Found::Zero => Some(Place::Zero),
+            Found::Absent => None,
+            Found::Packed(packed) => {
+                let at = self.unpacker.get(&packed)?;
+                Some(Place::Memory { offset: at + packed.skip as usize })
+            }
+        };
+        Ok(TopExtent { sectors, place })
     }
 
     /// Reserves for a write of the first piece of `range`. The plan must be carried out and

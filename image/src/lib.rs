@@ -18,6 +18,7 @@ mod files;
 mod format;
 mod image;
 mod info;
+mod merge;
 mod meta;
 mod qcow;
 mod qcow2;
@@ -40,6 +41,7 @@ pub use files::{Access, FileInfo};
 pub use format::Format;
 pub use image::{DEPTH_MAX, Image, OpenStep, Options, PLANS_MAX};
 pub use info::{Details, LayerInfo, SnapshotInfo};
+pub use merge::{Merge, MergeStep, TopExtent};
 pub use types::{
     BlockRef, DiscardPlan, Extent, FileNo, FlushStep, PRELUDES_MAX, Place, Prelude, Prepared,
     ResizePlan, SECTOR_BYTES, SectorRange, Step, Stop, WritePlan,

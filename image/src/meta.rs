@@ -10,7 +10,6 @@
 use alloc::vec;
 use alloc::vec::Vec;
 
-use crate::fault::ImageFault;
 use crate::types::{BlockRef, FileNo, Step, Stop};
 
 /// Bytes in a cache block. Tables are aligned to 512 bytes at least and entries to their own
@@ -136,12 +135,6 @@ impl Meta {
         let mut b = [0];
         self.get(file, offset, &mut b)?;
         Ok(b[0])
-    }
-
-    pub fn get_u16_be(&mut self, file: FileNo, offset: u64) -> Step<u16> {
-        let mut b = [0; 2];
-        self.get(file, offset, &mut b)?;
-        Ok(u16::from_be_bytes(b))
     }
 
     pub fn get_u32_be(&mut self, file: FileNo, offset: u64) -> Step<u32> {
@@ -298,7 +291,7 @@ impl Meta {
     /// loaded may be filled, so a late answer never overwrites a newer block.
     pub fn fill(&mut self, block: BlockRef, bytes: &[u8]) {
         let Some(slot) = self.find(block.file, block.offset / BLOCK_BYTES) else { return };
-        if self.slots[slot].state != State::Loading || block.offset % BLOCK_BYTES != 0 {
+        if self.slots[slot].state != State::Loading || !block.offset.is_multiple_of(BLOCK_BYTES) {
             return;
         }
         let at = slot * BLOCK_BYTES as usize;
@@ -499,14 +492,5 @@ impl Slot {
         let hit = |u: usize| self.dirty & (1 << u) != 0 && self.phase[u] == phase;
         let first = (0..UNITS).find(|&u| hit(u))?;
         Some((first, (first..UNITS).take_while(|&u| hit(u)).count()))
-    }
-}
-
-/// A helper for formats: a value that must be a multiple of `align`.
-pub fn aligned(file: FileNo, field: &'static str, value: u64, align: u64) -> Step<u64> {
-    if value.is_multiple_of(align) {
-        Ok(value)
-    } else {
-        Err(ImageFault::corrupt(file, field, 0, value).into())
     }
 }

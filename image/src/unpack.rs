@@ -144,16 +144,6 @@ impl Unpacker {
         }
     }
 
-    /// Drops what is kept of clusters that start in a stretch which changed hands.
-    pub fn forget(&mut self, file: FileNo, offset: u64, len: u64) {
-        for slot in &mut self.slots {
-            let within = slot.offset >= offset && slot.offset - offset < len;
-            if slot.file == file && within && slot.state == State::Ready {
-                slot.state = State::Free;
-            }
-        }
-    }
-
     fn find(&self, packed: &Packed) -> Option<usize> {
         self.slots.iter().position(|slot| {
             slot.state != State::Free && slot.file == packed.file && slot.offset == packed.offset
@@ -311,8 +301,6 @@ mod tests {
         assert_eq!(unpacker.bytes(at, 65536), data);
         // Kept: no further miss.
         assert_eq!(unpacker.get(&cluster), Ok(at));
-        unpacker.forget(FileNo(0), 1024, 512);
-        assert!(matches!(unpacker.get(&cluster), Err(Stop::Miss(_))));
 
         let short = miniz_oxide::deflate::compress_to_vec(&data[..65535], 6);
         let mut unpacker = Unpacker::new(65536);

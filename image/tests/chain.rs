@@ -8,7 +8,9 @@ mod foreign;
 use std::time::Instant;
 
 use foreign::*;
-use platter_image::{Backing, CreateParams, Extent, Format, Options, Place, SectorRange};
+use platter_image::{
+    Backing, CreateParams, Extent, Format, Merge, MergeStep, Options, Place, SectorRange,
+};
 use platter_tool::engine::Engine;
 use platter_tool::medium::RamFolder;
 
@@ -111,6 +113,49 @@ fn pieces_in_a_row_are_one_extent() {
     assert!(matches!(extent, Extent { sectors: 2048, place: Place::File { .. } }), "{extent:?}");
     let extent = engine.map(SectorRange::new(3, 2048)).unwrap();
     assert!(matches!(extent, Extent { sectors: 2048, place: Place::File { .. } }), "{extent:?}");
+}
+
+/// Carries out a commit of `over` into `below`, as the tool and the kernel do.
+fn merge(folder: &RamFolder, over: &str, below: &str, format: Format) {
+    let mut overlay = Engine::open_alone(folder, over, ro(Q)).unwrap();
+    let mut base = open(folder, below, rw(format));
+    if base.sectors() < overlay.sectors() {
+        base.resize(overlay.sectors()).unwrap();
+    }
+    let mut merge = Merge::new();
+    loop {
+        match overlay.drive(|image| merge.step(image)).unwrap() {
+            MergeStep::Copy { range, .. } => {
+                let mut bytes = vec![0; range.bytes() as usize];
+                overlay.read(range.start, &mut bytes).unwrap();
+                base.write(range.start, &bytes).unwrap();
+            }
+            MergeStep::Zero { range } => base.write_zeroes(range.start, range.count).unwrap(),
+            MergeStep::Done => break,
+        }
+    }
+    assert_eq!(merge.done_sectors(), overlay.sectors());
+    base.close().unwrap();
+}
+
+#[test]
+fn an_overlay_is_committed_into_the_image_below_it() {
+    let folder = RamFolder::new();
+    let sectors = 20_000;
+    let mut model = chain(&folder, 4, sectors, 16384);
+    let mut engine = open(&folder, "3.qcow2", rw(Q));
+    let mut rng = Rng(4);
+    scribble(&mut engine, &mut model, &mut rng, 20, 500);
+    engine.write_zeroes(5000, 3000).unwrap();
+    model[5000 * 512..8000 * 512].fill(0);
+    engine.close().unwrap();
+    for (over, below, format) in
+        [("3.qcow2", "2.qcow2", Q), ("2.qcow2", "1.qcow2", Q), ("1.qcow2", "base.raw", Format::Raw)]
+    {
+        merge(&folder, over, below, format);
+        let mut engine = open(&folder, below, ro(format));
+        assert!(read_all(&mut engine) == model, "{over} into {below}");
+    }
 }
 
 /// Nanoseconds of one mapping of a random 4 KiB, warm.

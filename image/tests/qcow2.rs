@@ -19,10 +19,6 @@ fn new(options: &[(&str, &str)], sectors: u64) -> Vec<u8> {
     made(&CreateParams { options, ..params(Q, sectors) })
 }
 
-fn put32(bytes: &mut [u8], at: usize, value: u32) {
-    bytes[at..at + 4].copy_from_slice(&value.to_be_bytes());
-}
-
 fn put64(bytes: &mut [u8], at: usize, value: u64) {
     bytes[at..at + 8].copy_from_slice(&value.to_be_bytes());
 }
