@@ -12,8 +12,8 @@ IMAGES=/srv/images
 CONFIGS=/job/xen-config
 RUN=/run/rig
 READY_PATTERN="store 'images' is up"
-# Seconds for what has no limit of its own: a guest's boot, a job. Emulation on a busy host is slow.
-PATIENCE=150
+# Seconds for what has no limit of its own: a guest's boot, a job; times SLOWNESS, as all waits.
+PATIENCE=100
 
 # --- telling ---------------------------------------------------------------------------------
 
@@ -56,11 +56,12 @@ expect_match() {
     printf '%s\n' "$3" | grep -Eq -- "$2" || fail "$1: nothing like '$2' in: $3"
 }
 
-# within SECONDS COMMAND...: repeats COMMAND until it succeeds; fails after SECONDS.
+# within SECONDS COMMAND...: repeats COMMAND until it succeeds; fails after SECONDS (as many times
+# more as the host is slow).
 within() {
     local now limit
     read -r now _ </proc/uptime
-    limit=$((${now%.*} + $1))
+    limit=$((${now%.*} + $1 * ${SLOWNESS:-1}))
     shift
     until "$@" >/dev/null; do
         read -r now _ </proc/uptime
@@ -110,6 +111,23 @@ create_storage() {
     start_9p_server storage
     step "storage domain: wait until it is ready"
     within 30 console_has storage "$READY_PATTERN" || fail "the storage domain is not ready"
+}
+
+# create_storage_on CONFIG [NAME=VALUE...]: the storage domain on other stores than a 9p share.
+create_storage_on() {
+    step "storage domain: create"
+    create_storage_domain "$@"
+    [ "$READY_PATTERN" != "store 'images' is up" ] || READY_PATTERN="'xvda' is up"
+    within 30 console_has storage "$READY_PATTERN" || fail "the storage domain is not ready"
+}
+
+# on_store VDEV TARGET: the text of a disk line for any target.
+on_store() { echo "vdev=$1,backend=storage,format=raw,target=$2"; }
+
+# partition_nodes DEVICE: makes the device nodes of its partitions, for dom0 runs no udev.
+partition_nodes() {
+    partprobe "$1" 2>/dev/null || blockdev --rereadpt "$1" 2>/dev/null || true
+    within 5 test -b "${1}p1" || fail "$1 shows no partitions"
 }
 
 # create_storage_domain CONFIG [NAME=VALUE...]: only the domain, without a 9p server.
@@ -209,7 +227,7 @@ create_guest_only() {
 # wait_guest NAME [COUNT]: until it is up for more than the COUNT-th time (0).
 wait_guest() {
     step "$1: wait until Linux is up"
-    within "$PATIENCE" ready_more_than "$1" "${2:-0}" || fail "guest $1 does not come up"
+    within $PATIENCE ready_more_than "$1" "${2:-0}" || fail "guest $1 does not come up"
     rm -f "$RUN/$1.tty"
 }
 

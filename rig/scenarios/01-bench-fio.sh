@@ -68,5 +68,6 @@ measure() {
 
 # cpu_seconds: what dom0 and the storage domain have used so far, to 0.1 s.
 cpu_seconds() {
-    xl list | awk '$1 == "Domain-0" { d = $6 } $1 == "storage" { s = $6 } END { print d + 0, s + 0 }'
+    xl list | awk '$1 == "Domain-0" { d = $6 } $1 == "storage" { s = $6 }
+        END { print d + 0, s + 0 }'
 }

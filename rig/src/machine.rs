@@ -22,6 +22,8 @@ use crate::suite::{Layout, Suite, text};
 
 /// How long dom0 may take from power-on to its first line, on a busy machine.
 const BOOT_SECONDS: u64 = 180;
+/// The most that dom0 multiplies limits by on a busy host.
+const SLOWNESS_MAX: u64 = 8;
 /// Grace beyond a scenario's own limit, for collecting its logs and cleaning up after it.
 const SILENCE_SECONDS: u64 = 120;
 /// How often the progress file is looked at.
@@ -198,7 +200,7 @@ impl Job<'_> {
     fn patience(&self, name: &str) -> Duration {
         let scenario = self.scenarios.iter().find(|scenario| scenario.name == name);
         let limit = scenario.map_or(0, |scenario| scenario.timeout_seconds);
-        Duration::from_secs(limit + SILENCE_SECONDS)
+        Duration::from_secs(limit * SLOWNESS_MAX + SILENCE_SECONDS)
     }
 
     /// QEMU's command line, run from its own root by that root's own loader.
@@ -352,7 +354,8 @@ impl Machine {
                 }
             }
         });
-        Some(String::from_utf8_lossy(&saved.stdout).trim().to_owned())
+        let state = String::from_utf8_lossy(&saved.stdout).trim().to_owned();
+        (!state.is_empty()).then_some(state)
     }
 }
 
