@@ -167,11 +167,10 @@ impl Disk {
                 if op.done < op.stretch.len && op.kind != OpKind::FlushWrite {
                     return self.write_rest(engine, hv, op);
                 }
-                match op.done == op.stretch.len {
-                    true => Ok(()),
-                    // Its bytes are gone from the scratch region: the flush is run again.
-                    false => Err(Fault::Store(StoreFault::NoSpace)),
+                if op.done < op.stretch.len {
+                    return self.flush_write_short();
                 }
+                Ok(())
             }
         };
         match op.kind {

@@ -197,6 +197,7 @@ impl Disk {
             sectors: 0,
             planned: 0,
             in_flight: 0,
+            parked: false,
             failed: None,
             segments: 0,
         };
@@ -222,7 +223,7 @@ impl Disk {
         };
         engine.segments.set(id, &segments);
         if self.plan(engine, hv, id) == Progress::Parked {
-            self.waiting.push_back(id).expect("as many places as requests");
+            self.park(engine, id);
         }
     }
 
@@ -316,15 +317,23 @@ impl Disk {
         let mut went_on = false;
         for _ in 0..self.waiting.len() {
             let id = self.waiting.pop_front().expect("counted");
-            let before = engine.requests.get(id).planned;
+            let request = engine.requests.get(id);
+            request.parked = false;
+            let before = request.planned;
             if self.plan(engine, hv, id) == Progress::Parked {
                 went_on |= engine.requests.find(id).is_some_and(|r| r.planned != before);
-                self.waiting.push_back(id).expect("just taken out");
+                self.park(engine, id);
             } else {
                 went_on = true;
             }
         }
         went_on
+    }
+
+    /// Puts a request that has more to plan among the waiting.
+    pub fn park<S>(&mut self, engine: &mut Engine<S>, id: Id) {
+        engine.requests.get(id).parked = true;
+        self.waiting.push_back(id).expect("as many places as requests");
     }
 
     /// A planner stopped: do what it needs, or say why the request fails. `Ok` means: wait.
@@ -438,7 +447,8 @@ impl Disk {
     /// Answers a request whose every part is done, or sends it to wait for its flush.
     pub fn settle<H: Hypervisor, S>(&mut self, engine: &mut Engine<S>, hv: &mut H, id: Id) {
         let request = engine.requests.get(id);
-        if request.stage != Stage::Moving || !request.is_moved() {
+        // A parked one is ended by the retry that takes it out of the queue.
+        if request.parked || request.stage != Stage::Moving || !request.is_moved() {
             return;
         }
         if request.flush_after && request.failed.is_none() {

@@ -328,6 +328,18 @@ impl<S> Engine<S> {
         *place
     }
 
+    /// An operation of a disk that is closed was answered: what it holds is free.
+    pub fn orphaned(&mut self, op: &Op) {
+        if let OpKind::MetaRead { buffer, .. } = op.kind {
+            self.gather.give_back(buffer);
+        }
+    }
+
+    /// Operations of the disk in this place are under way.
+    pub fn has_ops_of(&self, disk: u16) -> bool {
+        self.ops.iter().any(|(_, op)| op.disk == disk)
+    }
+
     /// The run of a job's bounce buffer.
     pub fn bounce(&self, job: Id, offset: usize, len: usize) -> Run {
         assert!(offset + len <= BOUNCE_BYTES);

@@ -19,6 +19,10 @@ use crate::table::Id;
 /// Longest single write of a flush plan, bytes: the scratch region's size.
 pub const STEP_BYTES_MAX: usize = 64 * 1024;
 
+/// How often a flush is run again because the store took only a part of a write: a store that
+/// is not full does so rarely.
+const TRIES_MAX: u8 = 16;
+
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Mode {
     Idle,
@@ -58,6 +62,10 @@ pub struct FlushRun {
     /// Operations under way.
     ops: u16,
     failed: Option<Fault>,
+    /// A write was done in part, and its bytes are gone from the scratch region: run it again.
+    short: bool,
+    /// How often this flush was run again.
+    tries: u8,
     /// When dirty metadata was first seen, for the lazy flush.
     pub dirty_since_ns: Option<u64>,
     /// For bytes that found no room in their store, and for indirect segments.
@@ -74,6 +82,8 @@ impl FlushRun {
             pending: None,
             ops: 0,
             failed: None,
+            short: false,
+            tries: 0,
             dirty_since_ns: None,
             scratch,
         }
@@ -101,6 +111,12 @@ impl Disk {
             Mode::Idle | Mode::Draining => {}
         }
         self.end_flush(engine, hv);
+    }
+
+    /// A flush write was done in part.
+    pub fn flush_write_short(&mut self) {
+        self.flush.short = true;
+        self.flush_op_done(Ok(()));
     }
 
     /// A flush operation was answered.
@@ -136,7 +152,8 @@ impl Disk {
             }
         }
         let mode = Mode::SyncOnly { next: 0 };
-        self.flush = FlushRun { number, mode, ..FlushRun::new(self.flush.scratch) };
+        let tries = self.flush.tries;
+        self.flush = FlushRun { number, mode, tries, ..FlushRun::new(self.flush.scratch) };
         if self.image.is_dirty() {
             self.flush.mode = Mode::Plan;
             self.parity ^= 1;
@@ -292,9 +309,19 @@ impl Disk {
             return;
         }
         self.flush.mode = Mode::Idle;
+        let short = core::mem::take(&mut self.flush.short) && self.flush.failed.is_none();
+        if short && self.flush.tries >= TRIES_MAX {
+            self.flush.failed = Some(Fault::Store(StoreFault::NoSpace));
+        }
+        let again = short && self.flush.failed.is_none();
+        self.flush.tries = if again { self.flush.tries + 1 } else { 0 };
         if with_plan {
-            self.image.flush_end(self.flush.failed.is_none());
+            self.image.flush_end(self.flush.failed.is_none() && !again);
             self.commit_waiting(engine, hv);
+        }
+        if again {
+            self.flush_again(engine);
+            return;
         }
         let number = self.flush.number;
         let covered: heapless::Vec<Id, { crate::limits::REQUESTS_MAX }> = engine
@@ -314,6 +341,17 @@ impl Disk {
         self.kick = true;
     }
 
+    /// Whoever waited for the flush waits for the next one.
+    fn flush_again<S>(&mut self, engine: &mut Engine<S>) {
+        for request in engine.requests.iter_mut().filter(|r| r.disk == self.index) {
+            if let Stage::FlushFirst { by } | Stage::FlushAfter { by } = &mut request.stage {
+                *by = None;
+            }
+        }
+        self.flush.wanted = true;
+        self.kick = true;
+    }
+
     /// A request's flush is done: it goes on to its write, or is answered.
     fn flushed<H: Hypervisor, S: Store<H>>(&mut self, engine: &mut Engine<S>, hv: &mut H, id: Id) {
         let request = engine.requests.get(id);
@@ -325,7 +363,7 @@ impl Disk {
         request.stage = Stage::Moving;
         self.flush_waiters -= 1;
         if self.plan(engine, hv, id) == Progress::Parked {
-            self.waiting.push_back(id).expect("as many places as requests");
+            self.park(engine, id);
         }
     }
 }

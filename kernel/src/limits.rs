@@ -17,6 +17,8 @@ pub const QUANTUM_REQUESTS: usize = 16;
 pub const OPS_MAX: usize = 256;
 /// Copy jobs (copy-on-write, zeroing of new tables) at once; each holds one bounce buffer.
 pub const JOBS_MAX: usize = 8;
+/// Reasons of refused disks kept in `error/backend`: three nodes of our quota each.
+pub const EXPLAINED_MAX: usize = 16;
 /// Bytes of a bounce buffer: a default qcow2 cluster.
 pub const BOUNCE_BYTES: usize = 64 * 1024;
 /// Segments of one request, indirect ones included (Linux blkback's limit).

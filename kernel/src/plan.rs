@@ -48,11 +48,14 @@ impl Disk {
                 request.start + request.planned,
                 request.sectors - request.planned,
             );
+            // Held meanwhile: a part that fails at once must not end the request under us.
+            request.in_flight += 1;
             let step = match request.kind {
                 Kind::Read => self.plan_read(engine, hv, id, range),
                 Kind::Write | Kind::Flush => self.plan_write(engine, hv, id, range),
                 Kind::Discard => self.plan_discard(engine, hv, id, range),
             };
+            engine.requests.get(id).in_flight -= 1;
             match step {
                 Ok(Step::Sectors(sectors)) => engine.requests.get(id).planned += sectors,
                 Ok(Step::Park) => return Progress::Parked,

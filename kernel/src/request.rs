@@ -76,6 +76,8 @@ pub struct Request {
     pub planned: u64,
     /// Store operations and jobs under way for it.
     pub in_flight: u16,
+    /// It stands among its disk's waiting requests: whoever ends it must take it out there.
+    pub parked: bool,
     pub failed: Option<Fault>,
     /// How many segments it has in [`Segments`].
     pub segments: u16,

@@ -176,8 +176,9 @@ impl Server {
         if op.kind == OpKind::Size {
             return device.size_answer(done.result);
         }
-        if let Some(disk) = &mut device.disk {
-            disk.answered(&mut self.engine, hv, op, done);
+        match &mut device.disk {
+            Some(disk) => disk.answered(&mut self.engine, hv, op, done),
+            None => self.engine.orphaned(&op),
         }
     }
 

@@ -54,6 +54,10 @@ impl<T> Table<T> {
         self.places.len() - self.free.len()
     }
 
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
+        self.places.iter_mut().filter_map(Option::as_mut)
+    }
+
     pub fn iter(&self) -> impl Iterator<Item = (Id, &T)> {
         self.places.iter().enumerate().filter_map(|(i, p)| Some((Id(i as u16), p.as_ref()?)))
     }

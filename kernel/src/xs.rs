@@ -1,7 +1,9 @@
 //! The server's xenstore connection: each request carries its purpose, and gets it back with
 //! the answer. Control path only: allocates, bounded by the client's queue.
 
-use alloc::collections::BTreeMap;
+use alloc::collections::{BTreeMap, VecDeque};
+use alloc::format;
+use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
 use platter_xen::xenbus::XenbusState;
@@ -9,6 +11,7 @@ use platter_xen::xenstore::{Client, Event, Op, Token, TxId, XsError};
 use platter_xen::{Hypervisor, Port, Region};
 
 use crate::fronts::FrontKind;
+use crate::limits::EXPLAINED_MAX;
 
 /// What an answer is for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,6 +55,8 @@ pub enum Purpose {
 
 pub struct Xs {
     client: Client,
+    /// Disks whose refusals stand in `error/backend`, oldest first.
+    explained: VecDeque<String>,
     purposes: BTreeMap<u32, Purpose>,
     next: u32,
     /// Requests that could not be queued: never silently lost.
@@ -74,7 +79,9 @@ pub enum XsEvent {
 
 impl Xs {
     pub fn new<H: Hypervisor>(hv: &H, page: Region, port: Port) -> Xs {
-        Xs { client: Client::new(hv, page, port), purposes: BTreeMap::new(), next: 1, lost: 0 }
+        let client = Client::new(hv, page, port);
+        let (purposes, explained) = (BTreeMap::new(), VecDeque::new());
+        Xs { client, explained, purposes, next: 1, lost: 0 }
     }
 
     pub fn port(&self) -> Port {
@@ -92,6 +99,23 @@ impl Xs {
 
     pub fn write(&mut self, path: &str, value: &str, purpose: Purpose) {
         self.submit(Op::Write { path, value: value.as_bytes() }, purpose);
+    }
+
+    /// Says in `error/backend/KIND/GUEST/DISK/error` why a disk is refused. Only the last of
+    /// these stay: they outlive their disks, and each counts against our quota of nodes.
+    pub fn explain(&mut self, name: &str, reason: &str) {
+        self.write(&format!("error/backend/{name}/error"), reason, Purpose::None);
+        self.explained.retain(|known| known != name);
+        self.explained.push_back(name.to_string());
+        if self.explained.len() <= EXPLAINED_MAX {
+            return;
+        }
+        let Some(oldest) = self.explained.pop_front() else { return };
+        // The guest's directory goes with its last disk.
+        let guest = oldest.rsplit_once('/').map_or(oldest.as_str(), |(guest, _)| guest);
+        let alone = !self.explained.iter().any(|known| known.starts_with(&format!("{guest}/")));
+        let gone = if alone { guest } else { &oldest };
+        self.remove(&format!("error/backend/{gone}"), Purpose::None);
     }
 
     pub fn remove(&mut self, path: &str, purpose: Purpose) {

@@ -11,6 +11,8 @@ pub struct Hostile {
 }
 
 impl Hostile {
+    pub fn join(_: &mut crate::world::World, _: &mut crate::rng::Rng) {}
+
     pub fn run(&mut self, _: &mut Machine, _: &mut Xenstore, _now_ns: u64) -> Option<u64> {
         None
     }

@@ -13,6 +13,7 @@ pub mod machine;
 pub mod ninep;
 pub mod oracle;
 pub mod rng;
+pub mod swarm;
 pub mod toolstack;
 pub mod world;
 pub mod xenstore;

@@ -44,8 +44,13 @@ struct Grant {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Channel {
     Free,
-    Unbound { peer: u16 },
-    Bound { peer: u16, port: u32 },
+    Unbound {
+        peer: u16,
+    },
+    Bound {
+        peer: u16,
+        port: u32,
+    },
     /// The other end is gone.
     Dangling,
 }
@@ -551,10 +556,8 @@ impl Hypervisor for View<'_> {
         let port = self.machine.new_port(caller)?;
         let here = self.machine.port_mut(caller, port);
         // Xen raises the event once at binding: something may have been missed before.
-        *here = PortState {
-            channel: Channel::Bound { peer: domid.0, port: remote.0 },
-            pending: true,
-        };
+        *here =
+            PortState { channel: Channel::Bound { peer: domid.0, port: remote.0 }, pending: true };
         self.machine.port_mut(domid.0, remote.0).channel = Channel::Bound { peer: caller, port };
         Ok(Port(port))
     }

@@ -395,7 +395,9 @@ impl Server {
         };
         let (mode, size) = (file.mode, file.live.len() as u64);
         match request {
-            Request::Getattr { .. } => Answer::Getattr { qid, mode, size, blksize: 4096, blocks: 0 },
+            Request::Getattr { .. } => {
+                Answer::Getattr { qid, mode, size, blksize: 4096, blocks: 0 }
+            }
             Request::Lopen { .. } => {
                 assert!(mode & MODE_KIND_MASK == 0o100_000, "opened what is not a regular file");
                 Answer::Lopen { qid, iounit: 0 }

@@ -83,9 +83,8 @@ fn is_privileged(domain: u16) -> bool {
 
 /// Is `path` the place of `watch`, or below it?
 fn is_below(path: &str, watch: &str) -> bool {
-    path.strip_prefix(watch).is_some_and(|rest| {
-        rest.is_empty() || rest.starts_with('/') || watch == "/"
-    })
+    path.strip_prefix(watch)
+        .is_some_and(|rest| rest.is_empty() || rest.starts_with('/') || watch == "/")
 }
 
 impl Xenstore {
@@ -428,7 +427,11 @@ impl Xenstore {
         assert!(!path.is_empty() && !path.ends_with('/'), "platter asks for '{path}' (XSA-481)");
         let ok = || b"OK\0".to_vec();
         match kind {
-            1 => Ok(self.list(me, path)?.iter().flat_map(|n| format!("{n}\0").into_bytes()).collect()),
+            1 => Ok(self
+                .list(me, path)?
+                .iter()
+                .flat_map(|n| format!("{n}\0").into_bytes())
+                .collect()),
             2 => self.read(me, path).map(<[u8]>::to_vec),
             4 => {
                 if self.wired_watches() >= WATCHES_MAX {

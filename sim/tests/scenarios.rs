@@ -11,5 +11,5 @@ fn one_guest_reads_what_it_wrote() {
     let mut world = World::new(1, 8192);
     world.add_guest(Format::Raw, 2048, Habits::calm());
     world.run_guests(60_000 * MS);
-    world.wind_up();
+    world.wind_up(false);
 }

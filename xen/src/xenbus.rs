@@ -93,6 +93,8 @@ pub struct Memory {
     wrote_at_ns: u64,
     /// Our first InitWait has been followed by another state.
     served: bool,
+    /// Since when the toolstack has wanted the device gone.
+    offline_since_ns: Option<u64>,
 }
 
 impl Memory {
@@ -101,6 +103,11 @@ impl Memory {
         self.served |= self.wrote == Some(XenbusState::InitWait) && state != XenbusState::InitWait;
         self.wrote = Some(state);
         self.wrote_at_ns = now_ns;
+    }
+
+    /// `online` was read: before each [`decide`].
+    pub fn saw_online(&mut self, online: bool, now_ns: u64) {
+        self.offline_since_ns = (!online).then(|| self.offline_since_ns.unwrap_or(now_ns));
     }
 }
 
@@ -191,12 +198,15 @@ impl View {
         if own != Closed {
             return Action::Write(Closed);
         }
+        // A Closed from before the toolstack came stands for it no longer than one written now.
         self.once_visible(CLOSED_VISIBLE_NS, Action::DeleteBackend)
     }
 
-    /// `action`, but not before our last write has stood for `visible_ns`.
+    /// `action`, but not before our last write has stood for `visible_ns`, nor so soon after
+    /// the toolstack began to wait for it.
     fn once_visible(&self, visible_ns: u64, action: Action) -> Action {
-        let stood_ns = self.now_ns.saturating_sub(self.memory.wrote_at_ns);
+        let since_ns = self.memory.wrote_at_ns.max(self.memory.offline_since_ns.unwrap_or(0));
+        let stood_ns = self.now_ns.saturating_sub(since_ns);
         match visible_ns.checked_sub(stood_ns) {
             None | Some(0) => action,
             Some(rest_ns) => Action::WaitFor(rest_ns),

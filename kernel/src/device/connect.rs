@@ -83,7 +83,7 @@ impl Device {
             let (guest, vdev) = (self.guest.0, &self.vdev);
             log::warn!("guest {guest} disk {vdev}: cannot connect its frontend: {why}");
             let reason = format!("cannot connect the frontend: {why}");
-            world.xs.write(&format!("error/backend/{}/error", self.name), &reason, Purpose::None);
+            world.xs.explain(&self.name, &reason);
         }
         if let Some(disk) = &mut self.disk {
             disk.stats.connect_refused();

@@ -231,6 +231,9 @@ impl Device {
         self.open_on(world);
         self.release_on(world);
         self.finish_on(world);
+        if self.stage == Stage::Finished {
+            self.leave(world);
+        }
         self.watch_size(world);
         self.resize_on(world);
         if self.busy == Busy::No && self.look && self.fate == Fate::Stays {
@@ -386,11 +389,13 @@ impl Device {
             self.connect_refused = false;
             self.front_seen = front;
         }
+        let online = self.text("online").is_some_and(|online| online != "0");
+        self.memory.saw_online(online, world.now_ns);
         let view = View {
             kind: self.kind,
             own,
             front,
-            online: self.text("online").is_some_and(|online| online != "0"),
+            online,
             image: self.image_state(),
             rings: self.rings,
             connect_refused: self.connect_refused,

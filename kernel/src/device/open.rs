@@ -21,6 +21,9 @@ use crate::xs::Purpose;
 const SHARED: &str = "the image is in use by another disk: a writer must be alone; \
                       detach the other disk, or attach both read-only";
 
+/// The backend directory of a device that has left: nothing lies there.
+const NOWHERE: &str = "-";
+
 impl Device {
     /// The disk cannot be served: the reason goes to the three places where people look.
     pub(super) fn fail<H: Hypervisor + Bus>(
@@ -29,7 +32,7 @@ impl Device {
         reason: &str,
     ) {
         log::warn!("guest {} disk {}: {reason}", self.guest.0, self.vdev);
-        world.xs.write(&format!("error/backend/{}/error", self.name), reason, Purpose::None);
+        world.xs.explain(&self.name, reason);
         world.xs.write(&self.below_be("hotplug-error"), reason, Purpose::None);
         self.close_files(world);
         self.stage = Stage::Failed;
@@ -121,6 +124,13 @@ impl Device {
         store: u8,
         answer: Result<Answer, StoreFault>,
     ) {
+        if !matches!(self.stage, Stage::AskTop | Stage::Opening(Opening::File(_))) {
+            // The device was taken away meanwhile.
+            if let Ok(Answer::Opened(opened)) = answer {
+                world.engine.stores[store as usize].store.close(world.hv, opened.file);
+            }
+            return;
+        }
         if self.stage == Stage::AskTop && answer == Err(StoreFault::Gone) {
             self.stage = Stage::WaitStore;
             return;
@@ -283,6 +293,9 @@ impl Device {
     fn finished<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>, then: Then) {
         self.close_files(world);
         self.stage = Stage::Finished;
+        if !self.stats_shown.is_empty() {
+            world.xs.remove(&self.stats_path(), Purpose::None);
+        }
         let purpose = Purpose::DeviceRemoved { index: self.index, serial: self.serial };
         match then {
             Then::DeleteBackend => {
@@ -292,7 +305,17 @@ impl Device {
             }
             Then::Forget => world.xs.unwatch(&self.front_state(), self.watch()),
         }
-        self.fate = Fate::Gone;
+        // Another device may come to be at the same path while this one still has its place.
+        self.be = NOWHERE.to_string();
+        self.leave(world);
+    }
+
+    /// Frees its place once no answer is on the way to it: the next device there would take it
+    /// for its own.
+    pub(super) fn leave<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
+        if !world.engine.has_ops_of(self.index) {
+            self.fate = Fate::Gone;
+        }
     }
 
     fn front_state(&self) -> String {

@@ -172,9 +172,7 @@ impl Guest {
             _ if draw < discards && nodes.discard_granularity_bytes.is_some() => {
                 self.make_discard(machine, queue, now_ns)
             }
-            _ if draw < writes && writable => {
-                self.make_transfer(machine, queue, now_ns, op::WRITE)
-            }
+            _ if draw < writes && writable => self.make_transfer(machine, queue, now_ns, op::WRITE),
             _ => self.make_transfer(machine, queue, now_ns, op::READ),
         }
     }
@@ -257,9 +255,8 @@ impl Guest {
     fn make_transfer(&mut self, machine: &mut Machine, queue: usize, now_ns: u64, operation: u8) {
         let nodes = self.nodes.expect("connected");
         let large = usize::from(nodes.indirect_segments_max).min(self.habits.segments_max);
-        let indirect = operation != op::WRITE_BARRIER
-            && large > SEGMENTS_DIRECT_MAX
-            && self.rng.chance(400);
+        let indirect =
+            operation != op::WRITE_BARRIER && large > SEGMENTS_DIRECT_MAX && self.rng.chance(400);
         let max = if indirect { large } else { self.habits.segments_max.min(SEGMENTS_DIRECT_MAX) };
         let mut segments = self.shape(max);
         let mut sectors = 0;

@@ -35,14 +35,8 @@ pub enum Manner {
     Kexec,
 }
 
-pub const MANNERS: [Manner; 6] = [
-    Manner::Linux,
-    Manner::Pvgrub,
-    Manner::MiniOs,
-    Manner::Ovmf,
-    Manner::Windows,
-    Manner::Kexec,
-];
+pub const MANNERS: [Manner; 6] =
+    [Manner::Linux, Manner::Pvgrub, Manner::MiniOs, Manner::Ovmf, Manner::Windows, Manner::Kexec];
 
 /// What the guest does with its disk.
 #[derive(Clone, Debug)]
@@ -272,6 +266,12 @@ impl Guest {
             Phase::WaitInitWait if back == Some(2) => self.publish(machine, xs, now_ns),
             Phase::WaitInitWait if self.stopping || back.is_none() => {
                 self.enter(Phase::Closing(0), now_ns);
+            }
+            // Refused by a carrier for which the toolstack does not wait.
+            Phase::WaitInitWait
+                if self.cycle == 0 && back == Some(6) && self.habits.errors_allowed =>
+            {
+                self.enter(Phase::Done, now_ns);
             }
             Phase::WaitConnected => self.connected(xs, back, now_ns),
             Phase::Running => {

@@ -1,0 +1,184 @@
+//! Runs made from a seed: a world of random shape, guests of random habits, random faults, one
+//! of several ends. Each panics when an oracle objects.
+
+use platter_image::Format;
+use platter_xen::blkif::Abi;
+
+use crate::guest::{Habits, MANNERS, Manner};
+use crate::hostile::Hostile;
+use crate::ninep::Faults;
+use crate::oracle::Oracle;
+use crate::rng::Rng;
+use crate::toolstack::Carrier;
+use crate::world::World;
+
+const MS: u64 = 1_000_000;
+
+/// Formats that can be made and written.
+pub const FORMATS: [Format; 4] = [Format::Raw, Format::Vhd, Format::Vdi, Format::Qed];
+
+/// How a run ends.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum End {
+    /// All work done, all disks detached.
+    WindUp,
+    /// The power is cut in the middle.
+    Cut,
+    /// `xl shutdown` of the storage domain in the middle.
+    Shutdown,
+}
+
+/// What a seed decided.
+#[derive(Debug)]
+struct Plan {
+    end: End,
+    faults: Faults,
+    /// The host's server dies this often, and comes back.
+    deaths: u64,
+    noisy_death: bool,
+    destroys: u64,
+    hostiles: u64,
+}
+
+impl Plan {
+    fn draw(rng: &mut Rng) -> Plan {
+        let end =
+            *rng.pick(&[End::WindUp, End::WindUp, End::WindUp, End::Cut, End::Cut, End::Shutdown]);
+        let mut faults = Faults::default();
+        if rng.chance(500) {
+            faults.short = *rng.pick(&[5, 50]);
+            faults.ragged = *rng.pick(&[0, 300]);
+        }
+        if rng.chance(200) {
+            faults.error = *rng.pick(&[2, 20]);
+        }
+        if end == End::Cut {
+            // A sector of a real disk is whole or not there.
+            faults.ragged = 0;
+        }
+        let deaths = if rng.chance(150) { rng.between(1, 3) } else { 0 };
+        let noisy_death = rng.chance(700);
+        let destroys = if rng.chance(300) { 1 } else { 0 };
+        let hostiles = if rng.chance(500) { rng.between(1, 2) } else { 0 };
+        Plan { end, faults, deaths, noisy_death, destroys, hostiles }
+    }
+
+    fn is_clean(&self) -> bool {
+        self.faults.error == 0 && self.faults.garbage == 0 && self.deaths == 0
+    }
+}
+
+/// Runs one seed to its end.
+pub fn run(seed: u64) {
+    let mut rng = Rng::new(seed ^ 0x5eed);
+    let plan = Plan::draw(&mut rng);
+    log::info!("seed {seed}: {plan:?}");
+    let mut world = World::new(seed, *rng.pick(&[4096, 6144, 8192]));
+    shape_host(&mut world, &mut rng, &plan);
+    let guests = rng.between(1, 4);
+    for _ in 0..guests {
+        add_guest(&mut world, &mut rng, &plan);
+    }
+    for _ in 0..plan.hostiles {
+        Hostile::join(&mut world, &mut rng);
+    }
+    for _ in 0..plan.deaths {
+        world.run_for(rng.between(1, 200) * MS);
+        let noisy = plan.noisy_death;
+        let (machine, xs) = (&mut world.machine, &mut world.xs);
+        world.host.die(machine, xs, noisy);
+        world.poke_host();
+        world.run_for(rng.between(1, 800) * MS);
+        world.host.start(&mut world.xs);
+        world.poke_host();
+    }
+    for _ in 0..plan.destroys {
+        world.run_for(rng.between(1, 30) * MS);
+        let victim = rng.below(guests) as usize;
+        world.destroy_guest(victim);
+    }
+    match plan.end {
+        End::WindUp => {
+            world.run_guests(300_000 * MS);
+            wind_up(&mut world, &plan, seed);
+        }
+        End::Cut => {
+            world.run_for(rng.between(1, 1200) * MS);
+            world.cut_power();
+            world.verify_images(true);
+        }
+        End::Shutdown => {
+            world.run_for(rng.between(1, 600) * MS);
+            world.xs.write(0, "/local/domain/1/control/shutdown", b"poweroff").expect("dom0");
+            world.run_until("the shutdown", 15_000 * MS, |world| world.ended.is_some());
+            world.verify_images(!plan.is_clean());
+        }
+    }
+}
+
+fn wind_up(world: &mut World, plan: &Plan, seed: u64) {
+    // A flush may have failed for good: then only what was flushed before is sure.
+    world.wind_up(!plan.is_clean());
+    if seed % 64 == 0 && plan.is_clean() {
+        for image in &world.images {
+            crate::images::qemu_check(&world.host.files, &image.path, image.format, seed);
+        }
+    }
+}
+
+fn shape_host(world: &mut World, rng: &mut Rng, plan: &Plan) {
+    world.spurious = *rng.pick(&[0, 0, 5, 50]);
+    let host = &mut world.host;
+    host.platter = rng.chance(500);
+    host.rings_max = rng.between(1, 8) as u32;
+    host.order_max = rng.between(2, 7) as u32;
+    host.latency_ns = *rng.pick(&[(1000, 20_000), (20_000, 80_000), (100_000, 3_000_000)]);
+    host.faults = plan.faults;
+    // What it offers is read once it is up: again, with the shape of this run.
+    host.start(&mut world.xs);
+    world.poke_host();
+}
+
+fn add_guest(world: &mut World, rng: &mut Rng, plan: &Plan) {
+    let cycles = rng.between(1, 4);
+    let manners: Vec<Manner> = (0..cycles).map(|_| *rng.pick(&MANNERS)).collect();
+    let mut habits = Habits {
+        manners,
+        abi: if rng.chance(500) { Abi::X86_64 } else { Abi::X86_32 },
+        queues: rng.between(1, 4) as u32,
+        ring_order: rng.between(0, 4) as u32,
+        depth: *rng.pick(&[1, 4, 16, 64, 200]),
+        segments_max: *rng.pick(&[1, 11, 32, 256]),
+        requests: rng.between(5, 120),
+        writes: *rng.pick(&[100, 500, 900]),
+        flushes: *rng.pick(&[0, 20, 100]),
+        barriers: *rng.pick(&[0, 0, 20]),
+        discards: *rng.pick(&[0, 0, 30]),
+        think_ns: *rng.pick(&[0, 0, 100_000, 2_000_000]),
+        span: *rng.pick(&[u64::MAX, 64, 512]),
+        errors_allowed: !plan.is_clean(),
+        patience_ns: if plan.deaths > 0 { 60_000 * MS } else { 8_000 * MS },
+    };
+    if habits.segments_max > 32 {
+        habits.requests = habits.requests.min(40);
+    }
+    let format = *rng.pick(&FORMATS);
+    let sectors = rng.between(9, 4096) / 8 * 8;
+    let mut options = String::new();
+    if rng.chance(150) {
+        options.push_str(",cache=writethrough");
+    }
+    if rng.chance(100) {
+        options.push_str(",sector=4096");
+    }
+    if rng.chance(100) {
+        options.push_str(",iops=2000/50");
+    }
+    let disk = world.new_disk();
+    let path = format!("disk{disk}.{}", format.name());
+    crate::images::create(&mut world.host.files, &path, format, sectors, 0);
+    let carrier = if rng.chance(800) { Carrier::Vbd } else { Carrier::Qdisk };
+    let mut oracle = Oracle::new(disk, sectors);
+    oracle.ragged = plan.faults.ragged > 0;
+    world.add_guest_on(&path, format, habits, oracle, &options, carrier);
+}
