@@ -240,7 +240,7 @@ impl Disk {
                 self.flush.pending = step;
                 return;
             }
-            if matches!(step, Some(Pending::Sync { .. })) {
+            if matches!(step, Some(Pending::Sync { .. })) && self.flush.ops > 0 {
                 return;
             }
         }

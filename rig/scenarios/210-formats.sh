@@ -1,6 +1,6 @@
 #: title Every writable image format serves a filesystem, and foreign tools agree with it
 #: needs platter.elf
-#: timeout 400
+#: timeout 600
 # Would miss: formats with parents but qcow2; the image tests have those.
 
 FORMATS="qcow2 qcow qed vhd vhdx vmdk vdi"

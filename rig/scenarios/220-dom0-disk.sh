@@ -1,6 +1,6 @@
 #: title Disks from dom0: partitions, LVM volumes and files on ext4 serve as images
 #: needs platter.elf
-#: timeout 400
+#: timeout 600
 # Would miss: NVMe, which 230-nvme has; striped volumes, which storage's tests have.
 
 # The disk is a file behind a loop device: GPT with a raw partition, an LVM group and an ext4.
