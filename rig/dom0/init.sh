@@ -78,7 +78,8 @@ run_scenario() {
     ended=$(cut -d' ' -f1 /proc/uptime)
     took=$(echo "$began $ended" | awk '{ printf "%.1f", $2 - $1 }')
     if [ "$status" -ge 124 ]; then
-        echo "FAILED: not done after $seconds s, $SLOWNESS times (status $status)" >>"$results/output"
+        echo "FAILED: not done after $seconds s times $SLOWNESS (status $status)" \
+            >>"$results/output"
     fi
     sh /job/dom0/collect.sh "$results" "$status" >"$results/collect.log" 2>&1
     [ "$KEEP" = 1 ] || sh /job/dom0/cleanup.sh >"$results/cleanup.log" 2>&1

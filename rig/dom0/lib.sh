@@ -317,6 +317,60 @@ create_linux_driver_domain() {
     wait_guest "$1" "$before"
 }
 
+# --- the load generator --------------------------------------------------------------------------
+
+# create_load NAME DISK...: a load generator that waits for runs.
+create_load() {
+    step "$1: create the load generator"
+    {
+        guest_config "$@"
+        printf 'kernel="%s"\nramdisk=""\nextra="serve"\nmemory=64\n' \
+            /usr/lib/platter/loadgen.elf
+    } >"$RUN/$1.cfg"
+    xl create "$RUN/$1.cfg" >&2 || fail "xl create of $1 failed"
+    within 30 console_has "$1" 'waiting for jobs' || fail "the load generator $1 is not ready"
+}
+
+# load_start NAME WORDS: a run of that load generator; see `rig/loadgen/src/options.rs`.
+load_start() {
+    local job
+    job=$(($(cat "$RUN/job" 2>/dev/null || echo 0) + 1))
+    echo "$job" >"$RUN/job"
+    echo "$job" >"$RUN/$1.job"
+    xenstore-write "/local/domain/$(xl domid "$1")/data/job" "$job $2"
+}
+
+# load_wait NAME [SECONDS]: its end; prints its result lines, fails when it was not good.
+load_wait() {
+    local job
+    job=$(cat "$RUN/$1.job")
+    within "${2:-$PATIENCE}" console_has "$1" "done job=$job " ||
+        fail "the load generator $1 did not finish"
+    console_of "$1" | grep -E "result job=$job " || true
+    console_has "$1" "done job=$job status=ok" ||
+        fail "$1: $(console_of "$1" | grep "done job=$job ")"
+}
+
+# load NAME WORDS [SECONDS]: a run from start to end.
+load() {
+    load_start "$1" "$2"
+    load_wait "$1" "${3:-$PATIENCE}"
+}
+
+# value_of WORD LINE: the number after WORD= in a result line.
+value_of() { echo "$2" | sed -n "s/.* $1=\([0-9]*\).*/\1/p" | head -n1; }
+
+# --- measuring ---------------------------------------------------------------------------------
+
+# cpu_seconds: processor time that dom0 and the storage domain have used so far, to 0.1 s.
+cpu_seconds() {
+    xl list | awk '$1 == "Domain-0" { d = $6 } $1 == "storage" { s = $6 }
+        END { print d + 0, s + 0 }'
+}
+
+# cpu_since THEN: what they have used since cpu_seconds printed THEN.
+cpu_since() { echo "$1 $(cpu_seconds)" | awk '{ printf "%.1f %.1f", $3 - $1, $4 - $2 }'; }
+
 # --- disks of running guests -----------------------------------------------------------------
 
 # block_attach GUEST DISK / block_detach GUEST VDEV: must succeed.

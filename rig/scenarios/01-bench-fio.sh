@@ -55,19 +55,12 @@ fio_once() {
 # measure BACKEND LABEL COMMANDS: runs COMMANDS in the guest while dom0 keeps still, and adds a
 # line to the table: BACKEND LABEL KIBIBYTES MILLISECONDS CPU_DOM0 CPU_STORAGE (seconds).
 measure() {
-    cpu_before=$(cpu_seconds)
+    before=$(cpu_seconds)
     guest_start guest "$3"
     sleep $((RUNTIME_SECONDS + 1))
-    cpu_after=$(cpu_seconds)
-    said=$(guest_wait guest 60) || fail "fio failed: $said"
+    cpu=$(cpu_since "$before")
+    said=$(guest_wait guest) || fail "fio failed: $said"
     # Terse version 3: KiB and milliseconds stand in fields 6 and 9 for reads, 47 and 50 for writes.
     io=$(echo "$said" | awk -F';' '{ print $6 + $47, ($6 > 0 ? $9 : $50) + 0 }')
-    echo "$1 $2 $io $(echo "$cpu_before $cpu_after" |
-        awk '{ printf "%.1f %.1f", $3 - $1, $4 - $2 }')" >>"$table"
-}
-
-# cpu_seconds: what dom0 and the storage domain have used so far, to 0.1 s.
-cpu_seconds() {
-    xl list | awk '$1 == "Domain-0" { d = $6 } $1 == "storage" { s = $6 }
-        END { print d + 0, s + 0 }'
+    echo "$1 $2 $io $cpu" >>"$table"
 }
