@@ -245,6 +245,11 @@ impl Layer for Qed {
         }
     }
 
+    fn note(&self) -> Option<&'static str> {
+        (self.tables.header.features & FEATURE_NEED_CHECK != 0)
+            .then_some("it was not closed cleanly: its tables are scanned before the first write")
+    }
+
     fn resize(&mut self, ctx: &mut Ctx, sectors: u64) -> Step<ResizePlan> {
         let (tables, _) = self.first_write(ctx)?;
         let max = (tables.header.image_bytes_max() / u128::from(SECTOR_BYTES)) as u64;

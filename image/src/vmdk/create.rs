@@ -188,6 +188,7 @@ fn sparse(
         directory: 0,
         redundant: (1 + descriptor_sectors) * SECTOR_BYTES,
         is_compressed: false,
+        is_unclean: false,
     };
     if grain_bytes >= SECTOR_BYTES {
         header.directory = header.redundant + tables_bytes(&header);

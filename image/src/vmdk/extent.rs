@@ -111,6 +111,12 @@ impl Extent {
             return Err(ImageFault::corrupt(self.file, field, 12, sectors).into());
         }
         self.body = body;
+        // What lies beyond the line's sectors belongs to nobody: tails must not reach there.
+        match &mut self.body {
+            Body::Sparse(tables, _) => tables.header.sectors = self.sectors,
+            Body::SeSparse(tables) => tables.header.sectors = self.sectors,
+            _ => {}
+        }
         Ok(())
     }
 
@@ -210,6 +216,12 @@ impl Extent {
             Body::Unread(_) => "the extent is not read yet",
         };
         Err(read_only(self.file, why))
+    }
+
+    /// Its writer left the mark of an open disk. Nothing follows from it: a writer that keeps
+    /// to the order of tables and grains leaves no worse than an unequal redundant table.
+    pub fn is_unclean(&self) -> bool {
+        matches!(&self.body, Body::Sparse(tables, _) if tables.header.is_unclean)
     }
 
     pub fn unpacked_bytes(&self) -> u32 {

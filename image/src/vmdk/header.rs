@@ -47,6 +47,8 @@ pub(super) struct Sparse {
     pub redundant: u64,
     /// Compressed grains (zlib).
     pub is_compressed: bool,
+    /// `uncleanShutdown`.
+    pub is_unclean: bool,
 }
 
 fn u32_at(bytes: &[u8; HEADER_BYTES], offset: usize) -> u32 {
@@ -180,6 +182,7 @@ fn hosted(file: FileNo, at: u64, bytes: &[u8; HEADER_BYTES]) -> Result<Sparse, I
         directory: sectors_to_bytes(file, "gdOffset", u64_at(bytes, 56))?,
         redundant: sectors_to_bytes(file, "rgdOffset", redundant)?,
         is_compressed: algorithm == 1,
+        is_unclean: bytes[72] != 0,
     })
 }
 
@@ -198,6 +201,7 @@ fn cowd(file: FileNo, bytes: &[u8; HEADER_BYTES]) -> Result<Sparse, ImageFault> 
         directory: u64::from(u32_at(bytes, 20)) * SECTOR_BYTES,
         redundant: 0,
         is_compressed: false,
+        is_unclean: false,
     };
     if sparse.grain_sectors == 0 {
         return Err(ImageFault::corrupt(file, "granularity", 16, 0));

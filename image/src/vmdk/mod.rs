@@ -142,11 +142,13 @@ impl Vmdk {
         let Writing { first, digits, is_waiting, .. } = &mut **writing;
         first.pass(ctx, |ctx| {
             let seed = ctx.seed ^ u64::from(*cid);
-            let fresh = (0..).map(|n| new_cid(random(seed, n), place.count));
-            *cid =
-                fresh.into_iter().find(|new| new != cid && *new != NO_PARENT).expect("one of many");
-            let text = alloc::format!("{:01$x}", *cid, place.count);
-            digits[..place.count].copy_from_slice(text.as_bytes());
+            let mut fresh = (0..).map(|n| new_cid(random(seed, n), place.count));
+            let is_new = |new: &u32| new != cid && *new != NO_PARENT;
+            *cid = fresh.find(is_new).expect("one of many");
+            for (n, digit) in digits[..place.count].iter_mut().rev().enumerate() {
+                let value = (*cid >> (4 * n)) & 0xf;
+                *digit = b"0123456789abcdef"[value as usize];
+            }
             *is_waiting = true;
             Ok(())
         })
@@ -265,6 +267,13 @@ impl Layer for Vmdk {
 
     fn accepts_parent(&self, identity: Option<u128>) -> bool {
         identity == Some(self.parent_cid.into())
+    }
+
+    fn note(&self) -> Option<&'static str> {
+        if self.tracks_changes {
+            return Some("its changed blocks are tracked: it is read only");
+        }
+        self.extents.iter().any(Extent::is_unclean).then_some("it was not closed cleanly")
     }
 
     fn is_dirty(&self) -> bool {

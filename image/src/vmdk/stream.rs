@@ -74,6 +74,7 @@ impl VmdkStream {
             directory: 0,
             redundant: 0,
             is_compressed: true,
+            is_unclean: false,
         };
         let tables = header.directory_entries() as usize;
         Ok(VmdkStream {

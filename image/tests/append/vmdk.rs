@@ -85,6 +85,28 @@ fn a_disk_of_several_extents_is_one_disk() {
 }
 
 #[test]
+fn an_extent_ends_where_its_line_says() {
+    let folder = RamFolder::new();
+    let options = [("subformat", "twoGbMaxExtentSparse")];
+    create(&folder, &CreateParams { options: &options, sectors: 5000, ..vmdk("d.vmdk") });
+    folder.put("e.vmdk", folder.bytes("d-s001.vmdk").unwrap());
+    let text = "# x\nCID=00000001\nRW 1000 SPARSE \"d-s001.vmdk\"\nRW 77 ZERO\n\
+                RW 40 SPARSE \"e.vmdk\"\n";
+    folder.put("d.vmdk", text.as_bytes().to_vec());
+    let mut engine = open(&folder, "d.vmdk", rw(Format::Vmdk));
+    assert_eq!(engine.sectors(), 1117);
+    let mut want = vec![0; 1117 * 512];
+    for (sector, byte) in [(999, 1), (1077, 2), (1116, 3), (900, 4)] {
+        engine.write(sector, &[byte; 512]).unwrap();
+        want[sector as usize * 512..][..512].fill(byte);
+    }
+    assert!(engine.write(1000, &[1; 512]).unwrap_err().to_string().contains("ZERO extent"));
+    engine.write_zeroes(1000, 77).unwrap();
+    engine.close().unwrap();
+    assert!(read_all(&mut open(&folder, "d.vmdk", ro(Format::Vmdk))) == want);
+}
+
+#[test]
 fn a_chain_goes_by_cid_and_a_changed_parent_is_refused() {
     let scratch = Scratch::new("vmdk-chain");
     let folder = RamFolder::new();
