@@ -17,10 +17,10 @@ pub mod blkfront;
 pub mod block_store;
 pub mod bytes;
 pub mod disk;
+pub mod ext4;
 #[cfg(test)]
 #[path = "../../xen/src/fake.rs"]
 mod fake;
-pub mod ext4;
 pub mod lvm;
 #[cfg(test)]
 mod machine;

@@ -204,13 +204,16 @@ impl Superblock {
     /// each in the first group it describes.
     fn desc_block(&self, index: u64, per_block: u64) -> u64 {
         let first = u64::from(self.first_data_block);
+        // With bigalloc the first data block is 0 even where the superblock is in block 1.
+        let super_block = AT / self.block_bytes;
         let spread = self.incompat & incompat::META_BG != 0;
         if !spread || index < u64::from(self.first_meta_bg) {
-            return first + 1 + index;
+            return super_block + 1 + index;
         }
         let group = index * per_block;
         let start = first.saturating_add(group.saturating_mul(u64::from(self.blocks_per_group)));
-        start.saturating_add(u64::from(self.has_super(group)))
+        let late = u64::from(index == 0 && super_block > first);
+        start.saturating_add(u64::from(self.has_super(group)) + late)
     }
 
     /// Whether a group holds a copy of the superblock.
