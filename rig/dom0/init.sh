@@ -77,7 +77,7 @@ run_scenario() {
     status=$?
     ended=$(cut -d' ' -f1 /proc/uptime)
     took=$(echo "$began $ended" | awk '{ printf "%.1f", $2 - $1 }')
-    if [ "$status" -ge 124 ]; then
+    if [ "$status" -eq 124 ] || [ "$status" -eq 137 ]; then
         echo "FAILED: not done after $seconds s times $SLOWNESS (status $status)" \
             >>"$results/output"
     fi

@@ -57,19 +57,33 @@ disk_counters() {
     xenstore-read "/local/domain/$(xl domid storage)/data/disk/vbd-$1-$2" 2>/dev/null || true
 }
 
-# storage_memory_is_steady: what Xen counts of the storage domain's grants in use; printed for a
-# comparison of before and after. (Debug key g prints each domain's active grant entries.)
-storage_grants() {
-    xl debug-keys g
-    xl dmesg | tac | awk -v id="$(xl domid storage)" '
-        /gnttab_usage_print_all \[/ { exit } { print }' | tac |
-        awk -v want="$1" '$0 ~ "grant-table for remote d" want " " { inside = 1; next }
-            /grant-table for remote/ { inside = 0 }
-            inside && /\[/ { count++ }
-            END { print count + 0 }'
+# pages_held_of DOMID: pages of that domain that the storage domain has mapped or is copying, as
+# Xen's own table of active grants says (debug key g).
+pages_held_of() {
+    xen_says g | awk -v of="$1" -v by="$(xl domid storage)" '
+        /grant-table for remote/ { inside = ($0 ~ "remote d" of " ") }
+        inside && /\[0x/ { sub(/.*\[/, "["); if ($2 == by) count++ }
+        END { print count + 0 }'
 }
 
-# quiet_storage: the storage domain serves nothing, and says nothing of a crash.
+# storage_ports: event channels of the storage domain (debug key e).
+storage_ports() {
+    xen_says e | awk -v of="$(xl domid storage)" '
+        /information for domain|domain [0-9]+:/ { inside = ($0 ~ "domain " of ":") }
+        /information for d[0-9]+/ { inside = ($0 ~ "for d" of "[: ]") }
+        inside && /\[[p-]/ { count++ }
+        END { print count + 0 }'
+}
+
+# xen_says KEY: what Xen prints for a debug key.
+xen_says() {
+    xl dmesg -c >/dev/null
+    xl debug-keys "$1"
+    sleep 0.5
+    xl dmesg -c
+}
+
+# storage_is_well: the storage domain serves nothing, and says nothing of a crash.
 storage_is_well() {
     domain_is_running storage || fail "the storage domain is not running"
     console_has storage "panicked|exception" && fail "the storage domain crashed"

@@ -25,7 +25,7 @@ scenario() {
             md5sum </mnt/file
             umount /mnt
             echo 3 >/proc/sys/vm/drop_caches
-            fsck.ext4 -fn /dev/xvd$disk >/dev/null
+            fsck.ext4 -fn /dev/xvd$disk >/dev/null 2>&1
         done' >"$RUN/md5"
     stop_guest guest
     within 10 no_backends

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use crate::machine::{Event, Job};
 use crate::scenario::{self, Scenario, Set};
 use crate::suite::{Layout, Suite};
-use crate::{setup, test};
+use crate::{accel, setup, test};
 
 /// The backend that the others are compared with.
 const BASELINE: &str = "platter";
@@ -128,7 +128,8 @@ fn bench(layout: &Layout, suite: Suite, scenario: &Scenario) -> Result<bool> {
     let knob = |name: &&str| Some(((*name).to_owned(), std::env::var(name).ok()?));
     let settings = KNOBS.iter().filter_map(knob).collect();
     let scenarios = std::slice::from_ref(scenario);
-    let job = Job { layout, suite, scenarios, settings, keep: false };
+    let accelerator = accel::choose(layout, suite)?;
+    let job = Job { layout, suite, accelerator, scenarios, settings, keep: false };
     let mut good = false;
     let results = job.run(&mut |_, at, event| match event {
         Event::Step(_, text) => println!("rig: {at:6.1} s  {text}"),

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use crate::machine::{Event, Job};
 use crate::scenario::{self, Set};
 use crate::suite::{Layout, Suite};
-use crate::{setup, test};
+use crate::{accel, setup, test};
 
 /// Builds what is missing, boots, tells; with `keep`, ends in a dom0 shell.
 ///
@@ -26,7 +26,8 @@ pub fn run(layout: &Layout, suite: Suite, keep: bool) -> Result<ExitCode> {
     }
     tell(&format!("QEMU: power on, Xen {} boots", suite.xen_version()));
     let settings = vec![("STORAGE".to_owned(), "platter".to_owned())];
-    let job = Job { layout, suite, scenarios: &scenarios, settings, keep };
+    let accelerator = accel::choose(layout, suite)?;
+    let job = Job { layout, suite, accelerator, scenarios: &scenarios, settings, keep };
     let mut good = false;
     job.run(&mut |results, _, event| match event {
         Event::Up(kernel) => tell(&format!("dom0 is up, Linux {kernel}")),

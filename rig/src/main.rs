@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+mod accel;
 mod bench;
 mod command;
 mod cpio;

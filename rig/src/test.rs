@@ -7,6 +7,7 @@ use std::path::Path;
 
 use anyhow::Result;
 
+use crate::accel;
 use crate::machine::{Event, Job};
 use crate::scenario::Scenario;
 use crate::suite::{Layout, Suite};
@@ -49,7 +50,8 @@ pub fn run(
     }
     for scenarios in boots.values() {
         let settings = settings.to_vec();
-        let job = Job { layout, suite, scenarios, settings, keep: false };
+        let accelerator = accel::choose(layout, suite)?;
+        let job = Job { layout, suite, accelerator, scenarios, settings, keep: false };
         let boot = boot(&job);
         count.passed += boot.passed;
         count.failed += boot.failed;
