@@ -252,7 +252,7 @@ impl Writer {
             Entry::Packed(_) if !zero => Ok(nothing),
             Entry::Data(_) => Ok(refused),
             Entry::Absent | Entry::Packed(_) => {
-                let ends_in_cluster = (within + sectors) % cluster_sectors != 0;
+                let ends_in_cluster = !(within + sectors).is_multiple_of(cluster_sectors);
                 let to_end = range.start + sectors == shape.sectors();
                 let whole =
                     (within + sectors) / cluster_sectors + u64::from(ends_in_cluster && to_end);

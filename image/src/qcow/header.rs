@@ -87,7 +87,7 @@ impl Header {
         if header.disk_bytes < SECTOR_BYTES || header.l1_entries() > L1_ENTRIES_MAX {
             return corrupt("size", SIZE_AT, header.disk_bytes);
         }
-        if header.l1_offset < HEADER_BYTES as u64 || header.l1_offset % 8 != 0 {
+        if header.l1_offset < HEADER_BYTES as u64 || !header.l1_offset.is_multiple_of(8) {
             return corrupt("l1_table_offset", 40, header.l1_offset);
         }
         let (name, max) = (header.name_bytes as u64, NAME_BYTES_MAX as u64);

@@ -103,10 +103,11 @@ impl Header {
         if header.header_bytes == 0 {
             return corrupt("header_size", 12, 0);
         }
-        if header.l1_offset % cluster_bytes != 0 || header.l1_offset < header.header_bytes {
+        if !header.l1_offset.is_multiple_of(cluster_bytes) || header.l1_offset < header.header_bytes
+        {
             return corrupt("l1_table_offset", at::L1_OFFSET, header.l1_offset);
         }
-        if header.image_bytes % SECTOR_BYTES != 0
+        if !header.image_bytes.is_multiple_of(SECTOR_BYTES)
             || u128::from(header.image_bytes) > header.image_bytes_max()
             || header.image_bytes > i64::MAX as u64
         {

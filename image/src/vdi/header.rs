@@ -129,10 +129,10 @@ impl Header {
             return corrupt("cbDisk", at::DISK_BYTES, self.disk_bytes);
         }
         let map_end = self.map_offset + u64::from(self.blocks) * 4;
-        if self.map_offset % SECTOR_BYTES != 0 || self.map_offset < HEADER_BYTES as u64 {
+        if !self.map_offset.is_multiple_of(SECTOR_BYTES) || self.map_offset < HEADER_BYTES as u64 {
             return corrupt("offBlocks", 0x154, self.map_offset);
         }
-        if self.data_offset % SECTOR_BYTES != 0 || self.data_offset < map_end {
+        if !self.data_offset.is_multiple_of(SECTOR_BYTES) || self.data_offset < map_end {
             return corrupt("offData", 0x158, self.data_offset);
         }
         if self.kind == Kind::Differencing && self.link == 0 {
