@@ -46,9 +46,16 @@ impl Log {
     }
 }
 
+/// Of the pending writes the last one alone reaches the disk.
+const LAST: u64 = 101;
+
 /// Some of the pending writes reach the disk, some of those only in part.
 fn cut(durable: &[Vec<u8>], pending: &[Event], rng: &mut Rng, kept: u64) -> Vec<Vec<u8>> {
     let mut files = durable.to_vec();
+    if kept == LAST {
+        pending.last().into_iter().for_each(|event| apply(&mut files, event));
+        return files;
+    }
     for event in pending {
         match event {
             Event::Write { file, offset, bytes } if rng.below(4) == 0 => {
@@ -74,8 +81,10 @@ fn judge(name: &str, image: &[u8], initial: &[u8], folder: &RamFolder, log: &Log
     let mut durable = vec![image.to_vec()];
     let mut pending: Vec<Event> = Vec::new();
     for at in 0..=events.len() {
-        if at % every == 0 || at == events.len() {
-            for kept in [0, 100, 50] {
+        // Always after a write of the header.
+        let header = |event: &Event| matches!(event, Event::Write { offset: 0, .. });
+        if at % every == 0 || at == events.len() || pending.last().is_some_and(header) {
+            for kept in [0, 100, 50, LAST] {
                 let files = cut(&durable, &pending, &mut rng, kept);
                 let left = RamFolder::new();
                 left.put("a.qcow2", files[0].clone());
@@ -261,10 +270,16 @@ impl Folder for Fixed {
 
 #[test]
 fn a_store_of_fixed_size_holds_garbage_and_fills_up() {
-    let mut image = new(&[("cluster_size", "4096")], 4096);
-    let used = image.len();
+    for (cluster, mib) in [(4096, 1), (65536, 2)] {
+        fill_up(cluster, mib);
+    }
+}
+
+fn fill_up(cluster: u64, mib: u64) {
+    let sectors = mib * 4096;
+    let mut image = made(&CreateParams { cluster_bytes: cluster, ..params(Q, sectors) });
     // What was on the volume before must never show.
-    image.resize(1 << 20, 0xee);
+    image.resize((mib << 20) as usize, 0xee);
     let folder = RamFolder::new();
     folder.put("a.qcow2", image.clone());
     let mut engine = Engine::open(&Fixed(folder.clone()), "a.qcow2", small()).unwrap();
@@ -277,10 +292,9 @@ fn a_store_of_fixed_size_holds_garbage_and_fills_up() {
         }
     }
     let mut full = None;
-    for n in 0..512 {
-        let (sector, byte) = (n * 8, 101);
-        match engine.write(sector, &[byte; 8 * 512]) {
-            Ok(()) => log.writes.push((sector, 8, byte, None)),
+    for sector in (0..sectors).step_by(8) {
+        match engine.write(sector, &[101; 8 * 512]) {
+            Ok(()) => log.writes.push((sector, 8, 101, None)),
             Err(fault) => {
                 full = Some(fault.to_string());
                 break;
@@ -290,10 +304,10 @@ fn a_store_of_fixed_size_holds_garbage_and_fills_up() {
     log.flush(&mut engine, &folder);
     let full = full.expect("more than the store holds was written");
     assert!(full.contains("no room"), "{full}");
-    assert_eq!(folder.bytes("a.qcow2").unwrap().len(), 1 << 20, "{used}");
-    judge("fixed", &image, &vec![0; 4096 * 512], &folder, &log, 7);
+    assert_eq!(folder.bytes("a.qcow2").unwrap().len() as u64, mib << 20);
+    judge("fixed", &image, &vec![0; sectors as usize * 512], &folder, &log, 7);
     // Room that is given back is used.
-    engine.discard(0, 800).unwrap();
+    engine.discard(0, 1024).unwrap();
     engine.write(4000, &[102; 50 * 512]).unwrap();
     engine.close().unwrap();
     let mut engine = open(&folder, "a.qcow2", ro(Q));
