@@ -40,8 +40,7 @@ impl Disk {
                 self.meta_read_done(engine, hv, op, read_answer(result));
             }
             (OpKind::JobRead { job, at }, result) => {
-                let asked = op.stretch.len;
-                self.job_read_done(engine, hv, job, at, asked, read_answer(result));
+                self.job_read_done(engine, hv, op, job, at, read_answer(result));
             }
             (OpKind::GuestWrite { .. } | OpKind::JobWrite { .. } | OpKind::FlushWrite, result) => {
                 let written = match result {
@@ -222,7 +221,7 @@ impl Disk {
 
 /// The rest of an operation was refused. A store that just answered has room for one more
 /// unless it broke.
-fn rest_refused(submitted: Submitted) -> Fault {
+pub fn rest_refused(submitted: Submitted) -> Fault {
     match submitted {
         Submitted::Failed(fault) => fault,
         _ => Fault::Store(StoreFault::Io(5)),

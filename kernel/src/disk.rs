@@ -203,7 +203,7 @@ impl Disk {
         };
         self.seq += 1;
         let mut segments = heapless::Vec::new();
-        if let Err(fault) = self.describe(hv, &mut request, &mut segments, wire) {
+        if let Err(fault) = self.describe(engine, hv, &mut request, &mut segments, wire) {
             let Request { permit, .. } = request;
             self.answer(hv, queue, permit, Err(fault));
             return;
@@ -228,8 +228,9 @@ impl Disk {
     }
 
     /// Fills in what the wire request asks for.
-    fn describe<H: Hypervisor>(
+    fn describe<H: Hypervisor, S>(
         &mut self,
+        engine: &mut Engine<S>,
         hv: &mut H,
         request: &mut Request,
         segments: &mut Incoming,
@@ -263,7 +264,7 @@ impl Disk {
             Wire::Indirect(indirect) => {
                 let mut copy = [0; crate::limits::SEGMENTS_MAX * 8];
                 let bytes = indirect.descriptor_bytes();
-                self.copy_indirect(hv, &indirect.grefs, &mut copy[..bytes])?;
+                self.copy_indirect(engine, hv, &indirect.grefs, &mut copy[..bytes])?;
                 let count = indirect.nr_segments as usize;
                 segments.resize(count, Segment::EMPTY).expect("bounded by the parser");
                 let sectors = indirect
@@ -279,14 +280,16 @@ impl Disk {
         Ok(())
     }
 
-    /// Copies the indirect pages to private memory, once (CVE-2015-8550).
-    fn copy_indirect<H: Hypervisor>(
-        &mut self,
+    /// Copies the indirect pages to private memory, once (CVE-2015-8550). By way of the staging
+    /// buffer: in the flush's scratch region bytes may wait for room in the store.
+    fn copy_indirect<H: Hypervisor, S>(
+        &self,
+        engine: &Engine<S>,
         hv: &mut H,
         grefs: &[Gref],
         into: &mut [u8],
     ) -> Result<(), Fault> {
-        let page = self.flush.scratch.page(0);
+        let page = engine.staging.page(0);
         for (gref, part) in grefs.iter().zip(into.chunks_mut(PAGE_BYTES)) {
             let mut copy = [GrantCopy {
                 domid: self.guest,

@@ -335,6 +335,11 @@ impl<S> Engine<S> {
         }
     }
 
+    /// Operations of ours are under way at this store.
+    pub fn store_has_ops(&self, store: u8) -> bool {
+        self.ops.iter().any(|(_, op)| op.stretch.handle.store == store)
+    }
+
     /// Operations of the disk in this place are under way.
     pub fn has_ops_of(&self, disk: u16) -> bool {
         self.ops.iter().any(|(_, op)| op.disk == disk)

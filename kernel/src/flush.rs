@@ -68,7 +68,7 @@ pub struct FlushRun {
     tries: u8,
     /// When dirty metadata was first seen, for the lazy flush.
     pub dirty_since_ns: Option<u64>,
-    /// For bytes that found no room in their store, and for indirect segments.
+    /// For bytes that found no room in their store.
     pub scratch: Region,
 }
 

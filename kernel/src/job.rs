@@ -11,6 +11,7 @@ use platter_image::{
 use platter_storage::{Run, Store, Window};
 use platter_xen::{Direction, Hypervisor};
 
+use crate::answer::rest_refused;
 use crate::disk::Disk;
 use crate::engine::{Engine, Op, OpKind, Stretch, Submitted, move_window};
 use crate::fault::Fault;
@@ -136,15 +137,15 @@ impl Disk {
         }
     }
 
-    /// A job's read was answered: its bytes go to the bounce buffer at `at`. An empty answer is
-    /// the end of the file: the rest is zeros.
+    /// A job's read was answered: its bytes go to the bounce buffer at `at`, what is missing is
+    /// asked for again. An empty answer is the end of the file: the rest is zeros.
     pub fn job_read_done<H: Hypervisor, S: Store<H>>(
         &mut self,
         engine: &mut Engine<S>,
         hv: &mut H,
+        mut op: Op,
         id: Id,
         at: u32,
-        asked: u32,
         result: Result<Window, Fault>,
     ) {
         engine.jobs.get(id).busy = false;
@@ -152,19 +153,29 @@ impl Disk {
             Ok(window) => window,
             Err(fault) => return self.end_job(engine, hv, id, Err(fault)),
         };
-        let got = (window.len() as u32).min(asked);
-        if got == 0 {
-            let run = engine.bounce(id, at as usize, asked as usize);
+        let asked = op.stretch.len;
+        let run = engine.bounce(id, (at + op.done) as usize, (asked - op.done) as usize);
+        if window.is_empty() {
             hv.zero(run.region, run.offset, run.len);
+            op.done = asked;
         } else {
-            let run = engine.bounce(id, at as usize, window.len());
             move_window(hv, &window, run, true);
+            op.done += window.len() as u32;
         }
-        let got = if got == 0 { asked } else { got };
+        if op.done < asked {
+            match engine.submit_read(hv, op) {
+                Submitted::Yes(_) => {
+                    self.ops += 1;
+                    engine.jobs.get(id).busy = true;
+                }
+                refused => self.end_job(engine, hv, id, Err(rest_refused(refused))),
+            }
+            return;
+        }
         let job = engine.jobs.get(id);
         job.phase = match job.phase {
-            Phase::Prelude { index, done, .. } => Phase::Prelude { index, done, loaded: got },
-            Phase::Gather { chunk, .. } => Phase::Gather { chunk, have: at + got },
+            Phase::Prelude { index, done, .. } => Phase::Prelude { index, done, loaded: asked },
+            Phase::Gather { chunk, .. } => Phase::Gather { chunk, have: at + asked },
             other => other,
         };
         self.pump_job(engine, hv, id);

@@ -134,7 +134,7 @@ impl Server {
 
     /// Answers of the stores go to whoever asked.
     fn take_answers<H: Hypervisor + Bus>(&mut self, hv: &mut H, now_ns: u64) -> bool {
-        let mut went_on = false;
+        let (mut went_on, mut freed) = (false, false);
         for store in 0..self.engine.stores.len() {
             while let Some(done) = self.engine.stores[store].store.poll(hv, now_ns) {
                 self.engine.stores[store].full = false;
@@ -143,8 +143,13 @@ impl Server {
                     self.dispatch(hv, now_ns, store as u8, op, done);
                 }
             }
+            // What filled the store may be its own (a file being closed): no answer tells.
+            if self.engine.stores[store].full && !self.engine.store_has_ops(store as u8) {
+                self.engine.stores[store].full = false;
+                freed = true;
+            }
         }
-        if went_on {
+        if went_on | freed {
             self.devices.iter_mut().flatten().filter_map(|d| d.disk.as_mut()).for_each(|disk| {
                 disk.kick = true;
             });
