@@ -117,6 +117,11 @@ impl Meta {
         }
     }
 
+    /// Bytes of all blocks. What one step needs at once must be well below that.
+    pub fn capacity_bytes(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
     /// Copies `into.len()` bytes at `offset` of `file`; the range lies within one block.
     pub fn get(&mut self, file: FileNo, offset: u64, into: &mut [u8]) -> Step<()> {
         let at = self.resident(file, offset, into.len())?;
@@ -386,7 +391,10 @@ impl Meta {
     /// Any unit of the current phase still to be handed out?
     pub fn phase_dirty(&self) -> bool {
         let cursor = self.flush.expect("phase_dirty outside a flush");
-        self.slots.iter().any(|slot| slot.dirty_run(Phase(cursor.phase)).is_some())
+        let (before, after) = self.slots.split_at(cursor.slot);
+        // From the cursor on, where the next one is found soon.
+        let mut slots = after.iter().chain(before);
+        slots.any(|slot| slot.dirty_run(Phase(cursor.phase)).is_some())
     }
 
     /// Was anything of the current phase handed out, so that a sync must follow?
@@ -489,6 +497,9 @@ impl Meta {
 impl Slot {
     /// First run of dirty units of `phase`: first unit and count.
     fn dirty_run(&self, phase: Phase) -> Option<(usize, usize)> {
+        if self.dirty == 0 {
+            return None;
+        }
         let hit = |u: usize| self.dirty & (1 << u) != 0 && self.phase[u] == phase;
         let first = (0..UNITS).find(|&u| hit(u))?;
         Some((first, (first..UNITS).take_while(|&u| hit(u)).count()))

@@ -162,9 +162,11 @@ fn new_cid(random: u64, digits: usize) -> u32 {
 }
 
 fn read_descriptor(ctx: &mut Ctx, file: FileNo, (at, bytes): (u64, u64)) -> Step<Descriptor> {
-    if bytes > TEXT_BYTES_MAX {
+    // It is read in one step, so all its blocks must be in the cache at once.
+    let max = TEXT_BYTES_MAX.min(ctx.meta.capacity_bytes() / 2);
+    if bytes > max {
         let field = "bytes of a VMDK descriptor";
-        return Err(ImageFault::limit(file, field, bytes, TEXT_BYTES_MAX).into());
+        return Err(ImageFault::limit(file, field, bytes, max).into());
     }
     let mut text = vec![0; bytes as usize];
     ctx.read(file, at, &mut text)?;

@@ -180,3 +180,33 @@ fn a_store_of_fixed_size_is_full_and_says_so() {
         assert!(fault.to_string().starts_with("no room: a new cluster"), "{fault}");
     }
 }
+
+/// One set of eight blocks: what a step needs at once must fit, whatever else is dirty.
+#[test]
+fn the_smallest_cache_is_enough() {
+    let split = [("subformat", "twoGbMaxExtentSparse")];
+    let mut all: Vec<_> = formats().map(|(params, _)| params).to_vec();
+    all.push(CreateParams { options: &split, ..params(Format::Vmdk, 40_000) });
+    for params in all {
+        let folder = RamFolder::new();
+        create(&folder, &params);
+        let mut options = rw(params.format);
+        options.budget_bytes = 1;
+        let mut model = vec![0; 40_000 * 512];
+        let mut engine = open(&folder, "image", options);
+        scribble(&mut engine, &mut model, &mut Rng(4), 120, 900);
+        assert!(check_all(&mut engine).is_sound());
+        engine.close().unwrap();
+        assert!(read_all(&mut open(&folder, "image", ro(params.format))) == model);
+    }
+    let mut text = String::from("# Disk DescriptorFile\nCID=1\n");
+    text += &"RW 1 ZERO\n".repeat(900);
+    text += &"# padding\n".repeat(1200);
+    let folder = RamFolder::new();
+    folder.put("image", text.into_bytes());
+    assert_eq!(open(&folder, "image", ro(Format::Vmdk)).sectors(), 900);
+    let mut options = ro(Format::Vmdk);
+    options.budget_bytes = 1;
+    let fault = Engine::open(&folder, "image", options).err().unwrap().to_string();
+    assert!(fault.contains("bytes of a VMDK descriptor"), "{fault}");
+}
