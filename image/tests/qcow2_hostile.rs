@@ -287,18 +287,29 @@ fn free_counts_of_used_tables_do_not_hand_them_out() {
     let mut bytes = image.bytes.clone();
     // Every count is 0: header, tables and data look free.
     bytes[image.block..image.block + 64].fill(0);
-    let (folder, mut engine) = served(bytes);
-    for sector in (128..20480).step_by(128) {
-        if engine.write(sector, &[3; 512]).is_err() {
-            break;
-        }
+    refused_to_write(bytes.clone(), &image);
+    // Only the L2 table looks free, then only the refcount block.
+    for cluster in [image.l2 >> 16, image.block >> 16] {
+        let mut bytes = image.bytes.clone();
+        bytes[image.block + cluster * 2..][..2].fill(0);
+        refused_to_write(bytes, &image);
     }
+}
+
+fn refused_to_write(bytes: Vec<u8>, image: &Known) {
+    let l1 = image.l1;
+    let (folder, mut engine) = served(bytes);
+    let fault = (128..20480).step_by(128).find_map(|at| engine.write(at, &[3; 512]).err());
+    let fault = fault.expect("it is seen before the table is written over").to_string();
+    assert!(fault.contains("the refcount of a cluster that holds"), "{fault}");
     let _ = engine.flush();
     let after = folder.bytes("a.qcow2").unwrap();
-    let header = 0..65536;
-    assert!(after[header.clone()] == image.bytes[header], "the header is as it was");
     let reftable = get64(&image.bytes, 48) as usize;
-    assert_eq!(get64(&after, reftable), image.block as u64);
+    for table in [0..65536, l1..l1 + 8, reftable..reftable + 8] {
+        assert!(after[table.clone()] == image.bytes[table]);
+    }
+    // The entry of the data written before is still in its place.
+    assert_eq!(get64(&after, image.l2), get64(&image.bytes, image.l2));
 }
 
 #[test]

@@ -13,6 +13,7 @@ use crate::meta::{BLOCK_BYTES, Phase};
 use crate::types::{Step, Stop};
 
 use super::Qcow2;
+use super::entry::OFFSET;
 use super::header::{REFTABLE_BYTES_MAX, field};
 
 /// Stretches of clusters waiting to be freed, per image.
@@ -20,6 +21,9 @@ pub(super) const FREES_MAX: usize = 512;
 /// Counts lowered in one step, and entries looked through for a hole in one step.
 const FREES_AT_ONCE: usize = 32;
 const SCAN_AT_ONCE: u64 = 2048;
+/// Entries of the L1 and the refcount table compared with a hole before it is used (ours: the
+/// tables of 4 TiB with clusters of 64 KiB; what larger ones name beyond that is not compared).
+const OVERLAP_ENTRIES_MAX: u64 = 8192;
 
 /// Clusters that lose a reference.
 #[derive(Clone, Copy, Debug, Default)]
@@ -106,6 +110,8 @@ pub(super) struct Space {
     pub job: Job,
     /// First cluster after all that is known to be used.
     end: u64,
+    /// First cluster after the file as it was opened: from there on all is ours.
+    old_end: u64,
     /// Next cluster to look at for a hole, below `end`.
     hole: u64,
     /// The store is full up to its end: every hole must be tried, from here on.
@@ -140,8 +146,8 @@ impl Space {
     /// `end`: first cluster after the file's end. On a store of fixed size nothing tells where
     /// use ends, so it is looked for from the start.
     pub fn new(end: u64, can_grow: bool) -> Space {
-        let end = if can_grow { end } else { 1 };
-        Space { frees: Frees::new(), job: Job::None, end, hole: 1, scan: None }
+        let (end, old_end) = if can_grow { (end, end) } else { (1, u64::MAX) };
+        Space { frees: Frees::new(), job: Job::None, end, old_end, hole: 1, scan: None }
     }
 
     /// First cluster after all that is known to be used.
@@ -310,7 +316,36 @@ impl Qcow2 {
     pub(super) fn find_run(&mut self, ctx: &mut Ctx, want: u64, least: u64) -> Step<Run> {
         let run = self.find_any(ctx, Lengths { want, least })?;
         self.check_run(run)?;
+        if run.first < self.writer().space.old_end {
+            self.check_unused(ctx, run)?;
+        }
         Ok(run)
+    }
+
+    /// Does a live L2 table or refcount block lie in clusters that count as free? A damaged image
+    /// is better not written than lost (QEMU's overlap checks of the same names).
+    fn check_unused(&self, ctx: &mut Ctx, run: Run) -> Step<()> {
+        let bits = self.kind.cluster_bits;
+        let entries = u64::from(self.header.l1_entries).min(OVERLAP_ENTRIES_MAX);
+        let blocks = u64::from(self.header.reftable_clusters) << (bits - 3);
+        // Past the file's end the table has no blocks.
+        let blocks = blocks.min((self.writer().space.end >> self.block_counts_bits()) + 1);
+        let tables = [
+            (self.header.l1_offset, entries),
+            (self.header.reftable_offset, blocks.min(OVERLAP_ENTRIES_MAX)),
+        ];
+        for (table, entries) in tables {
+            for n in 0..entries {
+                let word = ctx.meta.get_u64_be(self.file, table + n * 8)?;
+                let cluster = (word & OFFSET) >> bits;
+                if word != 0 && cluster >= run.first && cluster - run.first < run.count {
+                    let what = "the refcount of a cluster that holds a table";
+                    let offset = cluster << bits;
+                    return Err(ImageFault::corrupt(self.file, what, offset, 0).into());
+                }
+            }
+        }
+        Ok(())
     }
 
     fn find_any(&mut self, ctx: &mut Ctx, want: Lengths) -> Step<Run> {
