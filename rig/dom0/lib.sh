@@ -130,6 +130,14 @@ partition_nodes() {
     within 5 test -b "${1}p1" || fail "$1 shows no partitions"
 }
 
+# volumes_on VG / volumes_off VG: dom0 itself uses the volumes of a group; it has no udev that would
+# make their nodes.
+volumes_on() {
+    vgchange -q -ay --noudevsync "$1" >&2 || fail "vgchange -ay $1 failed"
+    vgmknodes >&2
+}
+volumes_off() { vgchange -q -an --noudevsync "$1" >&2 || fail "vgchange -an $1 failed"; }
+
 # create_storage_domain CONFIG [NAME=VALUE...]: only the domain, without a 9p server.
 create_storage_domain() {
     xl create "$@" >&2 || fail "xl create $1 failed"
@@ -317,49 +325,6 @@ create_linux_driver_domain() {
     wait_guest "$1" "$before"
 }
 
-# --- the load generator --------------------------------------------------------------------------
-
-# create_load NAME DISK...: a load generator that waits for runs.
-create_load() {
-    step "$1: create the load generator"
-    {
-        guest_config "$@"
-        printf 'kernel="%s"\nramdisk=""\nextra="serve"\nmemory=64\n' \
-            /usr/lib/platter/loadgen.elf
-    } >"$RUN/$1.cfg"
-    xl create "$RUN/$1.cfg" >&2 || fail "xl create of $1 failed"
-    within 30 console_has "$1" 'waiting for jobs' || fail "the load generator $1 is not ready"
-}
-
-# load_start NAME WORDS: a run of that load generator; see `rig/loadgen/src/options.rs`.
-load_start() {
-    local job
-    job=$(($(cat "$RUN/job" 2>/dev/null || echo 0) + 1))
-    echo "$job" >"$RUN/job"
-    echo "$job" >"$RUN/$1.job"
-    xenstore-write "/local/domain/$(xl domid "$1")/data/job" "$job $2"
-}
-
-# load_wait NAME [SECONDS]: its end; prints its result lines, fails when it was not good.
-load_wait() {
-    local job
-    job=$(cat "$RUN/$1.job")
-    within "${2:-$PATIENCE}" console_has "$1" "done job=$job " ||
-        fail "the load generator $1 did not finish"
-    console_of "$1" | grep -E "result job=$job " || true
-    console_has "$1" "done job=$job status=ok" ||
-        fail "$1: $(console_of "$1" | grep "done job=$job ")"
-}
-
-# load NAME WORDS [SECONDS]: a run from start to end.
-load() {
-    load_start "$1" "$2"
-    load_wait "$1" "${3:-$PATIENCE}"
-}
-
-# value_of WORD LINE: the number after WORD= in a result line.
-value_of() { echo "$2" | sed -n "s/.* $1=\([0-9]*\).*/\1/p" | head -n1; }
-
 # --- measuring ---------------------------------------------------------------------------------
 
 # cpu_seconds: processor time that dom0 and the storage domain have used so far, to 0.1 s.
@@ -427,7 +392,7 @@ expect_refused() {
     expect_soon "the refusal of $1" "$took"
     reason=$(console_of storage | tail -n +"$((seen + 1))")
     expect_match "the console after target=$1" "$2" "$reason"
-    reason=$(xenstore-ls "/local/domain/$(xl domid storage)/error" 2>/dev/null || true)
+    reason=$(xenstore-ls -w "/local/domain/$(xl domid storage)/error" 2>/dev/null || true)
     expect_match "error/ in xenstore after target=$1" "$2" "$reason"
 }
 

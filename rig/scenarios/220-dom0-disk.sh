@@ -51,13 +51,13 @@ scenario() {
     loop=$(losetup --show -f -P "$IMAGES/big.raw")
     within 10 test -b "${loop}p3" || fail "dom0 has no partitions of $loop"
     sgdisk -v "$IMAGES/big.raw" >&2
-    vgchange -qq -ay platter_vg >&2
+    volumes_on platter_vg
     for place in "${loop}p1" /dev/platter_vg/volume; do
         mount -o ro "$place" /mnt
         expect_equal "md5 on $place" "$inside" "$(md5sum </mnt/file | cut -d' ' -f1)"
         umount /mnt
     done
-    vgchange -qq -an platter_vg >&2
+    volumes_off platter_vg
     e2fsck -fn "${loop}p3" >&2 || fail "e2fsck of the filesystem that holds the image"
     mount -o ro "${loop}p3" /mnt
     qemu-img check -q /mnt/image.qcow2 >&2 || fail "qemu-img check of the image on ext4"

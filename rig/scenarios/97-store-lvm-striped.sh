@@ -12,7 +12,7 @@ scenario() {
     vgcreate -q vg "$device1" "$device2" >&2
     lvcreate -q -an -Zn -n striped -i 2 -I 64k -L 96M vg >&2
     lvcreate -q -an -Zn -n linear -L 96M vg >&2
-    vgchange -q -an vg >&2
+    volumes_off vg
     READY_PATTERN="'xvdb' is up"
     create_storage_on "$CONFIGS/storage-disk.cfg" \
         "disk=['phy:$device1,xvda,w','phy:$device2,xvdb,w']"
@@ -27,12 +27,12 @@ scenario() {
         echo linear | dd of=/dev/xvdb conv=fsync 2>/dev/null' 240 >"$RUN/md5"
     stop_guest guest
     timeout 20 xl shutdown -w storage >&2 || fail "xl shutdown does not end"
-    vgchange -q -ay vg >&2
+    volumes_on vg
     expect_equal "the linear volume" linear "$(head -n1 /dev/mapper/vg-linear)"
     e2fsck -fn /dev/mapper/vg-striped >&2 || fail "e2fsck of the striped volume"
     mount -o ro /dev/mapper/vg-striped /mnt
     found=$(md5sum </mnt/file)
     umount /mnt
-    vgchange -q -an vg >&2
+    volumes_off vg
     expect_equal "md5 of the file" "$(cat "$RUN/md5")" "$found"
 }
