@@ -38,6 +38,36 @@ fn refuse(text: String) -> CreateFault {
     CreateFault(text)
 }
 
+/// Incompatible features; whether clusters are compressed by zstd, and the data file kept raw.
+fn features(
+    params: &CreateParams,
+    wanted: &mut Wanted,
+    cluster_bits: u32,
+) -> Result<(u64, bool, bool), CreateFault> {
+    let mut incompatible = 0;
+    if wanted.switch("extended_l2", false)? {
+        incompatible |= INCOMPATIBLE_EXTENDED_L2;
+        if cluster_bits < 14 {
+            return Err(CreateFault::new("extended_l2 needs clusters of at least 16 KiB"));
+        }
+    }
+    let zstd = match wanted.text("compression_type") {
+        None | Some("zlib") => false,
+        Some("zstd") => true,
+        Some(other) => {
+            return Err(refuse(alloc::format!("compression_type={other} is not zlib or zstd")));
+        }
+    };
+    incompatible |= if zstd { INCOMPATIBLE_COMPRESSION } else { 0 };
+    let data_file = wanted.text("data_file").is_some();
+    incompatible |= if data_file { INCOMPATIBLE_DATA_FILE } else { 0 };
+    let raw = wanted.switch("data_file_raw", false)?;
+    if raw && (!data_file || params.backing.is_some()) {
+        return Err(CreateFault::new("data_file_raw needs data_file and no backing file"));
+    }
+    Ok((incompatible, zstd, raw))
+}
+
 /// What the options ask for, as a header without places.
 fn header(params: &CreateParams, wanted: &mut Wanted) -> Result<(Header, bool), CreateFault> {
     let version = match wanted.text("compat") {
@@ -55,28 +85,8 @@ fn header(params: &CreateParams, wanted: &mut Wanted) -> Result<(Header, bool), 
     if !refcount_bits.is_power_of_two() || refcount_bits > 64 {
         return Err(CreateFault::new("refcount_bits is a power of two up to 64"));
     }
-    let mut incompatible = 0;
-    if wanted.switch("extended_l2", false)? {
-        incompatible |= INCOMPATIBLE_EXTENDED_L2;
-        if bits < 14 {
-            return Err(CreateFault::new("extended_l2 needs clusters of at least 16 KiB"));
-        }
-    }
-    let zstd = match wanted.text("compression_type") {
-        None | Some("zlib") => false,
-        Some("zstd") => true,
-        Some(other) => {
-            return Err(refuse(alloc::format!("compression_type={other} is not zlib or zstd")));
-        }
-    };
-    incompatible |= if zstd { INCOMPATIBLE_COMPRESSION } else { 0 };
+    let (incompatible, zstd, raw) = features(params, wanted, bits)?;
     let lazy = wanted.switch("lazy_refcounts", false)?;
-    let data_file = wanted.text("data_file").is_some();
-    incompatible |= if data_file { INCOMPATIBLE_DATA_FILE } else { 0 };
-    let raw = wanted.switch("data_file_raw", false)?;
-    if raw && (!data_file || params.backing.is_some()) {
-        return Err(CreateFault::new("data_file_raw needs data_file and no backing file"));
-    }
     if version == 2 && (incompatible != 0 || lazy || refcount_bits != 16) {
         return Err(CreateFault::new("compat=0.10 has none of these features"));
     }

@@ -391,3 +391,95 @@ impl Header {
         b
     }
 }
+
+#[cfg(test)]
+mod tests {
+    //! Would miss: how a refused header leaves the file (the hostile tests hold that).
+
+    use super::*;
+
+    /// qemu-img create -f qcow2 -b base.raw -F raw
+    ///   -o compression_type=zstd,lazy_refcounts=on,refcount_bits=8 v.qcow2 10M
+    const V3: [u8; 136] = [
+        0x51, 0x46, 0x49, 0xfb, 0, 0, 0, 3, // magic, version
+        0, 0, 0, 0, 0, 0, 0x02, 0x10, 0, 0, 0, 8, // backing file: offset, length
+        0, 0, 0, 16, 0, 0, 0, 0, 0, 0xa0, 0, 0, // cluster_bits, size
+        0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 3, 0, 0, // crypt_method, L1: entries, offset
+        0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, // refcount table: offset, clusters
+        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, // snapshots
+        0, 0, 0, 0, 0, 0, 0, 8, // incompatible: compression type
+        0, 0, 0, 0, 0, 0, 0, 1, // compatible: lazy refcounts
+        0, 0, 0, 0, 0, 0, 0, 0, // autoclear
+        0, 0, 0, 3, 0, 0, 0, 112, // refcount_order, header_length
+        1, 0, 0, 0, 0, 0, 0, 0, // compression_type and padding
+        0xe2, 0x79, 0x2a, 0xca, 0, 0, 0, 3, b'r', b'a', b'w', 0, 0, 0, 0, 0, // backing format
+        0, 0, 0, 0, 0, 0, 0, 0, // end (cut: the feature name table)
+    ];
+
+    /// qemu-img create -f qcow2 -o compat=0.10 w.qcow2 1G
+    const V2: [u8; 72] = [
+        0x51, 0x46, 0x49, 0xfb, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, // no backing
+        0, 0, 0, 16, 0, 0, 0, 0, 0x40, 0, 0, 0, // cluster_bits, size
+        0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 3, 0, 0, // crypt_method, L1: entries, offset
+        0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 1, // refcount table: offset, clusters
+        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, // snapshots
+    ];
+
+    fn padded(bytes: &[u8]) -> [u8; HEADER_BYTES_MAX] {
+        let mut all = [0; HEADER_BYTES_MAX];
+        all[..bytes.len()].copy_from_slice(bytes);
+        all
+    }
+
+    #[test]
+    fn a_version_3_header_of_qemu_is_parsed_and_emitted() {
+        let bytes = padded(&V3);
+        let header = Header::parse(FileNo(0), &bytes, 4 << 16).unwrap();
+        let expected = Header {
+            version: 3,
+            backing: Some(Stretch { offset: 0x210, bytes: 8 }),
+            cluster_bits: 16,
+            size_bytes: 10 << 20,
+            l1_entries: 1,
+            l1_offset: 3 << 16,
+            reftable_offset: 1 << 16,
+            reftable_clusters: 1,
+            snapshots: 0,
+            snapshots_offset: 0,
+            incompatible: INCOMPATIBLE_COMPRESSION,
+            compatible: COMPATIBLE_LAZY_REFCOUNTS,
+            autoclear: 0,
+            refcount_order: 3,
+            header_bytes: 112,
+            zstd: true,
+        };
+        assert_eq!(header, expected);
+        assert_eq!(header.emit(), V3[..112]);
+        let extensions = header.extensions(FileNo(0), &bytes).unwrap();
+        assert_eq!(extensions.backing_format, Some(Some(Format::Raw)));
+        assert_eq!((extensions.data_file, extensions.bitmaps), (None, 0));
+    }
+
+    #[test]
+    fn a_version_2_header_has_no_features() {
+        let bytes = padded(&V2);
+        let header = Header::parse(FileNo(0), &bytes, 4 << 16).unwrap();
+        assert_eq!((header.version, header.refcount_order, header.header_bytes), (2, 4, 72));
+        assert_eq!((header.incompatible, header.compatible, header.autoclear), (0, 0, 0));
+        assert_eq!((header.l1_entries, header.size_bytes, header.backing), (2, 1 << 30, None));
+        assert_eq!(header.emit(), V2);
+        // What follows is no field of version 2.
+        let mut bytes = padded(&V2);
+        bytes[72..112].fill(0xa5);
+        assert_eq!(Header::parse(FileNo(0), &bytes, 4 << 16).unwrap(), header);
+    }
+
+    #[test]
+    fn a_backing_format_that_is_not_ours_is_known_to_be_given() {
+        let mut bytes = padded(&V3);
+        bytes[120..123].copy_from_slice(b"rbd");
+        let header = Header::parse(FileNo(0), &bytes, 4 << 16).unwrap();
+        let extensions = header.extensions(FileNo(0), &bytes).unwrap();
+        assert_eq!(extensions.backing_format, Some(None));
+    }
+}
