@@ -23,3 +23,12 @@ start=8192, size=2048, type=83
 start=12288, size=8192, type=8e
 TABLE
 python3 sparse.py "$work/mbr.img" mbr.sparse
+
+# A disk with blocks of 4096 bytes needs a loop device, and so root.
+truncate -s 64M "$work/gpt-4kn.img"
+loop=$(losetup -b 4096 -f --show "$work/gpt-4kn.img")
+sgdisk -U 11111111-2222-3333-4444-555555555555 \
+    -n 1:256:1023 -c 1:boot -u 1:0FC63DAF-8483-4772-8E79-3D69D8477DE4 \
+    -n 2:1024:+32M -c 2:images -u 2:DEADBEEF-0123-4567-89AB-CDEF01234567 "$loop"
+losetup -d "$loop"
+python3 sparse.py "$work/gpt-4kn.img" gpt-4kn.sparse

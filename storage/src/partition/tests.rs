@@ -1,6 +1,5 @@
 //! Tables made by sgdisk and sfdisk (`vectors/make-partitions.sh`), whole and damaged. Misses:
-//! disks with 4096-byte blocks made by a tool (the arithmetic is tested below on a converted
-//! one), entries larger than 128 bytes.
+//! entries larger than 128 bytes.
 
 use alloc::string::ToString;
 
@@ -91,6 +90,21 @@ fn a_disk_without_a_table_has_none() {
     assert_eq!(read(&disk).unwrap().scheme, Scheme::None);
     let tiny = [0u8; 100];
     assert!(read(&tiny).is_err());
+}
+
+#[test]
+fn sgdisk_partitions_of_a_disk_with_blocks_of_4096_bytes() {
+    let mut disk = expand(include_bytes!("../../vectors/gpt-4kn.sparse"), BYTES);
+    let find = |disk: &[u8]| {
+        let table = read_table(&disk, 4096).unwrap();
+        let part = table.find("images").0.map(|part| (part.number, part.sector, part.sectors));
+        (table.scheme, part)
+    };
+    assert_eq!(find(&disk), (Scheme::Gpt, Some((2, 8192, 65536))));
+    disk[4096 + 40] ^= 1;
+    assert_eq!(find(&disk), (Scheme::GptBackup, Some((2, 8192, 65536))));
+    // Read as if it had small blocks, neither copy is where it should be.
+    assert!(read(&disk).is_err());
 }
 
 #[test]
