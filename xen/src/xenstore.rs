@@ -47,7 +47,7 @@ pub const EVENTS_MAX: usize = 256;
 pub const WATCHES_MAX: usize = 128;
 
 /// `enum xsd_sockmsg_type` (xs_wire.h), as far as we use it.
-mod kind {
+pub mod kind {
     pub const DIRECTORY: u32 = 1;
     pub const READ: u32 = 2;
     pub const WATCH: u32 = 4;

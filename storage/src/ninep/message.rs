@@ -261,51 +261,53 @@ pub enum Malformed {
     Unknown(u8),
 }
 
-struct Reader<'a> {
-    rest: &'a [u8],
+/// A cursor over a message's body; every step is checked. For messages of other dialects too.
+pub struct Reader<'a> {
+    /// What is not read yet.
+    pub rest: &'a [u8],
 }
 
 impl<'a> Reader<'a> {
-    fn take(&mut self, len: usize) -> Result<&'a [u8], Malformed> {
+    pub fn take(&mut self, len: usize) -> Result<&'a [u8], Malformed> {
         let (now, rest) = self.rest.split_at_checked(len).ok_or(Malformed::Short)?;
         self.rest = rest;
         Ok(now)
     }
 
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], Malformed> {
+    pub fn array<const N: usize>(&mut self) -> Result<[u8; N], Malformed> {
         let mut bytes = [0; N];
         bytes.copy_from_slice(self.take(N)?);
         Ok(bytes)
     }
 
-    fn u8(&mut self) -> Result<u8, Malformed> {
+    pub fn u8(&mut self) -> Result<u8, Malformed> {
         Ok(self.array::<1>()?[0])
     }
 
-    fn u16(&mut self) -> Result<u16, Malformed> {
+    pub fn u16(&mut self) -> Result<u16, Malformed> {
         Ok(u16::from_le_bytes(self.array()?))
     }
 
-    fn u32(&mut self) -> Result<u32, Malformed> {
+    pub fn u32(&mut self) -> Result<u32, Malformed> {
         Ok(u32::from_le_bytes(self.array()?))
     }
 
-    fn u64(&mut self) -> Result<u64, Malformed> {
+    pub fn u64(&mut self) -> Result<u64, Malformed> {
         Ok(u64::from_le_bytes(self.array()?))
     }
 
-    fn text(&mut self) -> Result<&'a str, Malformed> {
+    pub fn text(&mut self) -> Result<&'a str, Malformed> {
         let len = usize::from(self.u16()?);
         let text = core::str::from_utf8(self.take(len)?).map_err(|_| Malformed::Text)?;
         if text.contains('\0') { Err(Malformed::Text) } else { Ok(text) }
     }
 
-    fn qid(&mut self) -> Result<Qid, Malformed> {
+    pub fn qid(&mut self) -> Result<Qid, Malformed> {
         Ok(Qid { kind: self.u8()?, version: self.u32()?, path: self.u64()? })
     }
 
     /// A u16 count, then that many of `item`.
-    fn list<T, const N: usize>(
+    pub fn list<T, const N: usize>(
         &mut self,
         mut item: impl FnMut(&mut Self) -> Result<T, Malformed>,
     ) -> Result<Vec<T, N>, Malformed> {
@@ -318,14 +320,15 @@ impl<'a> Reader<'a> {
 }
 
 /// Appends fields; once something did not fit, nothing more is written and `finish` is `None`.
-struct Writer<'a> {
+/// Builds a message; never writes beyond its buffer.
+pub struct Writer<'a> {
     into: &'a mut [u8],
     len: usize,
     fits: bool,
 }
 
 impl<'a> Writer<'a> {
-    fn new(into: &'a mut [u8], id: u8, tag: u16) -> Writer<'a> {
+    pub fn new(into: &'a mut [u8], id: u8, tag: u16) -> Writer<'a> {
         let mut writer = Writer { into, len: 0, fits: true };
         writer.u32(0);
         writer.u8(id);
@@ -333,7 +336,7 @@ impl<'a> Writer<'a> {
         writer
     }
 
-    fn put(&mut self, bytes: &[u8]) {
+    pub fn put(&mut self, bytes: &[u8]) {
         match self.into.get_mut(self.len..).and_then(|rest| rest.get_mut(..bytes.len())) {
             Some(slot) if self.fits => {
                 slot.copy_from_slice(bytes);
@@ -343,23 +346,23 @@ impl<'a> Writer<'a> {
         }
     }
 
-    fn u8(&mut self, value: u8) {
+    pub fn u8(&mut self, value: u8) {
         self.put(&[value]);
     }
 
-    fn u16(&mut self, value: u16) {
+    pub fn u16(&mut self, value: u16) {
         self.put(&value.to_le_bytes());
     }
 
-    fn u32(&mut self, value: u32) {
+    pub fn u32(&mut self, value: u32) {
         self.put(&value.to_le_bytes());
     }
 
-    fn u64(&mut self, value: u64) {
+    pub fn u64(&mut self, value: u64) {
         self.put(&value.to_le_bytes());
     }
 
-    fn text(&mut self, text: &str) {
+    pub fn text(&mut self, text: &str) {
         match u16::try_from(text.len()) {
             Ok(len) => self.u16(len),
             Err(_) => self.fits = false,
@@ -367,18 +370,18 @@ impl<'a> Writer<'a> {
         self.put(text.as_bytes());
     }
 
-    fn qid(&mut self, qid: Qid) {
+    pub fn qid(&mut self, qid: Qid) {
         self.u8(qid.kind);
         self.u32(qid.version);
         self.u64(qid.path);
     }
 
-    fn zeros(&mut self, count: usize) {
+    pub fn zeros(&mut self, count: usize) {
         (0..count).for_each(|_| self.u8(0));
     }
 
     /// Enters the size, `data` bytes that follow included. Returns the bytes written here.
-    fn finish(&mut self, data: u32) -> Option<usize> {
+    pub fn finish(&mut self, data: u32) -> Option<usize> {
         let size = u32::try_from(self.len).ok()?.checked_add(data)?;
         if !self.fits {
             return None;

@@ -1,0 +1,54 @@
+//! Giving a share to a running domain by hand, for Xen releases whose libxl would start QEMU
+//! for a `p9=` line (4.17), and for domains that were created without one.
+
+use anyhow::{Result, bail};
+
+use crate::xenstore::Xenstore;
+
+/// Writes both ends' nodes as libxl would.
+pub fn attach(xs: &mut Xenstore, home: &str, domain: &str, tag: &str, path: &str) -> Result<()> {
+    let domid = domain_id(xs, domain)?;
+    let shares = format!("/local/domain/{domid}/device/9pfs");
+    let taken = xs.list(&shares)?;
+    let Some(number) = (0..).find(|number: &u32| !taken.contains(&number.to_string())) else {
+        bail!("domain {domid} has no number left for a share");
+    };
+    let fe = format!("{shares}/{number}");
+    let be = format!("{home}/backend/9pfs/{domid}/{number}");
+    let own = home.rsplit('/').next().unwrap_or("0").to_string();
+    for (key, value) in [
+        ("frontend", fe.as_str()),
+        ("frontend-id", &domid.to_string()),
+        ("online", "1"),
+        ("path", path),
+        ("security_model", "none"),
+        ("state", "1"),
+    ] {
+        xs.write(&format!("{be}/{key}"), value)?;
+        xs.set_perms(&format!("{be}/{key}"), &[format!("n{own}"), format!("r{domid}")])?;
+    }
+    xs.set_perms(&be, &[format!("n{own}"), format!("r{domid}")])?;
+    // The directory belongs to the domain before it finds a complete share in it.
+    let owner = [format!("n{domid}"), format!("r{own}")];
+    for (key, value) in
+        [("tag", tag), ("state", "1"), ("backend-id", own.as_str()), ("backend", be.as_str())]
+    {
+        xs.write(&format!("{fe}/{key}"), value)?;
+        xs.set_perms(&format!("{fe}/{key}"), &owner)?;
+        xs.set_perms(&fe, &owner)?;
+    }
+    Ok(())
+}
+
+/// A domain's number, given that or its name.
+fn domain_id(xs: &mut Xenstore, domain: &str) -> Result<u16> {
+    if let Ok(domid) = domain.parse() {
+        return Ok(domid);
+    }
+    for domid in xs.list("/local/domain")? {
+        if xs.read_text(&format!("/local/domain/{domid}/name"))?.as_deref() == Some(domain) {
+            return Ok(domid.parse()?);
+        }
+    }
+    bail!("there is no domain called '{domain}'");
+}

@@ -1,0 +1,98 @@
+//! The part of 9P2000.L that platter's client has no use for and other clients (Linux) have:
+//! names are created, listed and removed. What both speak is in storage's codec.
+
+use platter_storage::ninep::message::{Malformed, Reader};
+
+/// Message numbers (9P2000.L, and 9P2000 for TREMOVE).
+pub mod id {
+    pub const TSTATFS: u8 = 8;
+    pub const TLCREATE: u8 = 14;
+    pub const TRENAME: u8 = 20;
+    pub const TREADDIR: u8 = 40;
+    pub const TLOCK: u8 = 52;
+    pub const TGETLOCK: u8 = 54;
+    pub const TMKDIR: u8 = 72;
+    pub const TRENAMEAT: u8 = 74;
+    pub const TUNLINKAT: u8 = 76;
+    pub const TREMOVE: u8 = 122;
+}
+
+/// `AT_REMOVEDIR` of Tunlinkat's flags.
+pub const REMOVE_DIRECTORY: u32 = 0x200;
+
+/// A request of this part.
+#[derive(Debug, PartialEq, Eq)]
+pub enum More<'a> {
+    Statfs { fid: u32 },
+    Lcreate { fid: u32, name: &'a str, flags: u32, mode: u32 },
+    Rename { fid: u32, dfid: u32, name: &'a str },
+    Readdir { fid: u32, offset: u64, count: u32 },
+    Lock { start: u64, len: u64 },
+    Getlock { kind: u8, start: u64, len: u64, process: u32, client: &'a str },
+    Mkdir { dfid: u32, name: &'a str, mode: u32 },
+    Renameat { from: u32, old: &'a str, to: u32, new: &'a str },
+    Unlinkat { dfid: u32, name: &'a str, flags: u32 },
+    Remove { fid: u32 },
+}
+
+impl<'a> More<'a> {
+    /// `Ok(None)` for a number that is not of this part either.
+    pub fn parse(id: u8, body: &'a [u8]) -> Result<Option<More<'a>>, Malformed> {
+        let r = &mut Reader { rest: body };
+        let request = match id {
+            id::TSTATFS => More::Statfs { fid: r.u32()? },
+            id::TLCREATE => {
+                let (fid, name, flags, mode) = (r.u32()?, r.text()?, r.u32()?, r.u32()?);
+                r.u32()?; // gid: files belong to the server's user
+                More::Lcreate { fid, name, flags, mode }
+            }
+            id::TRENAME => More::Rename { fid: r.u32()?, dfid: r.u32()?, name: r.text()? },
+            id::TREADDIR => More::Readdir { fid: r.u32()?, offset: r.u64()?, count: r.u32()? },
+            id::TLOCK => {
+                let (_fid, _kind, _flags) = (r.u32()?, r.u8()?, r.u32()?);
+                let (start, len) = (r.u64()?, r.u64()?);
+                let (_process, _client) = (r.u32()?, r.text()?);
+                More::Lock { start, len }
+            }
+            id::TGETLOCK => {
+                let (_fid, kind) = (r.u32()?, r.u8()?);
+                let (start, len, process) = (r.u64()?, r.u64()?, r.u32()?);
+                More::Getlock { kind, start, len, process, client: r.text()? }
+            }
+            id::TMKDIR => {
+                let (dfid, name, mode) = (r.u32()?, r.text()?, r.u32()?);
+                r.u32()?; // gid, as above
+                More::Mkdir { dfid, name, mode }
+            }
+            id::TRENAMEAT => {
+                More::Renameat { from: r.u32()?, old: r.text()?, to: r.u32()?, new: r.text()? }
+            }
+            id::TUNLINKAT => More::Unlinkat { dfid: r.u32()?, name: r.text()?, flags: r.u32()? },
+            id::TREMOVE => More::Remove { fid: r.u32()? },
+            _ => return Ok(None),
+        };
+        if r.rest.is_empty() { Ok(Some(request)) } else { Err(Malformed::Length) }
+    }
+}
+
+/// Would miss: what is done about a request.
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lcreate_as_linux_sends_it() {
+        // fid 3, name "a", O_RDWR | O_CREAT, 0644, gid 0.
+        let body = [3, 0, 0, 0, 1, 0, b'a', 0x42, 0, 0, 0, 0xa4, 1, 0, 0, 0, 0, 0, 0];
+        let request = More::parse(id::TLCREATE, &body);
+        let expected = More::Lcreate { fid: 3, name: "a", flags: 0x42, mode: 0o644 };
+        assert_eq!(request, Ok(Some(expected)));
+    }
+
+    #[test]
+    fn short_long_and_unknown_ones_are_told_apart() {
+        assert_eq!(More::parse(id::TSTATFS, &[1, 0, 0]), Err(Malformed::Short));
+        assert_eq!(More::parse(id::TSTATFS, &[1, 0, 0, 0, 9]), Err(Malformed::Length));
+        assert_eq!(More::parse(99, &[]), Ok(None));
+    }
+}

@@ -1,0 +1,22 @@
+//! The kernel's Xen devices: event channels, granted memory. All of the server's unsafe lines.
+//!
+//! Guards that memory which a frontend can write is never seen as a Rust reference: it is
+//! copied by volatile accesses, each byte once. Must never: hand out a pointer.
+
+pub mod evtchn;
+pub mod gntdev;
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+/// Runs an ioctl whose argument is one structure in and out.
+fn ioctl<T>(fd: &OwnedFd, request: libc::c_ulong, argument: &mut T) -> io::Result<i32> {
+    // SAFETY: the descriptor is open, and the argument is the structure that the request takes.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), request, std::ptr::from_mut(argument)) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+/// `_IOC(_IOC_NONE, group, number, size)`, which Xen's devices use for all their requests.
+const fn request(group: u8, number: u8, size: usize) -> libc::c_ulong {
+    ((size as libc::c_ulong) << 16) | ((group as libc::c_ulong) << 8) | number as libc::c_ulong
+}

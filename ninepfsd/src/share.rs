@@ -1,0 +1,236 @@
+//! One directory that a domain may reach, and nothing above, beside or linked from it.
+//!
+//! Every path is opened beneath the share's root by openat2 with RESOLVE_BENEATH and
+//! RESOLVE_NO_SYMLINKS (Linux 5.6): the kernel keeps the promise, not our string handling.
+//! Only regular files and directories are ever opened.
+
+use std::fs::File;
+use std::path::Path;
+
+use rustix::fs::{
+    AtFlags, FileType, Mode, OFlags, RenameFlags, ResolveFlags, Stat, fstat, mkdirat, openat2,
+    renameat_with, statat, unlinkat,
+};
+use rustix::io::Errno;
+
+/// What the administrator allows for a share.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Policy {
+    pub read_only: bool,
+    /// Largest size that a file may be given, bytes; 0 for none.
+    pub file_bytes_max: u64,
+}
+
+pub struct Share {
+    root: File,
+    pub policy: Policy,
+}
+
+const RESOLVE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS);
+
+impl Share {
+    pub fn open(root: &Path, policy: Policy) -> std::io::Result<Share> {
+        let root = File::open(root)?;
+        if !root.metadata()?.is_dir() {
+            return Err(std::io::Error::from_raw_os_error(libc::ENOTDIR));
+        }
+        Ok(Share { root, policy })
+    }
+
+    /// A name as one component of a path: never empty, `.`, `..`, nor with a slash in it.
+    pub fn join(directory: &str, name: &str) -> Result<String, Errno> {
+        if name.is_empty() || name == "." || name == ".." || name.contains(['/', '\0']) {
+            return Err(Errno::NOENT);
+        }
+        Ok(if directory.is_empty() { name.to_string() } else { format!("{directory}/{name}") })
+    }
+
+    /// Opens a path relative to the root; the root itself is the empty path.
+    fn open_at(&self, path: &str, flags: OFlags, mode: Mode) -> Result<File, Errno> {
+        let path = if path.is_empty() { "." } else { path };
+        // A path alone is not opened: a device or FIFO does nothing then, and openat2 wants
+        // no other flags.
+        let safe = OFlags::NOCTTY | OFlags::NONBLOCK;
+        let safe = if flags.contains(OFlags::PATH) { OFlags::empty() } else { safe };
+        let flags = flags | safe | OFlags::CLOEXEC;
+        openat2(&self.root, path, flags, mode, RESOLVE).map(File::from)
+    }
+
+    /// What lies at a path; only regular files and directories exist for a frontend.
+    pub fn stat(&self, path: &str) -> Result<Stat, Errno> {
+        let stat = fstat(self.open_at(path, OFlags::PATH, Mode::empty())?)?;
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile | FileType::Directory => Ok(stat),
+            _ => Err(Errno::ACCESS),
+        }
+    }
+
+    /// Opens a regular file or a directory for reading, or a file for writing too.
+    pub fn open_file(&self, path: &str, write: bool, truncate: bool) -> Result<File, Errno> {
+        self.stat(path)?;
+        if write || truncate {
+            self.prove_writable()?;
+        }
+        let mut flags = if write { OFlags::RDWR } else { OFlags::RDONLY };
+        flags.set(OFlags::TRUNC, truncate);
+        let file = self.open_at(path, flags, Mode::empty())?;
+        // It may have been exchanged since the look above.
+        match FileType::from_raw_mode(fstat(&file)?.st_mode) {
+            FileType::RegularFile | FileType::Directory => Ok(file),
+            _ => Err(Errno::ACCESS),
+        }
+    }
+
+    pub fn create(&self, path: &str, mode: u32, exclusive: bool) -> Result<File, Errno> {
+        self.prove_writable()?;
+        let mut flags = OFlags::RDWR | OFlags::CREATE;
+        flags.set(OFlags::EXCL, exclusive);
+        let file = self.open_at(path, flags, Mode::from_raw_mode(mode & 0o777))?;
+        match FileType::from_raw_mode(fstat(&file)?.st_mode) {
+            FileType::RegularFile => Ok(file),
+            _ => Err(Errno::ACCESS),
+        }
+    }
+
+    pub fn make_directory(&self, directory: &str, name: &str, mode: u32) -> Result<(), Errno> {
+        self.prove_writable()?;
+        let at = self.directory(directory)?;
+        mkdirat(&at, name, Mode::from_raw_mode(mode & 0o777))
+    }
+
+    pub fn remove(&self, directory: &str, name: &str, is_directory: bool) -> Result<(), Errno> {
+        self.prove_writable()?;
+        let flags = if is_directory { AtFlags::REMOVEDIR } else { AtFlags::empty() };
+        unlinkat(&self.directory(directory)?, name, flags)
+    }
+
+    pub fn rename(&self, (from, old): (&str, &str), (to, new): (&str, &str)) -> Result<(), Errno> {
+        self.prove_writable()?;
+        let (from, to) = (self.directory(from)?, self.directory(to)?);
+        renameat_with(&from, old, &to, new, RenameFlags::empty())
+    }
+
+    /// Names in an open directory, with their inode and type, in the directory's order.
+    pub fn entries(&self, path: &str) -> Result<Vec<(String, u64, bool)>, Errno> {
+        let directory = self.directory(path)?;
+        let mut entries = Vec::new();
+        for entry in rustix::fs::Dir::read_from(&directory)? {
+            let entry = entry?;
+            let Ok(name) = entry.file_name().to_str() else { continue };
+            let kind = match entry.file_type() {
+                FileType::Unknown => {
+                    let stat = statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
+                    FileType::from_raw_mode(stat.st_mode)
+                }
+                kind => kind,
+            };
+            let is_directory = kind == FileType::Directory;
+            if (is_directory || kind == FileType::RegularFile) && name != ".." && name != "." {
+                entries.push((name.to_string(), entry.ino(), is_directory));
+            }
+        }
+        Ok(entries)
+    }
+
+    pub fn statfs(&self) -> Result<rustix::fs::StatFs, Errno> {
+        rustix::fs::fstatfs(&self.root)
+    }
+
+    /// May a file be made so long?
+    pub fn prove_size(&self, end_bytes: u64) -> Result<(), Errno> {
+        let max = self.policy.file_bytes_max;
+        if max > 0 && end_bytes > max { Err(Errno::FBIG) } else { Ok(()) }
+    }
+
+    pub fn prove_writable(&self) -> Result<(), Errno> {
+        if self.policy.read_only { Err(Errno::ROFS) } else { Ok(()) }
+    }
+
+    fn directory(&self, path: &str) -> Result<File, Errno> {
+        self.open_at(path, OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty())
+    }
+}
+
+/// Would miss: what a hostile administrator does; the shares are the administrator's.
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    fn share(policy: Policy) -> (tempdir::TempDir, Share) {
+        let dir = tempdir::TempDir::new();
+        std::fs::write(dir.path().join("file"), b"content").expect("a file");
+        std::fs::create_dir(dir.path().join("sub")).expect("a directory");
+        symlink("/etc/passwd", dir.path().join("link")).expect("a link");
+        symlink("sub", dir.path().join("inner")).expect("a link");
+        let share = Share::open(dir.path(), policy).expect("a share");
+        (dir, share)
+    }
+
+    #[test]
+    fn nothing_outside_or_linked_is_reached() {
+        let (_dir, share) = share(Policy::default());
+        assert!(share.stat("file").is_ok());
+        for path in ["../etc/passwd", "link", "inner", "sub/../../etc", "/etc/passwd"] {
+            assert!(share.stat(path).is_err(), "{path}");
+            assert!(share.open_file(path, false, false).is_err(), "{path}");
+        }
+        for name in ["", ".", "..", "a/b", "a\0b"] {
+            assert!(Share::join("sub", name).is_err(), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn special_files_do_not_exist() {
+        let (dir, share) = share(Policy::default());
+        let fifo = dir.path().join("fifo");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, Mode::from_raw_mode(0o600)).expect("a fifo");
+        assert_eq!(share.stat("fifo").map(|_| ()), Err(Errno::ACCESS));
+        assert_eq!(share.open_file("fifo", false, false).map(|_| ()), Err(Errno::ACCESS));
+        let names: Vec<String> =
+            share.entries("").expect("entries").into_iter().map(|entry| entry.0).collect();
+        assert!(names.contains(&"file".to_string()) && !names.contains(&"fifo".to_string()));
+    }
+
+    #[test]
+    fn a_read_only_share_changes_nothing() {
+        let (_dir, share) = share(Policy { read_only: true, file_bytes_max: 0 });
+        assert!(share.open_file("file", true, false).is_err());
+        assert!(share.create("new", 0o644, true).is_err());
+        assert!(share.remove("", "file", false).is_err());
+        assert!(share.make_directory("", "new", 0o755).is_err());
+        assert!(share.rename(("", "file"), ("", "other")).is_err());
+        assert!(share.open_file("file", false, false).is_ok());
+    }
+
+    /// A directory that goes when the test ends.
+    mod tempdir {
+        use std::path::{Path, PathBuf};
+        use std::sync::atomic::{AtomicU32, Ordering};
+
+        pub struct TempDir(PathBuf);
+
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+
+        impl TempDir {
+            pub fn new() -> TempDir {
+                let number = NEXT.fetch_add(1, Ordering::Relaxed);
+                let name = format!("platter-9pfsd-{}-{number}", std::process::id());
+                let path = std::env::temp_dir().join(name);
+                std::fs::create_dir_all(&path).expect("a temporary directory");
+                TempDir(path)
+            }
+
+            pub fn path(&self) -> &Path {
+                &self.0
+            }
+        }
+
+        impl Drop for TempDir {
+            fn drop(&mut self) {
+                let _ = std::fs::remove_dir_all(&self.0);
+            }
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! dom0's xenstore by /dev/xen/xenbus: requests answered one by one, watch events kept apart.
+//!
+//! The messages are those of xs_wire.h; the kernel forwards them as they are.
+
+use std::collections::VecDeque;
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+
+use anyhow::{Context, Result, bail};
+use platter_xen::xenstore::{kind, names, parse_watch_event};
+
+const HEADER_BYTES: usize = 16;
+const PAYLOAD_BYTES_MAX: usize = 4096;
+
+/// A connection to xenstored.
+pub struct Xenstore {
+    file: File,
+    events: VecDeque<String>,
+}
+
+struct Message {
+    kind: u32,
+    payload: Vec<u8>,
+}
+
+impl Xenstore {
+    pub fn open() -> Result<Xenstore> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/xen/xenbus")
+            .context("cannot open /dev/xen/xenbus: is this a Xen domain with xenstored up?")?;
+        Ok(Xenstore { file, events: VecDeque::new() })
+    }
+
+    /// The value of a node; `None` when it is missing or may not be read.
+    pub fn read(&mut self, path: &str) -> Result<Option<Vec<u8>>> {
+        self.optional(kind::READ, &nul(path))
+    }
+
+    pub fn read_text(&mut self, path: &str) -> Result<Option<String>> {
+        Ok(self.read(path)?.and_then(|value| String::from_utf8(value).ok()))
+    }
+
+    pub fn list(&mut self, path: &str) -> Result<Vec<String>> {
+        let payload = self.optional(kind::DIRECTORY, &nul(path))?.unwrap_or_default();
+        Ok(names(&payload).map(str::to_string).collect())
+    }
+
+    /// Writes a node; false when it may not be written or its directory is gone.
+    pub fn write(&mut self, path: &str, value: &str) -> Result<bool> {
+        let mut payload = nul(path);
+        payload.extend_from_slice(value.as_bytes());
+        Ok(self.optional(kind::WRITE, &payload)?.is_some())
+    }
+
+    /// Lets another domain read (or own) a node: `perms` as xenstored spells them.
+    pub fn set_perms(&mut self, path: &str, perms: &[String]) -> Result<bool> {
+        let mut payload = nul(path);
+        perms.iter().for_each(|perm| payload.extend_from_slice(&nul(perm)));
+        Ok(self.optional(kind::SET_PERMS, &payload)?.is_some())
+    }
+
+    pub fn watch(&mut self, path: &str) -> Result<()> {
+        let mut payload = nul(path);
+        payload.extend_from_slice(&nul("0"));
+        match self.optional(kind::WATCH, &payload)? {
+            Some(_) => Ok(()),
+            None => bail!("xenstored refuses a watch on {path}"),
+        }
+    }
+
+    /// The next watch event; waits for it.
+    pub fn event(&mut self) -> Result<String> {
+        while self.events.is_empty() {
+            let message = self.receive()?;
+            self.keep_event(&message);
+        }
+        Ok(self.events.pop_front().unwrap_or_default())
+    }
+
+    /// Events that came with answers and need no waiting.
+    pub fn has_event(&self) -> bool {
+        !self.events.is_empty()
+    }
+
+    fn optional(&mut self, request: u32, payload: &[u8]) -> Result<Option<Vec<u8>>> {
+        let mut bytes = Vec::with_capacity(HEADER_BYTES + payload.len());
+        for word in [request, 1, 0, payload.len() as u32] {
+            bytes.extend_from_slice(&word.to_ne_bytes());
+        }
+        bytes.extend_from_slice(payload);
+        self.file.write_all(&bytes).context("cannot write to xenstored")?;
+        loop {
+            let message = self.receive()?;
+            if message.kind == request {
+                return Ok(Some(message.payload));
+            }
+            if message.kind == kind::ERROR {
+                return Ok(None);
+            }
+            self.keep_event(&message);
+        }
+    }
+
+    fn keep_event(&mut self, message: &Message) {
+        if message.kind == kind::WATCH_EVENT
+            && let Some(path) = event_path(&message.payload)
+        {
+            self.events.push_back(path);
+        }
+    }
+
+    fn receive(&mut self) -> Result<Message> {
+        let mut header = [0; HEADER_BYTES];
+        self.file.read_exact(&mut header).context("cannot read from xenstored")?;
+        let word = |at: usize| {
+            let mut four = [0; 4];
+            four.copy_from_slice(&header[at..at + 4]);
+            u32::from_ne_bytes(four)
+        };
+        let len = word(12) as usize;
+        if len > PAYLOAD_BYTES_MAX {
+            bail!("xenstored sent a message of {len} bytes, the limit is {PAYLOAD_BYTES_MAX}");
+        }
+        let mut payload = vec![0; len];
+        self.file.read_exact(&mut payload).context("cannot read from xenstored")?;
+        Ok(Message { kind: word(0), payload })
+    }
+}
+
+impl AsFd for Xenstore {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+fn event_path(payload: &[u8]) -> Option<String> {
+    parse_watch_event(payload).map(|(path, _)| path.to_string())
+}
+
+fn nul(text: &str) -> Vec<u8> {
+    let mut bytes = text.as_bytes().to_vec();
+    bytes.push(0);
+    bytes
+}
