@@ -124,12 +124,6 @@ create_storage_on() {
 # on_store VDEV TARGET: the text of a disk line for any target.
 on_store() { echo "vdev=$1,backend=storage,format=raw,target=$2"; }
 
-# partition_nodes DEVICE: makes the device nodes of its partitions, for dom0 runs no udev.
-partition_nodes() {
-    partprobe "$1" 2>/dev/null || blockdev --rereadpt "$1" 2>/dev/null || true
-    within 5 test -b "${1}p1" || fail "$1 shows no partitions"
-}
-
 # volumes_on VG / volumes_off VG: dom0 itself uses the volumes of a group; it has no udev that would
 # make their nodes.
 volumes_on() {
@@ -143,23 +137,14 @@ create_storage_domain() {
     xl create "$@" >&2 || fail "xl create $1 failed"
 }
 
-# ninep_server: who serves 9p shares. platter-9pfsd where it is among the files (unless NINEPFSD=0);
-# else QEMU, which libxl of Xen 4.17 starts by itself, and libxl of 4.20 not at all or too early.
-ninep_server() {
-    if [ -x /usr/lib/platter/platter-9pfsd ] && [ "${NINEPFSD:-1}" = 1 ]; then
-        echo platter-9pfsd
-    elif [ "$SUITE" = bookworm ]; then
-        echo libxl
-    else
-        echo qemu
-    fi
-}
+# ninep_server: who serves 9p shares: QEMU, which libxl of Xen 4.17 starts by itself, and libxl of
+# 4.20 not at all or too early. A server of our own would be named here, before them.
+ninep_server() { if [ "$SUITE" = bookworm ]; then echo libxl; else echo qemu; fi; }
 
 # start_9p_server DOMAIN: a server for the domain's 9p shares; the one place that knows how.
 start_9p_server() {
     case $(ninep_server) in
     libxl) ;;
-    platter-9pfsd) start_9pfsd "$1" ;;
     qemu)
         /usr/libexec/xen-qemu-system-i386 -xen-domid "$(xl domid "$1")" -no-shutdown -nodefaults \
             -no-user-config -xen-attach -name "$1" -vnc none -display none -nographic \

@@ -71,7 +71,7 @@ storage_ports() {
     xen_says e | awk -v of="$(xl domid storage)" '
         /information for domain|domain [0-9]+:/ { inside = ($0 ~ "domain " of ":") }
         /information for d[0-9]+/ { inside = ($0 ~ "for d" of "[: ]") }
-        inside && /\[[p-]/ { count++ }
+        inside && /\[[01]\/[01]\// { count++ }
         END { print count + 0 }'
 }
 

@@ -138,7 +138,7 @@ fn bench(layout: &Layout, suite: Suite, scenario: &Scenario) -> Result<bool> {
     })?;
     let results = results.join(&scenario.name);
     if !good {
-        test::show_failure(&results);
+        print!("{}", test::failure(&results));
     }
     let table = fs::read_to_string(results.join("table")).unwrap_or_default();
     let samples = parse_table(&table).context("the bench's table cannot be read")?;

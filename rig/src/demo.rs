@@ -37,7 +37,7 @@ pub fn run(layout: &Layout, suite: Suite, keep: bool) -> Result<ExitCode> {
             good = *passed;
             tell(if good { "done" } else { "the story went wrong" });
             if !good {
-                test::show_failure(&results.join(name));
+                print!("{}", test::failure(&results.join(name)));
             }
         }
         _ => {}

@@ -10,7 +10,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -40,6 +40,9 @@ const NVME_BYTES: u64 = 1 << 30;
 const XEN_ARGUMENTS: &str = "console=com1 com1=115200,8n1 dom0_mem=1536M,max:1536M \
     dom0_max_vcpus=1 noreboot spec-ctrl=eager-fpu";
 const LINUX_ARGUMENTS: &str = "console=hvc0 quiet loglevel=4 net.ifnames=0";
+
+/// Boots of this process so far: two may start in the same second.
+static BOOTS: AtomicUsize = AtomicUsize::new(0);
 
 /// What dom0 says while it runs; names are scenarios' names.
 #[derive(Debug, Clone, PartialEq)]
@@ -121,7 +124,8 @@ impl Job<'_> {
         let jobs = self.layout.suite(self.suite).join("jobs");
         fs::create_dir_all(&jobs)?;
         prune(&jobs)?;
-        let folder = jobs.join(format!("{}-{}", self.stamp(), std::process::id()));
+        let number = BOOTS.fetch_add(1, Ordering::Relaxed);
+        let folder = jobs.join(format!("{}-{number}-{}", self.stamp(), std::process::id()));
         fs::create_dir_all(folder.join("results"))?;
         copy_folder(&self.layout.source("rig/dom0"), &folder.join("dom0"))?;
         copy_folder(&self.layout.source("rig/guest"), &folder.join("guest"))?;

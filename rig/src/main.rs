@@ -19,6 +19,7 @@ mod setup;
 mod suite;
 mod test;
 
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -63,6 +64,9 @@ enum Action {
         /// The slow ones too.
         #[arg(long)]
         all: bool,
+        /// Machines that run at the same time; each takes up to 4 GiB.
+        #[arg(long, env = "RIG_JOBS", default_value = "2")]
+        jobs: NonZeroUsize,
         /// What stands behind the guests' disks.
         #[arg(long, value_enum, default_value = "platter")]
         storage: Storage,
@@ -99,9 +103,9 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
                 println!("{:24} {}", scenario.name, scenario.title);
             }
         }
-        Action::Test { names, all, storage } => {
+        Action::Test { names, all, jobs, storage } => {
             setup::setup(&layout, suite)?;
-            return test(&layout, suite, names, *all, *storage);
+            return test(&layout, suite, names, *all, *jobs, *storage);
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -112,6 +116,7 @@ fn test(
     suite: Suite,
     names: &[String],
     all: bool,
+    jobs: NonZeroUsize,
     storage: Storage,
 ) -> Result<ExitCode> {
     let sets: &[Set] = if all { &[Set::Default, Set::Slow] } else { &[Set::Default] };
@@ -126,7 +131,7 @@ fn test(
     }
     let word = storage.to_possible_value().context("a storage has no name")?;
     let settings = [("STORAGE".to_owned(), word.get_name().to_owned())];
-    let count = test::run(layout, suite, scenarios, &settings)?;
+    let count = test::run(layout, suite, scenarios, &settings, jobs.get())?;
     println!("{} passed, {} failed", count.passed, count.failed);
     let good = count.failed == 0 && count.passed > 0;
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })

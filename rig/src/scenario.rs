@@ -53,7 +53,7 @@ impl Scenario {
     ///
     /// # Errors
     /// On an unknown head word or value: a mistyped head must not drop a scenario in silence.
-    fn parse(name: &str, body: &str) -> Result<Self> {
+    pub fn parse(name: &str, body: &str) -> Result<Self> {
         let mut scenario = Scenario {
             name: name.to_owned(),
             title: String::new(),
@@ -100,7 +100,7 @@ fn parse_set(word: &str) -> Result<Set> {
     }
 }
 
-/// All scenarios of a folder, in the order of their names.
+/// All scenarios of a folder, in the order of their numbers.
 ///
 /// # Errors
 /// When the folder or a file cannot be read, or a head is wrong.
@@ -111,7 +111,8 @@ pub fn all(folder: &Path) -> Result<Vec<Scenario>> {
         let name = entry?.file_name().to_string_lossy().into_owned();
         names.extend(name.strip_suffix(".sh").map(str::to_owned));
     }
-    names.sort();
+    let number = |name: &String| name.split('-').next().and_then(|word| word.parse::<u32>().ok());
+    names.sort_by_key(|name| (number(name), name.clone()));
     let read = |name: String| {
         let body = fs::read_to_string(folder.join(format!("{name}.sh")))?;
         Scenario::parse(&name, &body)
