@@ -55,6 +55,9 @@ impl VmdkStream {
         if params.backing.is_some() || !plain(adapter) || !plain(version) {
             return Err(CreateFault::new("a streamOptimized VMDK has no backing file"));
         }
+        if params.cluster_bytes != 0 && params.cluster_bytes != GRAIN_BYTES {
+            return Err(CreateFault::new("a streamOptimized VMDK has grains of 64 KiB"));
+        }
         if params.sectors == 0 || params.sectors > SPARSE_SECTORS_MAX {
             return Err(CreateFault::new("a sparse VMDK extent holds less than 2 TiB"));
         }

@@ -7,11 +7,11 @@ use std::thread;
 
 use clap::Args;
 use indicatif::ProgressBar;
-use platter_image::{Access, SECTOR_BYTES};
+use platter_image::{Access, CreateParams, Format, SECTOR_BYTES};
 
 use super::common::{self, Failure, OpenFlags, Outcome};
 use super::create::{Base, FormatOptions, NewImage};
-use super::size;
+use super::{size, stream};
 use crate::engine::Engine;
 use crate::fault::Fault;
 use crate::flow::{Flow, Piece, data_runs};
@@ -66,6 +66,9 @@ impl Convert {
             common::open(&self.source, self.format.as_deref(), Access::ReadOnly, &self.open)?;
         let mut reader = source.engine;
         let sectors = reader.sectors();
+        if self.is_stream()? {
+            return self.stream(reader, sectors);
+        }
         let has_base = self.make_target(sectors)?;
         let result = self.copy(reader, sectors, has_base);
         if result.is_err() && !has_base {
@@ -73,6 +76,39 @@ impl Convert {
             let _ = std::fs::remove_file(&self.target);
         }
         result
+    }
+
+    /// Is the target one that is written once, from front to end?
+    fn is_stream(&self) -> Result<bool, Failure> {
+        let format = common::format_of(&self.target, self.output_format.as_deref())?;
+        let options = FormatOptions::parse(&self.options)?;
+        let is_stream = |pair| pair == ("subformat", "streamOptimized");
+        Ok(format == Format::Vmdk && options.pairs().into_iter().any(is_stream))
+    }
+
+    fn stream(&self, reader: Engine, sectors: u64) -> Outcome {
+        if self.backing.is_some() {
+            return Err(Failure::new("a streamOptimized VMDK has no backing file"));
+        }
+        let options = FormatOptions::parse(&self.options)?;
+        let pairs = options.pairs();
+        let name = self.target.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
+        let params = CreateParams {
+            format: Format::Vmdk,
+            name: &name,
+            sectors,
+            cluster_bytes: options.cluster_bytes,
+            options: &pairs,
+            backing: None,
+            seed: common::seed(),
+            unix_seconds: common::unix_seconds(),
+        };
+        let replace = self.force && !same_file(&self.source, &self.target);
+        let quiet = self.quiet && !self.progress;
+        let bar = common::progress(sectors * SECTOR_BYTES, "converting", quiet);
+        let result = stream::write(reader, &params, (&self.target, replace), &bar);
+        bar.finish_and_clear();
+        result.map(|()| 0)
     }
 
     /// Makes the empty target and says whether it has a base.

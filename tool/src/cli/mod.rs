@@ -14,6 +14,7 @@ mod map;
 mod resize;
 mod size;
 mod snapshot;
+mod stream;
 
 use std::process::ExitCode;
 

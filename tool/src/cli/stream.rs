@@ -1,0 +1,148 @@
+//! `platter convert -O vmdk -o subformat=streamOptimized`: the one target that is not an image
+//! to write into but a stream, laid out once from front to end with compressed grains.
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufWriter, Write};
+use std::path::Path;
+
+use indicatif::ProgressBar;
+use miniz_oxide::deflate::compress_to_vec_zlib;
+use platter_image::{CreateFault, CreateParams, SECTOR_BYTES, VmdkStream};
+
+use super::common::Failure;
+use crate::engine::Engine;
+use crate::flow::{Flow, Piece, is_zero};
+
+/// The level at which zlib is usually run.
+const LEVEL: u8 = 6;
+
+/// Writes the disk that `reader` holds to a new file at `path`.
+pub fn write(
+    reader: Engine,
+    params: &CreateParams,
+    (path, replace): (&Path, bool),
+    bar: &ProgressBar,
+) -> Result<(), Failure> {
+    let stream = VmdkStream::new(params).map_err(|why| refused(path, &why))?;
+    let mut options = OpenOptions::new();
+    options.write(true).create_new(!replace).create(true).truncate(replace);
+    let file = options.open(path).map_err(|error| match error.kind() {
+        std::io::ErrorKind::AlreadyExists => {
+            let why = "cannot create: it is there already (--force replaces it)";
+            Failure::new(format!("{}: {why}", path.display()))
+        }
+        _ => failed(path, "create", &error),
+    })?;
+    let result = fill(reader, stream, (path, file), params.sectors, bar);
+    if result.is_err() {
+        // What is half made is of no use.
+        let _ = std::fs::remove_file(path);
+    }
+    result
+}
+
+fn refused(path: &Path, why: &CreateFault) -> Failure {
+    Failure::new(format!("{}: {why}", path.display()))
+}
+
+fn failed(path: &Path, doing: &str, error: &std::io::Error) -> Failure {
+    Failure::new(format!("{}: cannot {doing}: {error}", path.display()))
+}
+
+fn fill(
+    reader: Engine,
+    mut stream: VmdkStream,
+    (path, file): (&Path, File),
+    sectors: u64,
+    bar: &ProgressBar,
+) -> Result<(), Failure> {
+    let mut out = BufWriter::with_capacity(1 << 20, file);
+    let grain_bytes = stream.grain_bytes();
+    let grain_sectors = grain_bytes as u64 / SECTOR_BYTES;
+    let mut put = |bytes: &[u8]| out.write_all(bytes).map_err(|e| failed(path, "write", &e));
+    put(stream.start())?;
+    let mut flow = Flow::new(reader, sectors);
+    // A grain under way: which one, and its bytes; stretches of zeros end within grains.
+    let mut grain = vec![0; grain_bytes];
+    let mut spare = None;
+    let mut end_grain = |number: u64, grain: &mut [u8]| {
+        if !is_zero(grain) {
+            let packed = compress_to_vec_zlib(grain, LEVEL);
+            put(stream.grain(number, &packed).map_err(|why| refused(path, &why))?)?;
+            grain.fill(0);
+        }
+        Ok::<(), Failure>(())
+    };
+    let mut number = 0;
+    while let Some(Piece { sector, count, bytes }) = flow.next(spare.take())? {
+        let mut at = sector;
+        while at < sector + count {
+            if at / grain_sectors != number {
+                end_grain(number, &mut grain)?;
+                number = at / grain_sectors;
+            }
+            let end = ((at / grain_sectors + 1) * grain_sectors).min(sector + count);
+            if let Some(bytes) = &bytes {
+                let byte = |sector: u64| (sector * SECTOR_BYTES) as usize;
+                let into = byte(at % grain_sectors);
+                let from = &bytes[byte(at - sector)..byte(end - sector)];
+                grain[into..into + from.len()].copy_from_slice(from);
+                at = end;
+            } else {
+                // Zeros up to the end of this grain, then whole grains at once.
+                at = end.max((sector + count) / grain_sectors * grain_sectors);
+            }
+        }
+        spare = bytes;
+        bar.inc(count * SECTOR_BYTES);
+    }
+    end_grain(number, &mut grain)?;
+    out.write_all(stream.finish()).map_err(|e| failed(path, "write", &e))?;
+    let file = out.into_inner().map_err(|e| failed(path, "write", e.error()))?;
+    file.sync_all().map_err(|e| failed(path, "sync", &e))
+}
+
+#[cfg(test)]
+mod tests {
+    //! Would miss: readers other than QEMU's and ours; the image tests of VMDK ask them.
+
+    use super::*;
+    use crate::engine::options;
+    use crate::medium::{DiskFolder, RamFolder};
+    use platter_image::{Access, Format};
+
+    #[test]
+    fn what_is_streamed_reads_the_same_and_zeros_take_no_room() {
+        // Data that starts and ends within grains, a hole, and a last grain cut short.
+        let sectors = 30_001u64;
+        let mut disk = vec![0; sectors as usize * 512];
+        for (start, end) in [(100, 700), (70_000, 3_000_000), (15_000_000, disk.len())] {
+            disk[start..end].iter_mut().enumerate().for_each(|(n, b)| *b = (n / 50) as u8);
+        }
+        let folder = RamFolder::new();
+        folder.put("in.raw", disk.clone());
+        let raw = options(Format::Raw, Access::ReadOnly);
+        let reader = Engine::open(&folder, "in.raw", raw).unwrap();
+        let root = std::env::temp_dir().join(format!("platter-stream-{}", std::process::id()));
+        std::fs::create_dir_all(&root).unwrap();
+        let params = CreateParams {
+            format: Format::Vmdk,
+            name: "s.vmdk",
+            sectors,
+            cluster_bytes: 0,
+            options: &[("subformat", "streamOptimized")],
+            backing: None,
+            seed: 1,
+            unix_seconds: 0,
+        };
+        let path = root.join("s.vmdk");
+        assert!(write(reader, &params, (&path, false), &ProgressBar::hidden()).is_ok());
+        assert!(std::fs::metadata(&path).unwrap().len() < 400_000);
+        let vmdk = options(Format::Vmdk, Access::ReadOnly);
+        let mut engine = Engine::open(&DiskFolder::new(&root), "s.vmdk", vmdk).unwrap();
+        let mut read = vec![0xee; disk.len()];
+        engine.read(0, &mut read).unwrap();
+        assert!(read == disk);
+        std::fs::remove_dir_all(&root).unwrap();
+    }
+}
