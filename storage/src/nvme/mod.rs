@@ -42,8 +42,10 @@ const RETRIES_MAX: u8 = 3;
 const ZEROES_BLOCKS_MAX: u32 = 65_536;
 /// Most sectors of one deallocation (ours: 1 GiB, so that none takes seconds).
 const DISCARD_SECTORS_MAX: u32 = 2 << 20;
-/// How soon to look again while commands are out: about what a fast drive needs for one.
-const LOOK_AGAIN_NS: u64 = 10_000;
+/// How soon to look again while commands are out: a quarter of what they took lately, so that
+/// looking costs little and delays an answer by little; within these bounds (ours).
+const LOOK_AGAIN_NS_MIN: u64 = 10_000;
+const LOOK_AGAIN_NS_MAX: u64 = 250_000;
 
 /// A namespace that can be used.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -120,6 +122,8 @@ pub struct Nvme {
     next_check_ns: u64,
     next_health_ns: u64,
     now_ns: u64,
+    /// What a command took lately, as far as we looked: a moving average.
+    latency_ns: u64,
     /// Resets since a command last succeeded.
     resets_in_vain: u8,
     counters: Counters,
@@ -189,6 +193,7 @@ impl Nvme {
             next_check_ns: 0,
             next_health_ns: 0,
             now_ns: 0,
+            latency_ns: 0,
             resets_in_vain: 0,
             counters: Counters::default(),
             health: None,
@@ -280,6 +285,8 @@ impl Nvme {
                     Taken::Command(completion, slot) => {
                         any = true;
                         let Some(work) = slot.work else { continue };
+                        let took_ns = self.now_ns.saturating_sub(slot.sent_ns);
+                        self.latency_ns = self.latency_ns / 8 * 7 + took_ns / 8;
                         self.complete(work, completion.status);
                     }
                 }
@@ -431,7 +438,10 @@ impl<H: Hypervisor + Bus> Device<H> for Nvme {
             Phase::Dead { .. } => None,
             _ if !self.done.is_empty() => Some(0),
             Phase::Ready if self.outstanding() == 0 => Some(self.next_check_ns),
-            Phase::Ready => Some(self.now_ns.saturating_add(LOOK_AGAIN_NS)),
+            Phase::Ready => {
+                let soon_ns = (self.latency_ns / 4).clamp(LOOK_AGAIN_NS_MIN, LOOK_AGAIN_NS_MAX);
+                Some(self.now_ns.saturating_add(soon_ns))
+            }
             _ => Some(self.now_ns.saturating_add(bringup::STEP_NS)),
         }
     }

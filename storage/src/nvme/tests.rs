@@ -368,6 +368,35 @@ fn health_and_notices_of_changed_namespaces_are_taken_beside_operations() {
 }
 
 #[test]
+fn how_soon_to_look_again_follows_what_commands_take() {
+    let mut world = World::new(1 << 20, 512);
+    let file = world.open();
+    let wait_us =
+        |world: &World| (Store::<Fake>::poll_at_ns(&world.store).unwrap() - world.now_ns) / 1000;
+    let answer_after_us = |world: &mut World, us: u64| {
+        world.write(1, file, 0, &[1; 512]);
+        world.poll();
+        let wait = wait_us(world);
+        world.now_ns += us * 1000;
+        world.step(0);
+        assert!(world.poll().is_some());
+        wait
+    };
+    for _ in 0..50 {
+        answer_after_us(&mut world, 80);
+    }
+    assert!((15..=20).contains(&answer_after_us(&mut world, 80)));
+    for _ in 0..50 {
+        answer_after_us(&mut world, 10_000);
+    }
+    assert_eq!(answer_after_us(&mut world, 1), 250);
+    for _ in 0..100 {
+        answer_after_us(&mut world, 1);
+    }
+    assert_eq!(answer_after_us(&mut world, 1), 10);
+}
+
+#[test]
 fn an_unanswered_minute_does_not_pass_without_a_wake_up() {
     let mut world = World::new(1 << 20, 512);
     world.open();
