@@ -4,11 +4,11 @@ CARGO ?= cargo
 RIG := $(CARGO) run -q --release -p platter-rig --
 
 .PHONY: all
-all: kernel tool
+all: kernel ninepfsd tool
 
 # platter's story, on a machine with nothing but Rust: KEEP=1 leaves a dom0 shell at the end.
 .PHONY: demo
-demo: kernel
+demo: prerequisites kernel ninepfsd
 	$(RIG) demo
 
 # What CI runs: style, units and vectors, the simulator, foreign image tools, nested Xen.
@@ -33,7 +33,14 @@ tidy:
 	$(CARGO) run -q -p platter-tidy
 
 .PHONY: kernels
-kernels: kernel loadgen
+kernels: kernel loadgen hostile ninepfsd
+
+# The 9p server for dom0: build/platter-9pfsd.
+.PHONY: ninepfsd
+ninepfsd:
+	$(CARGO) build --release -p platter-9pfsd
+	mkdir -p build
+	cp target/release/platter-9pfsd build/
 
 .PHONY: tool
 tool:
@@ -72,6 +79,11 @@ kernel:
 .PHONY: loadgen
 loadgen:
 	$(call bare_kernel,platter-loadgen,loadgen)
+
+# A guest that attacks the backend of its disks.
+.PHONY: hostile
+hostile:
+	$(call bare_kernel,platter-hostile,hostile)
 
 # A kernel that tests the machine under Xen, or crashes in the way its command line names.
 .PHONY: probe

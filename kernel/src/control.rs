@@ -31,6 +31,9 @@ const END_NS: u64 = 8_000_000_000;
 const SHUTDOWN: &str = "control/shutdown";
 const WATCH_BACKEND: u32 = 1;
 const WATCH_SHUTDOWN: u32 = 2;
+const WATCH_DEVICES: u32 = 3;
+/// The directory of our own devices; shares may be given to a running domain.
+const DEVICES: &str = "device";
 
 pub struct Control {
     domid: DomId,
@@ -74,6 +77,7 @@ impl Control {
         for kind in FrontKind::ALL {
             xs.list(kind.directory(), Purpose::Fronts(kind));
         }
+        xs.watch(DEVICES, WATCH_DEVICES);
         xs.watch(&self.tree, WATCH_BACKEND);
         self.scan(xs, self.tree.clone(), 0);
     }
@@ -113,6 +117,10 @@ impl Control {
             xs.read(SHUTDOWN, Purpose::Shutdown);
             return;
         }
+        if let Some(below) = path.strip_prefix(DEVICES) {
+            self.device_changed(xs, below);
+            return;
+        }
         self.fronts.iter_mut().filter(|f| f.concerns(path)).for_each(FrontSlot::look);
         let mut known = false;
         for device in devices.iter_mut().flatten().filter(|d| d.concerns(path)) {
@@ -128,6 +136,23 @@ impl Control {
             }
             (Some(kind), None, _) => self.scan(xs, format!("{}/{kind}", self.tree), 1),
             (None, _, _) => self.scan(xs, self.tree.clone(), 0),
+        }
+    }
+
+    /// Something below our own `device`: a device that is new, or not complete yet. What we wrote
+    /// ourselves comes back here too, and means nothing.
+    fn device_changed(&mut self, xs: &mut Xs, below: &str) {
+        let mut parts = below.split('/').filter(|part| !part.is_empty());
+        let name = parts.next();
+        let Some(kind) = FrontKind::ALL.into_iter().find(|kind| Some(kind.name()) == name) else {
+            return;
+        };
+        let Some(number) = parts.next() else {
+            return xs.list(kind.directory(), Purpose::Fronts(kind));
+        };
+        match self.fronts.iter_mut().find(|front| front.is(kind, number)) {
+            Some(front) => front.look_if_unread(),
+            None => self.found_fronts(kind, number.as_bytes()),
         }
     }
 

@@ -310,7 +310,8 @@ impl Disk {
         Ok(())
     }
 
-    /// Tries every waiting request once more. True if any went on.
+    /// Tries every waiting request once more, in order, as far as the store has room: with a full
+    /// one, each answer would otherwise plan all that wait for it. True if any went on.
     pub fn retry<H: Hypervisor, S: Store<H>>(
         &mut self,
         engine: &mut Engine<S>,
@@ -318,7 +319,16 @@ impl Disk {
     ) -> bool {
         self.kick = false;
         let mut went_on = false;
+        let mut parked = 0;
         for _ in 0..self.waiting.len() {
+            if !engine.has_room(self.handle(FileNo(0))) {
+                // Those that were tried stay in front of the others.
+                (0..parked).for_each(|_| {
+                    let id = self.waiting.pop_back().expect("counted");
+                    self.waiting.push_front(id).expect("just taken out");
+                });
+                return went_on;
+            }
             let id = self.waiting.pop_front().expect("counted");
             let request = engine.requests.get(id);
             request.parked = false;
@@ -326,6 +336,7 @@ impl Disk {
             if self.plan(engine, hv, id) == Progress::Parked {
                 went_on |= engine.requests.find(id).is_some_and(|r| r.planned != before);
                 self.park(engine, id);
+                parked += 1;
             } else {
                 went_on = true;
             }

@@ -304,7 +304,7 @@ impl Server {
             disk.pump_flush(&mut self.engine, hv);
             went_on |= disk.kick;
             disk.publish(hv);
-            device.check_rings();
+            device.check_rings(now_ns);
         }
         self.first = (self.first + 1) % count;
         went_on

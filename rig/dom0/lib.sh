@@ -107,6 +107,7 @@ loop_of() {
 create_storage() {
     [ "${STORAGE:-platter}" = platter ] || return 0
     step "storage domain: create"
+    if [ "$(ninep_server) $SUITE" = "platter bookworm" ]; then set -- "$@" "p9=[]"; fi
     create_storage_domain "$CONFIGS/storage.cfg" "$@"
     start_9p_server storage
     step "storage domain: wait until it is ready"
@@ -137,14 +138,31 @@ create_storage_domain() {
     xl create "$@" >&2 || fail "xl create $1 failed"
 }
 
-# ninep_server: who serves 9p shares: QEMU, which libxl of Xen 4.17 starts by itself, and libxl of
-# 4.20 not at all or too early. A server of our own would be named here, before them.
-ninep_server() { if [ "$SUITE" = bookworm ]; then echo libxl; else echo qemu; fi; }
+# ninep_server: who serves 9p shares: platter-9pfsd where it is among the files (unless NINEP names
+# another), else QEMU, which libxl of Xen 4.17 starts by itself, and libxl of 4.20 not at all or too
+# early.
+ninep_server() {
+    if [ "${NINEP:-platter}" = platter ] && [ -x /usr/lib/platter/platter-9pfsd ]; then
+        echo platter
+    elif [ "$SUITE" = bookworm ]; then
+        echo libxl
+    else
+        echo qemu
+    fi
+}
 
 # start_9p_server DOMAIN: a server for the domain's 9p shares; the one place that knows how.
 start_9p_server() {
     case $(ninep_server) in
     libxl) ;;
+    platter)
+        /usr/lib/platter/platter-9pfsd serve --allow "$IMAGES" </dev/null >"$RUN/9p-$1.log" 2>&1 &
+        echo $! >"$RUN/9p-$1.pid"
+        # There is no p9= line where libxl would start QEMU for it.
+        [ "$SUITE" != bookworm ] ||
+            /usr/lib/platter/platter-9pfsd attach "$1" images "$IMAGES" >&2 ||
+            fail "the share cannot be attached"
+        ;;
     qemu)
         /usr/libexec/xen-qemu-system-i386 -xen-domid "$(xl domid "$1")" -no-shutdown -nodefaults \
             -no-user-config -xen-attach -name "$1" -vnc none -display none -nographic \

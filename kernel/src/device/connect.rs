@@ -15,7 +15,6 @@ use platter_xen::{Bus, Hypervisor};
 use super::{Batch, Device, Surroundings};
 use crate::disk::{Disk, Queue};
 use crate::limits::{QUEUES_MAX, RING_ORDER_MAX};
-use crate::xs::Purpose;
 
 impl Device {
     pub(super) fn read_shape<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
@@ -114,17 +113,20 @@ impl Device {
     }
 
     /// A ring was found broken: the decision closes the disk, others live.
-    pub fn check_rings(&mut self) {
+    pub fn check_rings(&mut self, now_ns: u64) {
         let Some(disk) = &self.disk else { return };
         if self.rings == Rings::Up && disk.queues.iter().any(|queue| queue.ring.is_broken()) {
-            log::warn!("guest {} disk {}: it broke its ring; closed", self.guest.0, self.vdev);
+            if now_ns >= self.break_shown_ns {
+                self.break_shown_ns = now_ns + REFUSAL_LOG_NS;
+                log::warn!("guest {} disk {}: it broke its ring; closed", self.guest.0, self.vdev);
+            }
             self.rings = Rings::Broken;
             self.look = true;
         }
     }
 }
 
-/// Between two lines about refused frontends of one disk: guests can provoke them.
+/// Between two lines about one disk's refused frontends, or broken rings: guests provoke them.
 const REFUSAL_LOG_NS: u64 = 5_000_000_000;
 
 fn connect_queue<H: Hypervisor + Bus>(

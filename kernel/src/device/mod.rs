@@ -137,6 +137,8 @@ pub struct Device {
     connect_refused: bool,
     /// When the next refusal may be logged.
     refusal_shown_ns: u64,
+    /// When the next broken ring may be logged.
+    break_shown_ns: u64,
     layout: Option<Layout>,
     front_seen: Option<XenbusState>,
     busy: Busy,
@@ -188,6 +190,7 @@ impl Device {
             memory: Memory::default(),
             connect_refused: false,
             refusal_shown_ns: 0,
+            break_shown_ns: 0,
             layout: None,
             front_seen: None,
             busy: Busy::No,

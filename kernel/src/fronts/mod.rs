@@ -44,6 +44,11 @@ pub enum FrontKind {
 impl FrontKind {
     pub const ALL: [FrontKind; 3] = [FrontKind::Share, FrontKind::Disk, FrontKind::Pci];
 
+    /// The name of their directory below `device`.
+    pub fn name(self) -> &'static str {
+        self.directory().trim_start_matches("device/")
+    }
+
     /// The directory of our own that lists them.
     pub fn directory(self) -> &'static str {
         match self {
@@ -129,6 +134,11 @@ impl FrontSlot {
 
     pub fn look(&mut self) {
         self.look = true;
+    }
+
+    /// Its own directory was not complete when it was read.
+    pub fn look_if_unread(&mut self) {
+        self.look |= matches!(self.drive, Drive::Unread);
     }
 
     /// Its turn: notices what happened below it, and asks xenstore what it needs to know.
