@@ -5,9 +5,11 @@
 //! the host but the few tools that are missing; QEMU above all is run from its own root, because a
 //! host's own QEMU packages may refuse to go along with it.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail};
 
@@ -38,16 +40,57 @@ const UNUSED: &str = "usr/share/doc usr/share/man usr/share/locale usr/share/inf
 /// # Errors
 /// When a tool cannot be had or a step fails; the message says which and shows the log's end.
 pub fn setup(layout: &Layout, suite: Suite) -> Result<()> {
+    let _alone = Lock::take(&layout.rig())?;
     host_tools(layout)?;
     let maker = Maker { layout, suite, started: Instant::now() };
-    let host = maker.host_root()?;
+    maker.host_root()?;
     let root = maker.dom0_root()?;
     let kernel = maker.kernel(&root)?;
     maker.guest(&kernel)?;
     maker.dom0_initrd(&kernel)?;
     maker.dom0_image(&kernel)?;
-    let _ = host;
     Ok(())
+}
+
+/// Keeps two set-ups from working in the same folder: a file that holds the owner's process id.
+struct Lock {
+    file: PathBuf,
+}
+
+impl Lock {
+    /// Waits for another set-up to end; the file of one that died is taken over.
+    fn take(folder: &Path) -> Result<Self> {
+        fs::create_dir_all(folder).with_context(|| format!("cannot make {}", text(folder)))?;
+        let file = folder.join("setup.lock");
+        let mut told = false;
+        loop {
+            let made = File::options().write(true).create_new(true).open(&file);
+            match made {
+                Ok(mut lock) => {
+                    write!(lock, "{}", std::process::id())?;
+                    return Ok(Lock { file });
+                }
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(error).context(format!("cannot make {}", text(&file))),
+            }
+            let owner = fs::read_to_string(&file).unwrap_or_default();
+            if !owner.is_empty() && !Path::new("/proc").join(owner.trim()).exists() {
+                let _ = fs::remove_file(&file);
+                continue;
+            }
+            if !told {
+                println!("rig: another set-up is at work (process {}); waiting", owner.trim());
+                told = true;
+            }
+            thread::sleep(Duration::from_millis(500));
+        }
+    }
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.file);
+    }
 }
 
 /// Installs the commands that are missing.
@@ -108,6 +151,7 @@ impl Maker<'_> {
         Ok(Made(made))
     }
 
+    /// Nothing is made from it: QEMU is run out of it.
     fn host_root(&self) -> Result<Made> {
         let recipe = format!("debootstrap trixie {HOST_PACKAGES}");
         self.step(&self.layout.rig(), "host-root", &recipe, |log| {
