@@ -18,7 +18,7 @@ use crate::{accel, setup, test};
 const BASELINE: &str = "platter";
 
 /// Variables of the environment that the bench scenarios know.
-const KNOBS: [&str; 3] = ["BACKENDS", "ROUNDS", "RUNTIME_SECONDS"];
+const KNOBS: [&str; 4] = ["BACKENDS", "ROUNDS", "RUNTIME_SECONDS", "WORKS"];
 
 /// One line of the table that the bench scenario leaves.
 #[derive(Debug, Clone, PartialEq)]
@@ -132,7 +132,7 @@ fn bench(layout: &Layout, suite: Suite, scenario: &Scenario) -> Result<bool> {
     let job = Job { layout, suite, accelerator, scenarios, settings, keep: false };
     let mut good = false;
     let results = job.run(&mut |_, at, event| match event {
-        Event::Step(_, text) => println!("rig: {at:6.1} s  {text}"),
+        Event::Step(_, text) | Event::Note(_, text) => println!("rig: {at:6.1} s  {text}"),
         Event::Done(_, passed, _) => good = *passed,
         _ => {}
     })?;
