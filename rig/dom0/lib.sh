@@ -386,7 +386,7 @@ expect_refused() {
     done
     reason=$(console_of storage | tail -n +"$((seen + 1))")
     expect_match "the console after target=$1" "$2" "$reason"
-    reason=$(xenstore-ls -w "/local/domain/$(xl domid storage)/error" 2>/dev/null || true)
+    reason=$(xenstore-ls -f "/local/domain/$(xl domid storage)/error" 2>/dev/null || true)
     expect_match "error/ in xenstore after target=$1" "$2" "$reason"
 }
 

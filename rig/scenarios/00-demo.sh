@@ -51,6 +51,7 @@ scenario() {
 # Who serves the 9p share; on Xen 4.20 as Debian ships it, nobody would.
 ninep_server_in_words() {
     case $(ninep_server) in
+    platter) echo "its share served by platter-9pfsd" ;;
     libxl) echo "its share served by the QEMU that libxl started" ;;
     *) echo "its share served by a QEMU started by hand (libxl of Xen 4.20 starts none)" ;;
     esac
