@@ -3,7 +3,7 @@
 //! looked at in several passes.
 //!
 //! Nothing in a VHDX marks space as used but its use, so there are no leaks: a MiB that nothing
-//! names is free, and is found again at the next open.
+//! names is free, and is found at the next open (but for huge files).
 
 use alloc::boxed::Box;
 use alloc::vec;

@@ -105,7 +105,7 @@ fn plan(
         header.emit(&mut bytes);
         create.put(0, offset, Content::Bytes(bytes.to_vec()));
     }
-    let regions = regions((bat_offset, bat_bytes), metadata_offset);
+    let regions = regions((bat_offset, bat_bytes), (metadata_offset, MIB));
     for offset in REGION_OFFSETS {
         create.put(0, offset, Content::Bytes(regions.clone()));
     }
@@ -125,12 +125,12 @@ fn plan(
 }
 
 /// The region table ([MS-VHDX] 2.2.3).
-fn regions(bat: (u64, u64), metadata_offset: u64) -> Vec<u8> {
+pub(super) fn regions(bat: (u64, u64), metadata: (u64, u64)) -> Vec<u8> {
     let mut b = vec![0; TABLE_BYTES as usize];
     put(&mut b, 0, b"regi");
     put(&mut b, 8, &2u32.to_le_bytes());
-    let regions = [(BAT_REGION, bat.0, bat.1), (METADATA_REGION, metadata_offset, MIB)];
-    for (n, (guid, offset, length)) in regions.into_iter().enumerate() {
+    let regions = [(BAT_REGION, bat), (METADATA_REGION, metadata)];
+    for (n, (guid, (offset, length))) in regions.into_iter().enumerate() {
         let at = 16 + n * 32;
         put(&mut b, at, &guid);
         put(&mut b, at + 16, &offset.to_le_bytes());

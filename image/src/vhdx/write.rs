@@ -5,6 +5,9 @@
 //! before anything else does. Space that a discard frees is used again only after a flush.
 //! It must never let more blocks become dirty than one log entry holds.
 
+use alloc::vec;
+use alloc::vec::Vec;
+
 use crate::fault::{FaultKind, ImageFault};
 use crate::files::FileInfo;
 use crate::format::{Ctx, Found, Own, read_only};
@@ -19,6 +22,7 @@ use super::header::{Guid, Header, MIB};
 use super::load::Region;
 use super::log::{Journal, entry_blocks_max};
 use super::map::{BLOCK_BITS, ENTRY_BITMAP, ENTRY_FULL, ENTRY_PARTIAL, ENTRY_ZERO, State};
+use super::resize::Moving;
 
 /// Logical sectors whose bits are set together, so that bitmaps hold only whole bytes: readers
 /// that take a byte at a time exist (libvhdi).
@@ -27,6 +31,10 @@ const GROUP: u64 = 8;
 const PINS_MAX: usize = 3;
 /// Freed places kept; more are leaked.
 const SPARES_MAX: usize = 2 * PLANS_MAX;
+
+/// BAT entries and MiB of a file that are looked at for free places at open: 1 MiB of BAT, 1 TiB.
+const SCAN_BLOCKS_MAX: u64 = 1 << 17;
+const SCAN_MIB_MAX: u64 = 1 << 20;
 
 /// Sectors of a block.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -67,6 +75,12 @@ pub(super) struct Writer {
     scanned: u64,
     /// The block whose stale bits are being cleared, and the cache block of bits that is next.
     clearing: Option<(u64, u64)>,
+    /// A BAT being moved.
+    pub moving: Option<Moving>,
+    /// Blocks that the disk grows to, and the next whose BAT entry is to be set.
+    pub growing: Option<(u64, u64)>,
+    /// While the file is opened: one bit for each MiB that something uses.
+    used: Option<Vec<u64>>,
     spares: heapless::Vec<u64, SPARES_MAX>,
     /// Places that are free once the flush is durable.
     freed: heapless::Vec<u64, PLANS_MAX>,
@@ -81,6 +95,9 @@ impl Writer {
             can_grow: info.can_grow,
             scanned: 0,
             clearing: None,
+            moving: None,
+            growing: None,
+            used: None,
             spares: heapless::Vec::new(),
             freed: heapless::Vec::new(),
             plans: [const { None }; PLANS_MAX],
@@ -150,6 +167,17 @@ impl Writer {
         Ok(())
     }
 
+    /// Something uses this stretch of the file.
+    fn mark_used(&mut self, offset: u64, len: u64) {
+        self.next = self.next.max(offset + len);
+        let Some(used) = &mut self.used else { return };
+        for mib in offset / MIB..(offset + len) / MIB {
+            if let Some(word) = used.get_mut((mib / 64) as usize) {
+                *word |= 1 << (mib % 64);
+            }
+        }
+    }
+
     pub fn can_grow(&self) -> bool {
         self.can_grow
     }
@@ -186,40 +214,75 @@ impl Vhdx {
         self.geometry.block_sectors * SECTOR_BYTES
     }
 
-    /// Finds the end of all blocks of a file that cannot grow, going on where it stopped. In
-    /// one that can, new blocks simply go behind its end.
+    /// Finds the end of all blocks and free places between them, going on where it stopped. In
+    /// a file that can grow new blocks go behind its end, so a large BAT is not read for that.
     pub(super) fn find_end(&mut self, ctx: &mut Ctx) -> Step<()> {
         let Some(mut writer) = self.writer.take() else { return Ok(()) };
-        let result = self.scan_bat(ctx, &mut writer);
+        let size = ctx.files.size(self.file);
+        let result = if self.blocks() > SCAN_BLOCKS_MAX || size / MIB > SCAN_MIB_MAX {
+            let blocks = if writer.can_grow { 0 } else { self.blocks() };
+            self.scan_bat(ctx, &mut writer, 0, blocks)
+        } else {
+            self.scan_bat(ctx, &mut writer, size / MIB, self.blocks())
+        };
+        let result = match result {
+            // Blocks go behind the end: a broken entry is the request's affair that meets it.
+            Err(Stop::Fault(_)) if writer.can_grow => Ok(()),
+            result => result,
+        };
+        if writer.can_grow && result.is_ok() {
+            writer.used = None;
+            writer.next = size;
+            writer.reserve_until(size);
+        }
         self.writer = Some(writer);
         result
     }
 
-    fn scan_bat(&self, ctx: &mut Ctx, writer: &mut Writer) -> Step<()> {
-        if writer.can_grow {
-            writer.next = ctx.files.size(self.file);
-            writer.reserve_until(writer.next);
-            return Ok(());
-        }
-        let (blocks, ratio) = (self.blocks(), self.geometry.chunk_ratio);
-        if writer.scanned == 0 {
+    /// Looks at the BAT entries of `blocks` blocks, and for free places in `mib` of the file.
+    fn scan_bat(&self, ctx: &mut Ctx, writer: &mut Writer, mib: u64, blocks: u64) -> Step<()> {
+        if writer.used.is_none() {
             let end = |r: Region| r.offset + r.length;
             writer.next = end(self.log).max(end(self.bat)).max(end(self.metadata));
+            writer.used = Some(vec![0; mib.div_ceil(64) as usize]);
         }
+        let ratio = self.geometry.chunk_ratio;
         while writer.scanned < blocks {
             let block = writer.scanned;
-            if let State::Full(at) | State::Partial(at) = self.state(ctx, block)? {
-                writer.next = writer.next.max(at + self.block_bytes());
+            let state = self.state(ctx, block)?;
+            let bitmap = match self.geometry.has_parent && block.is_multiple_of(ratio) {
+                true => self.bitmap_block(ctx, block)?,
+                false => None,
+            };
+            if let State::Full(at) | State::Partial(at) = state {
+                writer.mark_used(at, self.block_bytes());
             }
-            if self.geometry.has_parent
-                && block % ratio == 0
-                && let Some(at) = self.bitmap_block(ctx, block)?
-            {
-                writer.next = writer.next.max(at + MIB);
+            if let Some(at) = bitmap {
+                writer.mark_used(at, MIB);
             }
             writer.scanned += 1;
         }
+        self.find_spares(writer, mib);
         Ok(())
+    }
+
+    /// Keeps free places as long as a block.
+    fn find_spares(&self, writer: &mut Writer, mib: u64) {
+        let Some(used) = writer.used.take() else { return };
+        let per_block = self.block_bytes() / MIB;
+        let is_used = |at: u64| used[(at / 64) as usize] & (1 << (at % 64)) != 0;
+        let mut at = 1;
+        while at + per_block <= mib && writer.spares.len() < PLANS_MAX {
+            let taken = (at..at + per_block).find(|&m| is_used(m));
+            match taken {
+                Some(taken) => at = taken + 1,
+                None if self.in_metadata(at * MIB, self.block_bytes()) => at += 1,
+                None => {
+                    writer.spares.push(at * MIB).expect("there is room for half of them");
+                    at += per_block;
+                }
+            }
+        }
     }
 
     pub(super) fn blocks(&self) -> u64 {
