@@ -162,7 +162,10 @@ impl NvmeModel {
             return;
         }
         assert_eq!(value >> 16 & 0xFF, 0x46, "entry sizes");
-        assert!(self.asq % 4096 == 0 && self.acq % 4096 == 0 && self.asq != 0, "admin queues");
+        assert!(
+            self.asq.is_multiple_of(4096) && self.acq.is_multiple_of(4096) && self.asq != 0,
+            "admin queues"
+        );
         let entries = |shift: u32| (self.aqa >> shift & 0xFFF) as u16 + 1;
         self.sqs.insert(0, ring(self.asq, entries(0)));
         self.cqs.insert(0, ring(self.acq, entries(16)));
@@ -425,7 +428,7 @@ impl NvmeModel {
 }
 
 fn ring(address: u64, entries: u16) -> Ring {
-    assert!(address % 4096 == 0 && entries >= 2, "a queue is whole pages");
+    assert!(address.is_multiple_of(4096) && entries >= 2, "a queue is whole pages");
     Ring { address, entries, at: 0, doorbell: 0, phase: true }
 }
 

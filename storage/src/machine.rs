@@ -45,7 +45,10 @@ impl Fake {
     /// Index into `pages` of a machine address, as a device sees it.
     pub fn dma(address: u64) -> usize {
         let frame = address / PAGE_BYTES as u64;
-        assert!(frame >= FRAME_BASE && (frame - FRAME_BASE) % FRAME_STEP == 0, "not our page");
+        assert!(
+            frame >= FRAME_BASE && (frame - FRAME_BASE).is_multiple_of(FRAME_STEP),
+            "not our page"
+        );
         let page = (frame - FRAME_BASE) / FRAME_STEP;
         page as usize * PAGE_BYTES + (address % PAGE_BYTES as u64) as usize
     }

@@ -121,7 +121,7 @@ impl Segment {
         }
         if count > 1 {
             let round = u64::from(self.stripe_sectors) * count as u64;
-            if self.stripe_sectors == 0 || self.sectors % round != 0 {
+            if self.stripe_sectors == 0 || !self.sectors.is_multiple_of(round) {
                 return Err(StoreFault::Refused("a striped segment is not whole stripes"));
             }
         }

@@ -86,7 +86,10 @@ impl Device<Fake> for Mem {
     ) -> DiskSubmit {
         assert_eq!(unit, 0);
         let block = u64::from(self.block_bytes / 512);
-        assert!(io.sector % block == 0 && u64::from(io.sectors) % block == 0, "unaligned");
+        assert!(
+            io.sector.is_multiple_of(block) && u64::from(io.sectors).is_multiple_of(block),
+            "unaligned"
+        );
         assert!(io.sector + u64::from(io.sectors) <= self.bytes.borrow().len() as u64 / 512);
         let mut queue = self.queue.borrow_mut();
         if queue.len() == self.room {

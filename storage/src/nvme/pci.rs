@@ -167,7 +167,7 @@ impl Probe {
 
     fn with_bar1(&mut self, high: u32) -> Result<Step, PciRefusal> {
         self.registers = u64::from(high) << 32 | u64::from(self.bar0 & !0xF);
-        let aligned = self.registers % PAGE_BYTES as u64 == 0;
+        let aligned = self.registers.is_multiple_of(PAGE_BYTES as u64);
         if self.registers == 0 || !aligned || high == u32::MAX {
             return Err(PciRefusal::NoRegisters);
         }
