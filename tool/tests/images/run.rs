@@ -111,6 +111,9 @@ pub fn workload(case: &Case, built: &Built, folder: &RamFolder, seed: u64, count
         let op = Op { kind, sector, count, began, done: folder.events_len() };
         op.apply(number, &mut sets);
         ops.push(op);
+        if std::env::var_os("PLATTER_SEED").is_some() {
+            eprintln!("op {number}: {kind:?} {sector}+{count}");
+        }
         verify(built, &mut engine, &sets, &op, &mut rng);
     }
     Run { engine, ops, sets }
