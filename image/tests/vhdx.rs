@@ -258,7 +258,10 @@ fn dirty() -> (Vec<u8>, Vec<u8>) {
     engine.flush().unwrap();
     let mut files = vec![Vec::new(); file + 1];
     files[file] = before;
-    let in_place = |event: &Event| matches!(event, Event::Write { offset, .. } if (BAT..BAT + MIB).contains(&(*offset as usize)));
+    let in_place = |event: &Event| match event {
+        Event::Write { offset, .. } => (BAT..BAT + MIB).contains(&(*offset as usize)),
+        _ => false,
+    };
     let events = folder.events();
     assert!(events.iter().any(in_place));
     events.iter().take_while(|event| !in_place(event)).for_each(|event| apply(&mut files, event));

@@ -95,7 +95,7 @@ impl Vhd {
         let mut next = block + 1;
         while sectors < range.count
             && next - block < ABSENT_BLOCKS_MAX
-            && self.entry_offset(next) % crate::meta::BLOCK_BYTES != 0
+            && !self.entry_offset(next).is_multiple_of(crate::meta::BLOCK_BYTES)
             && ctx.meta.get_u32_be(self.file, self.entry_offset(next))? == BAT_UNUSED
         {
             sectors = range.count.min(sectors + self.block_sectors);

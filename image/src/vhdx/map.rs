@@ -219,7 +219,7 @@ impl Vhdx {
                 if *want.get_or_insert(bit) != bit {
                     return Ok((!bit, at - first));
                 }
-                let whole = at % 8 == 0 && unit_end - at >= 8;
+                let whole = at.is_multiple_of(8) && unit_end - at >= 8;
                 let alike = byte == if bit { 0xff } else { 0 };
                 at += if whole && alike { 8 } else { 1 };
             }

@@ -705,8 +705,8 @@ impl Vhdx {
         writer.begin(ctx.meta, self.log, 1)?;
         let per_block = self.geometry.block_sectors;
         let block = range.start / per_block;
-        let all =
-            range.start % per_block == 0 && range.count >= per_block.min(self.disk_end(block));
+        let all = range.start.is_multiple_of(per_block)
+            && range.count >= per_block.min(self.disk_end(block));
         let state = self.state(ctx, block)?;
         let place = match state {
             State::Full(place) | State::Partial(place) => Some(place),
