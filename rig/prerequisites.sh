@@ -22,10 +22,14 @@ need xz xz-utils
 as_root=
 if [ "$(id -u)" != 0 ]; then
     command -v sudo >/dev/null 2>&1 ||
-        { echo "missing:$missing; run as root, or install sudo, or install them by hand" >&2; exit 1; }
+        {
+            echo "missing:$missing; run as root, or install sudo, or install them by hand" >&2
+            exit 1
+        }
     as_root=sudo
 fi
 echo "installing:$missing"
 $as_root apt-get update -qq
 # shellcheck disable=SC2086 # a list of packages
-$as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
+$as_root env DEBIAN_FRONTEND=noninteractive \
+    apt-get install -y -qq --no-install-recommends $missing >/dev/null

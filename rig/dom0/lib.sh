@@ -372,8 +372,8 @@ refuse_once() {
     elapsed_since "$began" >"$RUN/took"
 }
 
-# expect_refused TARGET PATTERN [w|r]: a guest with this target must not come to life; xl must say so
-# within 2 s, and the reason must stand on the storage domain's console and in its xenstore.
+# expect_refused TARGET PATTERN [w|r]: a guest with this target must not come to life; xl must say
+# so within 2 s, and the reason must stand on the storage domain's console and in its xenstore.
 # The best of three counts: a busy host stops the whole machine for seconds at times.
 expect_refused() {
     local seen reason try
