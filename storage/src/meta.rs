@@ -84,23 +84,19 @@ pub trait Disks {
 
 /// The blocks read so far.
 pub struct MetaCache {
+    blocks_max: usize,
     blocks: BTreeMap<(u8, u64), Box<[u8]>>,
 }
 
-impl Default for MetaCache {
-    fn default() -> MetaCache {
-        MetaCache::new()
-    }
-}
-
 impl MetaCache {
-    pub const fn new() -> MetaCache {
-        MetaCache { blocks: BTreeMap::new() }
+    /// An empty one that takes so many blocks.
+    pub const fn new(blocks_max: usize) -> MetaCache {
+        MetaCache { blocks_max, blocks: BTreeMap::new() }
     }
 
     /// Room for another block.
     pub fn has_room(&self) -> bool {
-        self.blocks.len() < META_BLOCKS_MAX
+        self.blocks.len() < self.blocks_max
     }
 
     /// Enters a block; the last block of a disk may be short.

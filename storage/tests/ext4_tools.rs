@@ -8,6 +8,7 @@ use std::process::Command;
 
 use platter_storage::Access;
 use platter_storage::ext4::{self, Mapper};
+use platter_storage::meta::{MetaFault, Miss, ReadBlocks};
 
 /// Options of mke2fs, and the image's size in MiB.
 const SHAPES: [(&str, u32); 10] = [
@@ -27,8 +28,8 @@ const SHAPES: [(&str, u32); 10] = [
 struct Scratch(PathBuf);
 
 impl Scratch {
-    fn new() -> Scratch {
-        let path = std::env::temp_dir().join(format!("platter-ext4-{}", std::process::id()));
+    fn new(name: &str) -> Scratch {
+        let path = std::env::temp_dir().join(format!("platter-ext4-{}-{name}", std::process::id()));
         let _ = fs::remove_dir_all(&path);
         fs::create_dir_all(path.join("tree/many")).unwrap();
         Scratch(path)
@@ -92,9 +93,58 @@ fn read(image: &[u8], path: &str, options: &str) -> Vec<u8> {
     bytes
 }
 
+/// A reader that knows some blocks of 4096 bytes, as the cache of an opening.
+struct Partly<'a> {
+    image: &'a [u8],
+    known: Vec<u64>,
+}
+
+impl ReadBlocks for Partly<'_> {
+    fn len_bytes(&self) -> u64 {
+        self.image.len() as u64
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), MetaFault> {
+        for block in offset / 4096..(offset + into.len() as u64).div_ceil(4096) {
+            if !self.known.contains(&block) {
+                return Err(MetaFault::Miss(Miss { disk: 0, block }));
+            }
+        }
+        self.image.read_at(offset, into)
+    }
+}
+
+#[test]
+fn a_long_block_map_is_read_through_a_cache_that_cannot_hold_it() {
+    let scratch = Scratch::new("long");
+    let tree = scratch.0.join("tree");
+    fs::write(tree.join("long"), content(40 << 20, 5)).unwrap();
+    let image = make(&scratch.0, "-t ext3 -b 1024", 96);
+    let mut partly = Partly { image: &image, known: Vec::new() };
+    let (mut mapper, mut mapped, mut cleared) = (Mapper::new(), 0, 0);
+    loop {
+        match ext4::open(&partly, "long", Access::ReadWrite, &mut mapper) {
+            Ok(_) => break,
+            Err(MetaFault::Miss(miss)) => {
+                if partly.known.len() == 24 {
+                    assert!(mapper.progress() > mapped, "led in circles");
+                    (mapped, cleared) = (mapper.progress(), cleared + 1);
+                    partly.known.clear();
+                }
+                partly.known.push(miss.block);
+            }
+            Err(fault) => panic!("{fault:?}"),
+        }
+    }
+    assert!(cleared > 1, "the cache was large enough");
+    let mut whole = Mapper::new();
+    ext4::open(&&image[..], "long", Access::ReadWrite, &mut whole).unwrap();
+    assert_eq!(mapper.extents(), whole.extents());
+}
+
 #[test]
 fn every_file_of_every_shape_reads_as_it_is() {
-    let scratch = Scratch::new();
+    let scratch = Scratch::new("shapes");
     let files = fill(&scratch.0.join("tree"));
     for (options, megabytes) in SHAPES {
         let image = make(&scratch.0, options, megabytes);

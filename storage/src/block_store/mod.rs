@@ -20,6 +20,7 @@ use alloc::vec::Vec;
 use platter_xen::Hypervisor;
 
 use crate::disk::{Device, Geometry};
+use crate::meta::META_BLOCKS_MAX;
 use crate::pool::Pool;
 use crate::store::{Access, Answer, Done, FileId, Store, StoreFault, Submit, Tag, Window};
 use crate::volume::Layout;
@@ -70,6 +71,8 @@ pub struct BlockStore<D> {
     answers: VecDeque<Done>,
     requests: VecDeque<Request>,
     opening: Option<Opening>,
+    /// Cache blocks of one opening; less than [`META_BLOCKS_MAX`] only in tests.
+    meta_blocks_max: usize,
     /// The operation whose window the last answer gave out.
     lent: Option<u16>,
 }
@@ -91,6 +94,7 @@ impl<D> BlockStore<D> {
             answers: VecDeque::with_capacity(ops_max + OPENINGS_MAX),
             requests: VecDeque::new(),
             opening: None,
+            meta_blocks_max: META_BLOCKS_MAX,
             lent: None,
         })
     }

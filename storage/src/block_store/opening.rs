@@ -103,7 +103,7 @@ impl<D> BlockStore<D> {
             let Some(request) = self.requests.pop_front() else { return };
             self.opening = Some(Opening {
                 request,
-                cache: MetaCache::new(),
+                cache: MetaCache::new(self.meta_blocks_max),
                 mapper: Mapper::new(),
                 mapped: 0,
                 reading: false,

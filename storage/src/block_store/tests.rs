@@ -451,3 +451,74 @@ fn a_disk_that_grew_has_its_new_size() {
     assert_eq!(world.done().result, Ok(Answer::Size(2 << 20)));
     world.write_all(file, (2 << 20) - 512, &[1; 512]);
 }
+
+#[test]
+fn whole_writes_do_not_wait_for_one_another() {
+    let mut world = World::one(Mem::new(alloc::vec![0; 64 << 10], 4096));
+    let file = world.open("xvda", Access::ReadWrite).unwrap().file;
+    let disk = world.disks[0].clone();
+    disk.allowed.set(0);
+    // A small write elsewhere is under way; two of the same whole block are at the disk at once.
+    world.write(0, file, 32_768, &[1; 512]);
+    world.write(1, file, 0, &[1; 4096]);
+    world.write(2, file, 0, &[2; 4096]);
+    assert_eq!(disk.queue.borrow().len(), 3);
+    // A small write to that block waits for both.
+    world.write(3, file, 0, &[3; 512]);
+    assert_eq!(disk.queue.borrow().len(), 3);
+}
+
+#[test]
+fn a_disk_that_shrank_refuses_what_is_gone() {
+    let mut world = World::one(gpt_with_ext4());
+    let file = world.open("xvda/p7", Access::ReadWrite).unwrap().file;
+    world.disks[0].bytes.borrow_mut().truncate(40 << 20);
+    let gone = world.store.read(&mut world.hv, Tag(1), file, 16 << 20, 512);
+    assert_eq!(gone, Err(StoreFault::BeyondEnd));
+    assert_eq!(world.read_all(file, 0, 512).len(), 512);
+}
+
+#[test]
+fn a_flush_waits_for_the_disk_that_has_no_room() {
+    let disk = |sparse: &[u8]| Mem::new(expand(sparse, 64 << 20), 512);
+    let mut second = disk(include_bytes!("../../vectors/lvm-pv1.sparse"));
+    second.room = 1;
+    let mut world = World::new(&[
+        ("xvda", disk(include_bytes!("../../vectors/lvm-pv0.sparse"))),
+        ("xvdb", second),
+        ("xvdc", disk(include_bytes!("../../vectors/lvm-pv2.sparse"))),
+    ]);
+    let striped = world.open("xvda/vg0/striped", Access::ReadWrite).unwrap().file;
+    let second = world.disks[1].clone();
+    second.allowed.set(0);
+    assert_eq!(world.write(1, striped, 16_384, &[1; 512]), 512);
+    world.store.flush(&mut world.hv, Tag(2), striped).unwrap();
+    for _ in 0..10 {
+        assert_eq!(world.poll(), None, "one disk has not had the flush");
+    }
+    second.allowed.set(usize::MAX);
+    assert_eq!(world.done().result, Ok(Answer::Written(512)));
+    assert_eq!(world.done().result, Ok(Answer::Flushed));
+    assert!(world.disks.iter().all(|disk| disk.flushes.get() == 1));
+}
+
+#[test]
+fn an_opening_with_a_small_cache_ends_by_progress_or_by_refusal() {
+    let mut world = World::one(gpt_with_ext4());
+    let path = "xvda/p2/images/fragments.raw";
+    let mut limits = 0;
+    for blocks_max in (1..160).step_by(3) {
+        world.store.meta_blocks_max = blocks_max;
+        match world.open(path, Access::ReadOnly) {
+            Ok(opened) => {
+                assert!(world.read_all(opened.file, 0, 1 << 20) == letters(40));
+                world.store.close(&mut world.hv, opened.file);
+            }
+            Err(fault) => {
+                assert!(matches!(fault, StoreFault::Limit(_)));
+                limits += 1;
+            }
+        }
+    }
+    assert!((1..50).contains(&limits), "{limits} of 53");
+}

@@ -347,6 +347,18 @@ fn resets_in_vain_end() {
 }
 
 #[test]
+fn a_controller_that_never_becomes_ready_is_given_up() {
+    let mut world = World::new(1 << 20, 512);
+    world.model.borrow_mut().faults.stuck = true;
+    for _ in 0..300 {
+        assert_eq!(world.poll(), None);
+        world.step(100);
+    }
+    assert!(world.nvme().is_dead());
+    assert_eq!(world.nvme().counters().resets, 5);
+}
+
+#[test]
 fn health_and_notices_of_changed_namespaces_are_taken_beside_operations() {
     let mut world = World::new(1 << 20, 512);
     let file = world.open();
