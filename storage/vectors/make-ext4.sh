@@ -14,17 +14,17 @@ open(sys.argv[1], 'wb').write(b''.join(bytes([65 + n % 26]) * size for n in rang
 " "$work/$1" "$2" "$3"
 }
 
-# make NAME BLOCK_BYTES MEGABYTES MKE2FS_OPTIONS...
+# make NAME BLOCK_BYTES MEGABYTES FRAGMENTS MKE2FS_OPTIONS...
 make() {
-    name=$1 block=$2 size=$3
-    shift 3
+    name=$1 block=$2 size=$3 fragments=$4
+    shift 4
     rm -f "$work/fs.img"
     truncate -s "${size}M" "$work/fs.img"
     mke2fs -q -F -t ext4 -b "$block" -U 12345678-1234-1234-1234-123456789abc \
         -E hash_seed=12345678-1234-1234-1234-123456789abc "$@" "$work/fs.img"
     fill plain 5 "$block"
     fill holes 9 "$block"
-    fill fragments 40 "$block"
+    fill fragments "$fragments" "$block"
     # Fragments: fill the disk with one-block files, free every other one, write.
     {
         echo "mkdir images"
@@ -32,8 +32,8 @@ make() {
         echo "write $work/plain plain.raw"
         echo "mkdir sub"
         echo "symlink link plain.raw"
-        for n in $(seq 100); do echo "write $work/one spacer$n"; done
-        for n in $(seq 1 2 99); do echo "rm spacer$n"; done
+        for n in $(seq $((2 * fragments + 20))); do echo "write $work/one spacer$n"; done
+        for n in $(seq 1 2 $((2 * fragments + 19))); do echo "rm spacer$n"; done
         echo "write $work/fragments fragments.raw"
         echo "write $work/holes holes.raw"
         echo "punch holes.raw 3 5"
@@ -48,6 +48,6 @@ make() {
     python3 sparse.py "$work/fs.img" "ext4-$name.sparse"
 }
 
-make default 4096 8 -N 256 -O ^has_journal,^resize_inode
-make 1k 1024 4 -N 256 -O ^has_journal,^resize_inode,^64bit,^metadata_csum,uninit_bg
-make maps 1024 4 -N 256 -O ^has_journal,^resize_inode,^extents,^64bit,^metadata_csum,^flex_bg
+make default 4096 8 40 -N 256 -O ^has_journal,^resize_inode
+make 1k 1024 4 300 -N 1024 -O ^has_journal,^resize_inode,^64bit,^metadata_csum,uninit_bg
+make maps 1024 4 300 -N 1024 -O ^has_journal,^resize_inode,^extents,^64bit,^metadata_csum,^flex_bg

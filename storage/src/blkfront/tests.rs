@@ -180,6 +180,10 @@ fn connect_write_flush_read() {
             assert!(world.read(file, offset, len as u32) == bytes);
         }
         assert!(world.back.indirect >= 2);
+        // More than there are pages of descriptors, one after the other.
+        for _ in 0..INDIRECT_PAGES + 1 {
+            world.write_all(file, 1 << 19, &pattern(131_072));
+        }
         assert!(world.back.media.iter().all(|&byte| byte == 0), "still in the cache");
         assert_eq!(world.flush(file), Ok(Answer::Flushed));
         assert!(world.back.media[1 << 19..][..131_072] == pattern(131_072));
@@ -285,6 +289,33 @@ fn a_backend_that_vanishes_with_unflushed_writes_fails_the_next_flush() {
     world.settle();
     assert_eq!(world.flush(file), Err(StoreFault::Io(5)));
     assert_eq!(world.flush(file), Ok(Answer::Flushed));
+}
+
+#[test]
+fn a_backend_that_closes_in_good_order_costs_no_flush() {
+    let mut world = World::new(1 << 20, 512);
+    let file = world.open();
+    world.write_all(file, 0, &[5; 512]);
+    world.state = Some(5);
+    world.settle();
+    assert_eq!(world.front().counters().connects, 2);
+    assert_eq!(world.flush(file), Ok(Answer::Flushed));
+}
+
+#[test]
+fn a_response_with_the_wrong_operation_breaks_the_ring() {
+    let mut world = World::new(1 << 20, 512);
+    let file = world.open();
+    world.back.faults.stalled = true;
+    world.write(1, file, 0, &[5; 512]);
+    let ring = world.front().ring.as_ref().unwrap().region();
+    // Request 0 was a WRITE; the answer says READ and success.
+    let rsp_prod = world.hv.load_u32(ring, 8);
+    let slot = 64 + rsp_prod as usize % 128 * 112;
+    world.hv.write(ring, slot, &[0; 12]);
+    world.hv.store_u32(ring, 8, rsp_prod + 1);
+    assert_eq!(world.poll(), None);
+    assert!(world.front().is_broken());
 }
 
 #[test]

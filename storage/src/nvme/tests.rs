@@ -317,6 +317,7 @@ fn removal_fails_everything_at_once_and_gives_the_pages_back() {
     assert_eq!(world.poll(), None);
     assert_eq!(world.hv.frames_left(), before);
     assert!(world.nvme().is_dead());
+    assert_eq!(world.nvme().counters().resets, 0);
     assert_eq!(world.store.device_mut(0).1.free_pages(), 512);
     assert_eq!(world.store.read(&mut world.hv, Tag(1), file, 0, 512), Err(StoreFault::Gone));
 }
