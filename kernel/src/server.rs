@@ -282,8 +282,13 @@ impl Server {
         let share = (REQUESTS_MAX / serving.max(1)).max(REQUESTS_PER_DISK_MIN);
         let count = self.devices.len();
         let mut went_on = false;
+        let mut next_first = None;
         for turn in 0..count {
-            let Some(device) = &mut self.devices[(self.first + turn) % count] else { continue };
+            let index = (self.first + turn) % count;
+            let Some(device) = &mut self.devices[index] else { continue };
+            // Whoever is first now is last in the next turn; empty places have no turn of their
+            // own, or the disk behind them would be first nearly always.
+            next_first.get_or_insert((index + 1) % count);
             let serving = device.is_serving();
             let Some(disk) = &mut device.disk else { continue };
             if disk.is_quiet() && !serving {
@@ -306,7 +311,7 @@ impl Server {
             disk.publish(hv);
             device.check_rings(now_ns);
         }
-        self.first = (self.first + 1) % count;
+        self.first = next_first.unwrap_or(0);
         went_on
     }
 

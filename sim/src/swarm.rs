@@ -114,6 +114,22 @@ pub fn run(seed: u64) {
             world.verify_images(!plan.is_clean());
         }
     }
+    tell(&world);
+}
+
+/// What a run did, for those who wonder whether it did anything.
+fn tell(world: &World) {
+    let answered: u64 = world.guests.iter().map(|guest| guest.answered).sum();
+    let errors: u64 = world.guests.iter().map(|guest| guest.errors).sum();
+    let asked: u64 = world.hostiles.iter().map(|hostile| hostile.asked).sum();
+    log::info!(
+        "{} ms, {} turns, {answered} answers, {errors} errors, {asked} hostile requests, {} copies \
+         refused, {} xenstore events",
+        world.now_ns / MS,
+        world.turns,
+        world.machine.copies_refused,
+        world.xs.events
+    );
 }
 
 fn wind_up(world: &mut World, plan: &Plan, seed: u64) {

@@ -492,6 +492,12 @@ impl World {
     }
 }
 
+impl Drop for World {
+    fn drop(&mut self) {
+        self.stop_platter();
+    }
+}
+
 fn setup(page: Region, port: Port) -> Setup {
     Setup { domid: DomId(S), xenstore_page: page, xenstore_port: port, heap_bytes: 8 << 20 }
 }

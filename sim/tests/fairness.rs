@@ -1,0 +1,75 @@
+//! A neighbour that floods a ring of 16 pages must not raise an honest guest's latency above
+//! twice what it is alone. Would miss: what a real store does when it is busy; here each request
+//! of the store takes its time whatever else it does.
+
+use platter_image::Format;
+use platter_sim::guest::Habits;
+use platter_sim::world::World;
+
+const MS: u64 = 1_000_000;
+
+struct Shape {
+    platter: bool,
+    rings: u32,
+    /// Guests that were there before the honest one, and after it.
+    before: usize,
+    after: usize,
+    segments: usize,
+}
+
+fn flood(segments: usize) -> Habits {
+    Habits {
+        ring_order: 4,
+        depth: 512,
+        segments_max: segments,
+        requests: 1_000_000,
+        flushes: 0,
+        ..Habits::calm()
+    }
+}
+
+fn quiet() -> Habits {
+    Habits { depth: 1, segments_max: 1, requests: 150, flushes: 0, ..Habits::calm() }
+}
+
+/// Mean and 99th percentile of the honest guest's latency, nanoseconds.
+fn latency(shape: &Shape, floods: bool) -> (u64, u64) {
+    let mut world = World::new(5, 8192);
+    world.host.platter = shape.platter;
+    world.host.rings_max = shape.rings;
+    world.host.order_max = 6;
+    world.host.latency_ns = (90_000, 110_000);
+    world.host.start(&mut world.xs);
+    world.poke_host();
+    let around = |count| if floods { count } else { 0 };
+    for _ in 0..around(shape.before) {
+        world.add_guest(Format::Raw, 8192, flood(shape.segments));
+    }
+    let honest = world.add_guest(Format::Raw, 8192, quiet());
+    for _ in 0..around(shape.after) {
+        world.add_guest(Format::Raw, 8192, flood(shape.segments));
+    }
+    world.run_until("the honest guest", 1000 * MS, |world| world.guests[honest].is_done());
+    let mut all = world.guests[honest].latencies_ns.clone();
+    all.sort_unstable();
+    let mean = all.iter().sum::<u64>() / all.len() as u64;
+    (mean, all[all.len() * 99 / 100])
+}
+
+fn judge(shape: Shape) {
+    let alone = latency(&shape, false);
+    let beside = latency(&shape, true);
+    println!("alone {alone:?}, beside {beside:?} ns");
+    assert!(beside.0 <= 2 * alone.0, "mean {} ns, alone {} ns", beside.0, alone.0);
+    assert!(beside.1 <= 3 * alone.1, "99 % {} ns, alone {} ns", beside.1, alone.1);
+}
+
+#[test]
+fn one_flood_before_it_plain_server() {
+    judge(Shape { platter: false, rings: 8, before: 1, after: 0, segments: 1 });
+}
+
+#[test]
+fn one_flood_after_it_plain_server() {
+    judge(Shape { platter: false, rings: 8, before: 0, after: 1, segments: 1 });
+}
