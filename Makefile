@@ -67,7 +67,7 @@ define bare_kernel
 	RUSTFLAGS="$(KERNEL_RUSTFLAGS)" $(CARGO) build --profile bare --target $(KERNEL_TARGET) \
 		--target-dir build/kernel -p $(1) --bin $(2) --features bare
 	cp build/kernel/$(KERNEL_TARGET)/bare/$(2) build/$(2).debug
-	objcopy --strip-debug build/$(2).debug build/$(2).elf
+	objcopy --strip-all build/$(2).debug build/$(2).elf
 	[ "$$(stat -c %s build/$(2).elf)" -lt 1048576 ] || { echo >&2 "$(2).elf exceeds 1 MiB"; exit 1; }
 endef
 
