@@ -1,9 +1,10 @@
-#: title A guest that floods a ring of 16 pages does not double another's latency
+#: title A guest that floods a ring of 16 pages costs another no more than an equal neighbour does
 #: needs platter.elf loadgen.elf
 #: timeout 500
-# Latency of single 4 KiB reads: alone, beside a flood of small requests, beside a flood of large
-# ones. The bound is on the median beside the same share of an equal neighbour: a shared machine
-# cannot give a guest more than its half.
+# Latency of single 4 KiB reads: alone, beside one who does the same, beside a flood of small
+# requests, beside a flood of large ones. A server with one processor halves between two guests
+# whatever they do, so the bound is on the medians beside the floods against the median beside an
+# equal: twice that is what is wanted, half as much again is left to a busy host.
 # Would miss: three and more guests.
 
 . /job/dom0/loadgen.sh
@@ -27,6 +28,12 @@ scenario() {
     latency beside-small "op=randread bs=4k depth=512 order=4 range=16m secs=$((secs + 4))"
     latency beside-large "op=randrw bs=128k depth=128 order=4 indirect=1 range=16m \
 secs=$((secs + 4))"
+    for flood in beside-small beside-large; do
+        ratio=$(echo "$(cat "$RUN/$flood") $(cat "$RUN/beside-one") $(cat "$RUN/alone")" |
+            awk '{ printf "%.2f %.2f", $1 / $2, $1 / $3 }')
+        echo "$flood: median ${ratio% *} times that beside an equal, ${ratio#* } times alone"
+        echo "$ratio" | awk '{ exit !($1 <= 3) }' || fail "$flood: $ratio"
+    done
     for name in quiet flood; do job "$name" 999 quit; done
     for name in quiet flood; do
         within 60 domain_is_gone "$name" || fail "$name does not go"
@@ -44,6 +51,7 @@ latency() {
     fi
     job quiet "$number" "$single"
     said=$(job_wait quiet "$number" 120)
+    echo "$said" | field p50_us >"$RUN/$1"
     echo "$1: $(echo "$said" | sed 's/.* ios=/ios=/; s/reads=.*//')"
     if [ -n "$2" ]; then
         echo "    the other: $(job_wait flood "$number" 120 | sed 's/.* ios=/ios=/; s/reads=.*//')"

@@ -1,6 +1,8 @@
 #: title A hostile guest attacks its disks; its neighbour reads what it wrote, in time
 #: needs platter.elf loadgen.elf hostile.elf
 #: timeout 900
+# The neighbour's median latency must not double; a guest that takes its half of a processor does as
+# much, and the host's own load is in it: starvation is what fails.
 # SECS: how long each attack that could go on for ever goes on.
 # Would miss: attacks that need two guests who act together.
 
@@ -53,6 +55,11 @@ scenario() {
     step "what the neighbour saw"
     echo "alone:  $(echo "$alone" | sed 's/.* ms=/ms=/; s/reads=.*//')"
     sed 's/.* ms=/beside: ms=/; s/reads=.*//' "$RUN/beside"
+    ratio=$(echo "$(tr ' ' '\n' <"$RUN/beside" | sed -n 's/^p50_us=//p' | sort -n |
+        awk '{ v[NR] = $1 } END { print v[int((NR + 1) / 2)] }') $(echo "$alone" | field p50_us)" |
+        awk '{ printf "%.2f", $1 / $2 }')
+    echo "the neighbour's median latency: $ratio times that of alone"
+    echo "$ratio" | awk '{ exit !($1 <= 4) }' || fail "the neighbour starves: $ratio"
     job good 999 quit
     within 60 domain_is_gone good || fail "the neighbour does not go"
     storage_is_well
