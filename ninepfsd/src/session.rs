@@ -171,16 +171,8 @@ impl Session {
                 w.qid(qid(&self.share.stat(&path)?));
                 return finish(w).map(|len| cut(bytes, len));
             }
-            More::Getlock { kind: _, start, len, process, client } => {
-                // One server, and its clients' locks are advice among themselves: none is held.
-                const UNLOCKED: u8 = 2;
-                let w = &mut Writer::new(&mut bytes, crate::more::id::TGETLOCK + 1, tag);
-                w.u8(UNLOCKED);
-                w.u64(start);
-                w.u64(len);
-                w.u32(process);
-                w.text(client);
-                return finish(w).map(|len| cut(bytes, len));
+            More::Getlock { start, len, process, client, .. } => {
+                return unlocked(tag, start, len, process, client);
             }
             More::Lock { .. } => {
                 let w = &mut Writer::new(&mut bytes, crate::more::id::TLOCK + 1, tag);
@@ -491,6 +483,19 @@ fn qid(stat: &Stat) -> Qid {
     let is_directory = stat.st_mode & libc::S_IFMT == libc::S_IFDIR;
     let version = (stat.st_mtime as u64 ^ ((stat.st_size as u64) << 8)) as u32;
     Qid { kind: if is_directory { QID_DIR } else { 0 }, version, path: stat.st_ino }
+}
+
+/// Nobody holds a lock: there is one server, and locks are advice among its clients.
+fn unlocked(tag: u16, start: u64, len: u64, process: u32, client: &str) -> Result<Reply, Errno> {
+    const UNLOCKED: u8 = 2;
+    let mut bytes = vec![0; ANSWER_BYTES];
+    let w = &mut Writer::new(&mut bytes, crate::more::id::TGETLOCK + 1, tag);
+    w.u8(UNLOCKED);
+    w.u64(start);
+    w.u64(len);
+    w.u32(process);
+    w.text(client);
+    finish(w).map(|len| cut(bytes, len))
 }
 
 /// The directory and the last component of a path.
