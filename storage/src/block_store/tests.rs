@@ -434,6 +434,46 @@ fn lvm_over_three_disks_is_one_volume() {
     assert_eq!(world.open("xvdz", Access::ReadOnly), Err(StoreFault::NotFound));
 }
 
+/// Changes the text of an LVM vector's only metadata area, keeping its length, and both CRCs.
+fn retext(disk: &mut [u8], from: &str, to: &str) {
+    use crate::bytes::{crc32_raw, u64_at};
+    assert_eq!(from.len(), to.len());
+    let header = 4096;
+    let text = header + u64_at(disk, header + 40).unwrap() as usize;
+    let len = u64_at(disk, header + 48).unwrap() as usize;
+    let bytes = &mut disk[text..text + len];
+    let at = bytes.windows(from.len()).position(|window| window == from.as_bytes()).unwrap();
+    bytes[at..at + to.len()].copy_from_slice(to.as_bytes());
+    let crc = crc32_raw(0xF597_A6CF, bytes);
+    disk[header + 56..header + 60].copy_from_slice(&crc.to_le_bytes());
+    let crc = crc32_raw(0xF597_A6CF, &disk[header + 4..header + 512]);
+    disk[header..header + 4].copy_from_slice(&crc.to_le_bytes());
+}
+
+#[test]
+fn of_several_texts_the_newest_counts_wherever_it_is() {
+    let vectors = [
+        include_bytes!("../../vectors/lvm-pv0.sparse").as_slice(),
+        include_bytes!("../../vectors/lvm-pv1.sparse").as_slice(),
+        include_bytes!("../../vectors/lvm-pv2.sparse").as_slice(),
+    ];
+    for newest in 0..3 {
+        let disk = |index: usize| {
+            let mut bytes = expand(vectors[index], 64 << 20);
+            if index == newest {
+                retext(&mut bytes, "seqno = 6", "seqno = 7");
+                retext(&mut bytes, "other-1 {", "other-2 {");
+            }
+            Mem::new(bytes, 512)
+        };
+        let disks = [("xvda", disk(0)), ("xvdb", disk(1)), ("xvdc", disk(2))];
+        let mut world = World::new(&disks);
+        assert!(world.open("xvda/vg0/other-2", Access::ReadOnly).is_ok(), "newest on {newest}");
+        let old = world.open("xvda/vg0/other-1", Access::ReadOnly);
+        assert_eq!(old, Err(StoreFault::NotFound));
+    }
+}
+
 #[test]
 fn a_fault_while_opening_is_the_answer_of_the_opening() {
     let mut world = World::one(gpt_with_ext4());

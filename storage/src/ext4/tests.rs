@@ -157,6 +157,34 @@ fn every_checksum_is_verified() {
 }
 
 #[test]
+fn extents_beyond_the_end_or_out_of_order_are_refused() {
+    // Without checksums, so that the walk itself has to see it.
+    let [_, case, _] = cases();
+    let (found, _) = find(&case.image, "images/plain.raw", Access::ReadOnly).unwrap();
+    let fs = Superblock::read(&case.image.as_slice()).unwrap();
+    let inode = fs.inode_at(&case.image.as_slice(), found.inode).unwrap() as usize;
+    let mut image = case.image.clone();
+    // ee_len and ee_start_lo of the first extent: five blocks from the last but one.
+    let entry = inode + 0x28 + 12;
+    image[entry + 4..][..2].copy_from_slice(&5u16.to_le_bytes());
+    image[entry + 8..][..4].copy_from_slice(&(4096u32 - 2).to_le_bytes());
+    let why = sentence(find(&image, "images/plain.raw", Access::ReadOnly));
+    assert!(why.contains("beyond its end"), "{why}");
+    // ee_block of the fifth entry of the first leaf of fragments.raw.
+    let (_, mapper) = find(&case.image, "images/fragments.raw", Access::ReadOnly).unwrap();
+    let header = [0x0A, 0xF3];
+    let leaf = (0..case.image.len()).step_by(1024).find(|&at| {
+        let first = &case.image[at + 12..at + 24];
+        let sector = mapper.extents()[0].sector as u32 / 2;
+        case.image[at..at + 2] == header && first[8..12] == sector.to_le_bytes()
+    });
+    image = case.image.clone();
+    image[leaf.unwrap() + 12 + 4 * 12..][..4].copy_from_slice(&1u32.to_le_bytes());
+    let why = sentence(find(&image, "images/fragments.raw", Access::ReadOnly));
+    assert!(why.contains("not in order"), "{why}");
+}
+
+#[test]
 fn a_filesystem_larger_than_its_volume_is_refused() {
     let [case, ..] = cases();
     let short = &case.image[..case.image.len() - 4096];

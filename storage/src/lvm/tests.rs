@@ -81,6 +81,16 @@ fn a_missing_or_doubled_physical_volume_refuses_only_what_needs_it() {
 }
 
 #[test]
+fn a_volume_beyond_its_physical_volume_is_refused() {
+    let (text, mut members) = group();
+    // The disk is large enough, the partition is not.
+    members[0].sectors = PE_START + 7 * EXTENT;
+    assert!(matches!(volume(&text, "images", &members), Err(StoreFault::Refused(_))));
+    members[0].sectors += EXTENT;
+    assert!(volume(&text, "images", &members).is_ok());
+}
+
+#[test]
 fn other_segment_types_are_refused_by_name() {
     let (text, members) = group();
     let text = String::from_utf8(text).unwrap();

@@ -50,6 +50,14 @@ fn the_backup_serves_when_the_first_copy_is_broken_anywhere() {
 }
 
 #[test]
+fn a_header_of_another_place_is_not_used() {
+    let mut disk = gpt_disk();
+    // The backup's header, right by its CRC, where the first one belongs.
+    disk.copy_within(BYTES - 512.., 512);
+    assert_eq!(read(&disk).unwrap().scheme, Scheme::GptBackup);
+}
+
+#[test]
 fn two_broken_copies_are_refused_and_not_taken_for_an_empty_disk() {
     let mut disk = gpt_disk();
     disk[512] ^= 1;
