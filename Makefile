@@ -89,3 +89,11 @@ hostile:
 .PHONY: probe
 probe:
 	$(call bare_kernel,platter-arch,probe)
+
+# Thousands of seeds of the simulator; SEEDS and SEED choose which. A failing seed is printed with
+# the command that runs it again.
+SEEDS ?= 5000
+SEED ?= 1
+.PHONY: sim
+sim:
+	$(CARGO) run --release -p platter-sim -- --seeds $(SEEDS) --seed $(SEED)

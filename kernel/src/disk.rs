@@ -124,6 +124,11 @@ impl Disk {
         self.is_idle() && !self.flush.wanted && !self.image.is_dirty()
     }
 
+    /// There is something to take, to plan or to write.
+    pub fn has_work(&self) -> bool {
+        !self.waiting.is_empty() || self.queues.iter().any(|queue| queue.active)
+    }
+
     /// Could a request be taken now, throttle apart?
     pub fn may_take<S>(&self, engine: &Engine<S>) -> bool {
         !engine.requests.is_full() && self.requests < self.share

@@ -286,9 +286,6 @@ impl Server {
         for turn in 0..count {
             let index = (self.first + turn) % count;
             let Some(device) = &mut self.devices[index] else { continue };
-            // Whoever is first now is last in the next turn; empty places have no turn of their
-            // own, or the disk behind them would be first nearly always.
-            next_first.get_or_insert((index + 1) % count);
             let serving = device.is_serving();
             let Some(disk) = &mut device.disk else { continue };
             if disk.is_quiet() && !serving {
@@ -297,6 +294,11 @@ impl Server {
             disk.share = share;
             for queue in &mut disk.queues {
                 queue.active |= hv.take_pending(queue.port);
+            }
+            // Whoever had work first now is last in the next turn; idle disks and empty places
+            // have no turn of their own, or the disk behind them would be first nearly always.
+            if disk.has_work() {
+                next_first.get_or_insert((index + 1) % count);
             }
             if disk.kick {
                 went_on |= disk.retry(&mut self.engine, hv);
@@ -311,7 +313,7 @@ impl Server {
             disk.publish(hv);
             device.check_rings(now_ns);
         }
-        self.first = next_first.unwrap_or(0);
+        self.first = next_first.unwrap_or(self.first);
         went_on
     }
 

@@ -3,7 +3,7 @@
 //! of the store takes its time whatever else it does.
 
 use platter_image::Format;
-use platter_sim::guest::Habits;
+use platter_sim::guest::{Habits, Manner};
 use platter_sim::world::World;
 
 const MS: u64 = 1_000_000;
@@ -14,6 +14,8 @@ struct Shape {
     /// Guests that were there before the honest one, and after it.
     before: usize,
     after: usize,
+    /// Disks that are attached and do nothing, before all others.
+    idle: usize,
     segments: usize,
 }
 
@@ -41,6 +43,11 @@ fn latency(shape: &Shape, floods: bool) -> (u64, u64) {
     world.host.latency_ns = (90_000, 110_000);
     world.host.start(&mut world.xs);
     world.poke_host();
+    for _ in 0..shape.idle {
+        let asleep = Habits { requests: 1, manners: vec![Manner::Linux; 1], ..Habits::calm() };
+        let guest = world.add_guest(Format::Raw, 64, asleep);
+        world.run_until("idle", 5000 * MS, |w| w.guests[guest].is_done());
+    }
     let around = |count| if floods { count } else { 0 };
     for _ in 0..around(shape.before) {
         world.add_guest(Format::Raw, 8192, flood(shape.segments));
@@ -66,10 +73,15 @@ fn judge(shape: Shape) {
 
 #[test]
 fn one_flood_before_it_plain_server() {
-    judge(Shape { platter: false, rings: 8, before: 1, after: 0, segments: 1 });
+    judge(Shape { platter: false, rings: 8, before: 1, after: 0, idle: 0, segments: 1 });
 }
 
 #[test]
 fn one_flood_after_it_plain_server() {
-    judge(Shape { platter: false, rings: 8, before: 0, after: 1, segments: 1 });
+    judge(Shape { platter: false, rings: 8, before: 0, after: 1, idle: 0, segments: 1 });
+}
+
+#[test]
+fn idle_disks_have_no_turn() {
+    judge(Shape { platter: false, rings: 8, before: 1, after: 0, idle: 6, segments: 1 });
 }
