@@ -74,7 +74,8 @@ secs=$RUNTIME_SECONDS"
 
 # cpu_seconds: what dom0 and the storage domain have used so far, to 0.1 s.
 cpu_seconds() {
-    xl list | awk '$1 == "Domain-0" { d = $6 } $1 == "storage" { s = $6 } END { print d + 0, s + 0 }'
+    xl list | awk '$1 == "Domain-0" { d = $6 } $1 == "storage" { s = $6 }
+        END { print d + 0, s + 0 }'
 }
 
 cpu_since() { echo "$1 $(cpu_seconds)" | awk '{ printf "%.1f %.1f", $3 - $1, $4 - $2 }'; }

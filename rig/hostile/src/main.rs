@@ -2,8 +2,9 @@
 //!
 //! `extra="attack=all secs=2"`: all attacks in turn, or those named, each that could go on for
 //! ever for so many seconds; `rounds=N` begins again, `linger=N` stays idle for so many seconds so
-//! that others can look at what is left, `die=1` ends with requests under way and no goodbye. One line for each attack, and a `done` line; a backend that did not stand it makes the
-//! domain end in a crash. A disk that may only be read can be given as a second one.
+//! that others can look at what is left, `die=1` ends with requests under way and no goodbye. One
+//! line for each attack, and a `done` line; a backend that did not stand it makes the domain end
+//! in a crash. A disk that may only be read can be given as a second one.
 #![no_std]
 #![no_main]
 #![forbid(unsafe_code)]

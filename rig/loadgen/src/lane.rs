@@ -196,7 +196,7 @@ impl<'a> Lane<'a> {
             return None;
         }
         let turn = self.issued + 1;
-        let is_due = |every: u64| self.pass.commands && every > 0 && turn % every == 0;
+        let is_due = |every: u64| self.pass.commands && turn.checked_rem(every) == Some(0);
         let nodes = &self.link.nodes;
         if nodes.flush && is_due(options.flush_every) {
             self.issued += 1;

@@ -96,7 +96,8 @@ fn load(
     for (vdev, report) in session.run(machine, xs, options)? {
         good &= report.is_good();
         info!(
-            "result job={number} disk={vdev} op={} bs={} depth={} abi={} queues={} order={} {report}",
+            "result job={number} disk={vdev} op={} bs={} depth={} abi={} queues={} order={} \
+             {report}",
             options.op,
             options.block_bytes,
             options.depth,

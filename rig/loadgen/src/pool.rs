@@ -109,3 +109,33 @@ impl Pool {
         all
     }
 }
+
+#[cfg(test)]
+mod tests {
+    //! Would miss: a grant that names another page than it should.
+    use super::*;
+
+    fn pool(block_bytes: u64, segments_max: usize, indirect: bool) -> Pool {
+        let shape = PoolShape { to: DomId(1), slots: 1, block_bytes, segments_max, indirect };
+        Pool { shape, buffers: Vec::new() }
+    }
+
+    fn sectors(pool: &Pool, grefs: &[Gref], part: usize) -> u32 {
+        pool.segments_of(grefs, part).iter().map(|segment| segment.sectors()).sum()
+    }
+
+    #[test]
+    fn parts_cover_the_block_and_no_more() {
+        let grefs: Vec<Gref> = (100..116).map(Gref).collect();
+        let direct = pool(64 << 10, 11, false);
+        assert_eq!((direct.shape.parts(), direct.shape.is_indirect()), (2, false));
+        assert_eq!((sectors(&direct, &grefs, 0), sectors(&direct, &grefs, 1)), (88, 40));
+        assert_eq!(direct.segments_of(&grefs, 1)[0].gref, Gref(111));
+        let indirect = pool(64 << 10, 256, false);
+        assert_eq!((indirect.shape.parts(), indirect.shape.is_indirect()), (1, true));
+        assert_eq!(sectors(&indirect, &grefs, 0), 128);
+        let small = pool(512, 11, false);
+        assert_eq!(sectors(&small, &grefs[..1], 0), 1);
+        assert!(pool(512, 256, true).shape.is_indirect());
+    }
+}
