@@ -141,12 +141,13 @@ impl Serving {
             }
             let Some(incoming) = ring.take(self.session.msize)? else { return Ok(took) };
             took = true;
-            let (tag, bytes) = (incoming.head.tag, incoming.data.len());
+            let tag = incoming.head.tag;
             match self.session.handle(incoming) {
                 Outcome::Answer(Reply { bytes, data }) => {
                     self.rings[index].answer(bytes, data)?;
                 }
                 Outcome::Work(job) => {
+                    let bytes = job.bytes();
                     self.in_flight[index] += 1;
                     self.in_flight_bytes += bytes;
                     let waker = Arc::clone(&self.waker);

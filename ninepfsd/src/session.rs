@@ -375,6 +375,15 @@ impl Session {
 }
 
 impl Job {
+    /// Memory that it holds until it is answered.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Job::Read { count, .. } => *count as usize,
+            Job::Write { data, .. } => data.len(),
+            Job::Sync { .. } | Job::Allocate { .. } => 0,
+        }
+    }
+
     /// Does the work; called by a worker.
     pub fn run(self, tag: u16) -> Reply {
         let done = match self {
@@ -521,3 +530,7 @@ fn cut(mut bytes: Vec<u8>, len: usize) -> Reply {
     bytes.truncate(len);
     Reply { bytes, data: Vec::new() }
 }
+
+#[cfg(test)]
+#[path = "session_tests.rs"]
+mod tests;
