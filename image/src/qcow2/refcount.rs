@@ -112,6 +112,8 @@ pub(super) struct Space {
     end: u64,
     /// First cluster after the file as it was opened: from there on all is ours.
     old_end: u64,
+    /// The run that is being compared with live tables, and entries compared.
+    compared: (Option<Run>, u64),
     /// Next cluster to look at for a hole, below `end`.
     hole: u64,
     /// The store is full up to its end: every hole must be tried, from here on.
@@ -147,7 +149,8 @@ impl Space {
     /// use ends, so it is looked for from the start.
     pub fn new(end: u64, can_grow: bool) -> Space {
         let (end, old_end) = if can_grow { (end, end) } else { (1, u64::MAX) };
-        Space { frees: Frees::new(), job: Job::None, end, old_end, hole: 1, scan: None }
+        let compared = (None, 0);
+        Space { frees: Frees::new(), job: Job::None, end, old_end, compared, hole: 1, scan: None }
     }
 
     /// First cluster after all that is known to be used.
@@ -324,27 +327,30 @@ impl Qcow2 {
 
     /// Does a live L2 table or refcount block lie in clusters that count as free? A damaged image
     /// is better not written than lost (QEMU's overlap checks of the same names).
-    fn check_unused(&self, ctx: &mut Ctx, run: Run) -> Step<()> {
+    fn check_unused(&mut self, ctx: &mut Ctx, run: Run) -> Step<()> {
         let bits = self.kind.cluster_bits;
         let entries = u64::from(self.header.l1_entries).min(OVERLAP_ENTRIES_MAX);
         let blocks = u64::from(self.header.reftable_clusters) << (bits - 3);
         // Past the file's end the table has no blocks.
         let blocks = blocks.min((self.writer().space.end >> self.block_counts_bits()) + 1);
-        let tables = [
-            (self.header.l1_offset, entries),
-            (self.header.reftable_offset, blocks.min(OVERLAP_ENTRIES_MAX)),
-        ];
-        for (table, entries) in tables {
-            for n in 0..entries {
-                let word = ctx.meta.get_u64_be(self.file, table + n * 8)?;
-                let cluster = (word & OFFSET) >> bits;
-                if word != 0 && cluster >= run.first && cluster - run.first < run.count {
-                    let what = "the refcount of a cluster that holds a table";
-                    let offset = cluster << bits;
-                    return Err(ImageFault::corrupt(self.file, what, offset, 0).into());
-                }
+        let blocks = blocks.min(OVERLAP_ENTRIES_MAX);
+        // More blocks than the cache may hold: what was compared is not looked at again.
+        let (compared, done) = self.writer().space.compared;
+        let done = if compared == Some(run) { done } else { 0 };
+        for n in done..entries + blocks {
+            let at = match n.checked_sub(entries) {
+                None => self.header.l1_offset + n * 8,
+                Some(block) => self.header.reftable_offset + block * 8,
+            };
+            self.writer_mut().space.compared = (Some(run), n);
+            let word = ctx.meta.get_u64_be(self.file, at)?;
+            let cluster = (word & OFFSET) >> bits;
+            if word != 0 && cluster >= run.first && cluster - run.first < run.count {
+                let what = "the refcount of a cluster that holds a table";
+                return Err(ImageFault::corrupt(self.file, what, cluster << bits, 0).into());
             }
         }
+        self.writer_mut().space.compared = (Some(run), entries + blocks);
         Ok(())
     }
 
@@ -482,6 +488,7 @@ impl Qcow2 {
 
     /// Counts a run as used. Its place is pinned or reserved in this step.
     pub(super) fn take_run(&mut self, ctx: &mut Ctx, run: Run) {
+        self.writer_mut().space.compared = (None, 0);
         for cluster in run.first..run.first + run.count {
             self.put_count(ctx, run.block, cluster, 1);
         }
