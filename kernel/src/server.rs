@@ -293,7 +293,9 @@ impl Server {
             }
             disk.share = share;
             for queue in &mut disk.queues {
-                queue.active |= hv.take_pending(queue.port);
+                // While there is always work nothing is asked for by an event: look.
+                let waits = serving && queue.ring.has_requests(hv);
+                queue.active |= hv.take_pending(queue.port) | waits;
             }
             // Whoever had work first now is last in the next turn; idle disks and empty places
             // have no turn of their own, or the disk behind them would be first nearly always.
@@ -322,7 +324,7 @@ impl Server {
         let mut until_ns = now_ns.saturating_add(IDLE_NS);
         self.ports.clear();
         self.ports.push(self.xs.port());
-        let mut more = self.control.is_impatient();
+        let mut more = self.control.is_impatient() || self.xs.is_unsent();
         for slot in &self.engine.stores {
             slot.store.ports(&mut self.ports);
             let at_ns = Store::<H>::poll_at_ns(&slot.store);

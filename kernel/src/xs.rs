@@ -59,6 +59,8 @@ pub struct Xs {
     explained: VecDeque<String>,
     purposes: BTreeMap<u32, Purpose>,
     next: u32,
+    /// Something was queued since the last poll, which is what sends it.
+    unsent: bool,
     /// Requests that could not be queued: never silently lost.
     pub lost: u32,
 }
@@ -81,7 +83,7 @@ impl Xs {
     pub fn new<H: Hypervisor>(hv: &H, page: Region, port: Port) -> Xs {
         let client = Client::new(hv, page, port);
         let (purposes, explained) = (BTreeMap::new(), VecDeque::new());
-        Xs { client, explained, purposes, next: 1, lost: 0 }
+        Xs { client, explained, purposes, next: 1, unsent: false, lost: 0 }
     }
 
     pub fn port(&self) -> Port {
@@ -135,7 +137,13 @@ impl Xs {
         self.submit(Op::Unwatch { path, watch: Token(watch) }, Purpose::None);
     }
 
+    /// Something waits for a poll to send it: do not sleep before.
+    pub fn is_unsent(&self) -> bool {
+        self.unsent
+    }
+
     pub fn poll<H: Hypervisor>(&mut self, hv: &mut H) -> Option<XsEvent> {
+        self.unsent = false;
         Some(match self.client.poll(hv)? {
             Event::Reply { token: Token(token), result } => {
                 let purpose = self.purposes.remove(&token).unwrap_or(Purpose::None);
@@ -157,6 +165,7 @@ impl Xs {
             self.lost += 1;
             return false;
         }
+        self.unsent = true;
         if purpose != Purpose::None {
             self.purposes.insert(token, purpose);
         }

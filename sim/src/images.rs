@@ -3,7 +3,9 @@
 
 use std::process::Command;
 
-use platter_image::{Access, CheckParams, Create, CreateParams, CreateWrite, Format, Repair};
+use platter_image::{
+    Access, Backing, CheckParams, Create, CreateParams, CreateWrite, Format, Repair,
+};
 use platter_tool::engine::{Engine, options};
 use platter_tool::medium::RamFolder;
 
@@ -11,7 +13,14 @@ use crate::files::Files;
 use crate::oracle::{Oracle, SECTOR};
 
 /// Puts a new image of `sectors` zeros on the share.
-pub fn create(files: &mut Files, path: &str, format: Format, sectors: u64, cluster_bytes: u64) {
+pub fn create(
+    files: &mut Files,
+    path: &str,
+    format: Format,
+    sectors: u64,
+    cluster_bytes: u64,
+    backing: Option<&str>,
+) {
     let name = path.rsplit('/').next().unwrap_or(path);
     let params = CreateParams {
         format,
@@ -19,7 +28,7 @@ pub fn create(files: &mut Files, path: &str, format: Format, sectors: u64, clust
         sectors,
         cluster_bytes,
         options: &[],
-        backing: None,
+        backing: backing.map(|name| Backing { name, format: Format::Raw, identity: None, sectors }),
         seed: 7,
         unix_seconds: 1_700_000_000,
     };

@@ -15,7 +15,16 @@ use crate::world::World;
 const MS: u64 = 1_000_000;
 
 /// Formats that can be made and written.
-pub const FORMATS: [Format; 4] = [Format::Raw, Format::Vhd, Format::Vdi, Format::Qed];
+pub const FORMATS: [Format; 8] = [
+    Format::Raw,
+    Format::Qcow2,
+    Format::Qed,
+    Format::Qcow,
+    Format::Vdi,
+    Format::Vmdk,
+    Format::Vhd,
+    Format::Vhdx,
+];
 
 /// How a run ends.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -192,9 +201,21 @@ fn add_guest(world: &mut World, rng: &mut Rng, plan: &Plan) {
     }
     let disk = world.new_disk();
     let path = format!("disk{disk}.{}", format.name());
-    crate::images::create(&mut world.host.files, &path, format, sectors, 0);
-    let carrier = if rng.chance(800) { Carrier::Vbd } else { Carrier::Qdisk };
     let mut oracle = Oracle::new(disk, sectors);
+    let overlay = matches!(format, Format::Qcow2 | Format::Qed) && rng.chance(500);
+    let base = format!("base{disk}.raw");
+    if overlay {
+        world.host.files.put(&base, oracle.start_full());
+    }
+    let cluster_bytes = match format {
+        Format::Qcow2 => *rng.pick(&[0, 512, 4096]),
+        Format::Qed => *rng.pick(&[0, 4096]),
+        _ => 0,
+    };
+    let backing = overlay.then_some(base.as_str());
+    let files = &mut world.host.files;
+    crate::images::create(files, &path, format, sectors, cluster_bytes, backing);
+    let carrier = if rng.chance(800) { Carrier::Vbd } else { Carrier::Qdisk };
     oracle.ragged = plan.faults.ragged > 0;
     world.add_guest_on(&path, format, habits, oracle, &options, carrier);
 }

@@ -287,7 +287,7 @@ impl World {
     pub fn add_guest(&mut self, format: Format, sectors: u64, habits: Habits) -> usize {
         let disk = self.new_disk();
         let path = format!("disk{disk}.{}", format.name());
-        images::create(&mut self.host.files, &path, format, sectors, 0);
+        images::create(&mut self.host.files, &path, format, sectors, 0, None);
         let oracle = Oracle::new(disk, sectors);
         self.add_guest_on(&path, format, habits, oracle, "", Carrier::Vbd)
     }

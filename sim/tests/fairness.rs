@@ -56,7 +56,7 @@ fn latency(shape: &Shape, floods: bool) -> (u64, u64) {
     for _ in 0..around(shape.after) {
         world.add_guest(Format::Raw, 8192, flood(shape.segments));
     }
-    world.run_until("the honest guest", 1000 * MS, |world| world.guests[honest].is_done());
+    world.run_until("the honest guest", 400 * MS, |world| world.guests[honest].is_done());
     let mut all = world.guests[honest].latencies_ns.clone();
     all.sort_unstable();
     let mean = all.iter().sum::<u64>() / all.len() as u64;
@@ -84,4 +84,14 @@ fn one_flood_after_it_plain_server() {
 #[test]
 fn idle_disks_have_no_turn() {
     judge(Shape { platter: false, rings: 8, before: 1, after: 0, idle: 6, segments: 1 });
+}
+
+#[test]
+fn small_requests_in_the_dialect() {
+    judge(Shape { platter: true, rings: 4, before: 1, after: 1, idle: 0, segments: 1 });
+}
+
+#[test]
+fn large_requests_in_the_dialect() {
+    judge(Shape { platter: true, rings: 4, before: 1, after: 1, idle: 0, segments: 11 });
 }

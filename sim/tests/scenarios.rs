@@ -35,6 +35,18 @@ fn one_guest_reads_what_it_wrote_and_idle_is_silent() {
 }
 
 #[test]
+fn a_disk_is_connected_as_soon_as_it_may_be() {
+    // What a device's turn asked of xenstore was sent half a second later, at the next tick.
+    let mut world = world(1, true, 2);
+    let began_ns = world.now_ns;
+    let guest = world.add_guest(Format::Raw, 2048, Habits::calm());
+    world.run_until("the connection", 60_000 * MS, |w| w.guests[guest].is_running());
+    let took_ms = (world.now_ns - began_ns) / MS;
+    // InitWait stands for 200 ms, a store that is not there yet is asked for every 50 ms.
+    assert!(took_ms < 290, "{took_ms} ms");
+}
+
+#[test]
 fn every_frontend_connects_closes_and_comes_back() {
     for (index, manner) in MANNERS.into_iter().enumerate() {
         for carrier in [Carrier::Vbd, Carrier::Qdisk] {

@@ -160,6 +160,11 @@ impl BackRing {
         Ok(prod)
     }
 
+    /// A request is there to be taken; false on a broken ring.
+    pub fn has_requests<H: Hypervisor>(&mut self, hv: &H) -> bool {
+        self.req_prod(hv).is_ok_and(|prod| prod != self.req_cons)
+    }
+
     /// Copies the next request out, once, and reserves the slot of its response.
     pub fn take<H: Hypervisor>(
         &mut self,
