@@ -66,6 +66,15 @@ fn summary(mut values: Vec<f64>) -> (f64, f64) {
     (values[values.len() / 2], (greatest - least) / 2.0)
 }
 
+/// `MEDIAN ± HALF-RANGE`; one measurement has no spread, and must not look as if it had none to
+/// speak of.
+fn spread_of(median: f64, half_range: f64, samples: usize, digits: usize) -> String {
+    match samples {
+        0 | 1 => format!("{median:.digits$} (once)"),
+        _ => format!("{median:.digits$} ± {half_range:.digits$}"),
+    }
+}
+
 /// The table for people: a line for each work and backend.
 fn report(samples: &[Sample]) -> String {
     let mut groups: BTreeMap<(&str, &str), Vec<&Sample>> = BTreeMap::new();
@@ -96,8 +105,8 @@ fn report(samples: &[Sample]) -> String {
         };
         text.push_str(&format!(
             "{work:16} {backend:9} {:>16} {:>24} {:>7.3} {:>8.3} {:>7} {:>7}\n",
-            format!("{rate_median:.0} ± {rate_spread:.0}"),
-            format!("{cpu_median:.3} ± {cpu_spread:.3}"),
+            spread_of(rate_median, rate_spread, groups[&key].len(), 0),
+            spread_of(cpu_median, cpu_spread, groups[&key].len(), 3),
             over(key, dom0).0,
             over(key, storage).0,
             ratio(rate_median, over(base, rate).0),
@@ -163,7 +172,8 @@ mod tests {
         let text = report(&samples);
         let qdisk = text.lines().find(|line| line.contains("qdisk")).unwrap();
         // 1000/s against 2000/s; 0.4 s per 1000 requests against 0.15 s.
-        assert!(qdisk.contains("1000 ± 0") && qdisk.contains("0.400 ± 0.000"), "{qdisk}");
+        assert!(qdisk.contains("1000 (once)") && qdisk.contains("0.400 (once)"), "{qdisk}");
+        assert_eq!(spread_of(2.0, 0.5, 3, 1), "2.0 ± 0.5");
         assert!(qdisk.contains("0.50") && qdisk.contains("2.67"), "{qdisk}");
         assert!(parse_table("nonsense\n").is_err());
     }
