@@ -1,0 +1,31 @@
+#: title platter-9pfsd killed and started again loses nothing that was flushed
+#: needs platter.elf platter-9pfsd
+#: timeout 240
+# Would miss: a cut of power to the host, which is the file system's matter.
+
+scenario() {
+    make_image disk.raw 16M
+    create_storage
+    [ "$(ninep_server)" = platter ] || fail "the server is $(ninep_server)"
+    create_guest guest "$(disk xvda disk.raw)"
+    guest_must guest 'echo before | dd of=/dev/xvda conv=fsync 2>/dev/null'
+    step "kill -9, and start again"
+    stop_9p_server storage
+    ups=$(console_of storage | grep -c "store 'images' is up")
+    if [ "$SUITE" = bookworm ]; then
+        /usr/lib/platter/platter-9pfsd serve --allow "$IMAGES" </dev/null >"$RUN/again.log" 2>&1 &
+        echo $! >"$RUN/again.pid"
+    else
+        start_9p_server storage
+    fi
+    up_again() { [ "$(console_of storage | grep -c "store 'images' is up")" -gt "$ups" ]; }
+    within 60 up_again || fail "the store does not come up again"
+    step "the guest goes on"
+    guest_must guest '
+        set -e
+        echo 3 >/proc/sys/vm/drop_caches
+        [ "$(head -n1 /dev/xvda)" = before ]
+        echo after | dd of=/dev/xvda conv=fsync 2>/dev/null'
+    stop_guest guest
+    expect_equal "the image" after "$(head -n1 "$IMAGES/disk.raw")"
+}
