@@ -241,6 +241,8 @@ struct World {
     names: BTreeMap<String, usize>,
     files: Vec<Vec<u8>>,
     log: Option<Vec<Event>>,
+    /// Bytes that a file may have.
+    limit: Option<u64>,
 }
 
 /// Files in RAM; a clone is the same folder.
@@ -281,6 +283,11 @@ impl RamFolder {
             names[file] = name.clone();
         }
         names
+    }
+
+    /// Refuses to let a file grow beyond so many bytes, as a full disk does.
+    pub fn limit(&self, bytes: u64) {
+        self.lock().limit = Some(bytes);
     }
 
     /// Starts recording events, forgetting earlier ones.
@@ -326,12 +333,21 @@ pub struct Ram {
 }
 
 impl Ram {
-    fn change(&self, event: Event) {
+    fn change(&self, event: Event) -> io::Result<()> {
         let mut world = self.folder.lock();
+        let end = match &event {
+            Event::Write { offset, bytes, .. } => offset.saturating_add(bytes.len() as u64),
+            Event::SetLen { len, .. } => *len,
+            Event::Sync { .. } => 0,
+        };
+        if world.limit.is_some_and(|limit| end > limit) {
+            return Err(io::Error::new(io::ErrorKind::StorageFull, "the RAM file is full"));
+        }
         apply(&mut world.files, &event);
         if let Some(log) = &mut world.log {
             log.push(event);
         }
+        Ok(())
     }
 }
 
@@ -363,18 +379,15 @@ impl Medium for Ram {
     }
 
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.change(Event::Write { file: self.file, offset, bytes: bytes.to_vec() });
-        Ok(())
+        self.change(Event::Write { file: self.file, offset, bytes: bytes.to_vec() })
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.change(Event::Sync { file: self.file });
-        Ok(())
+        self.change(Event::Sync { file: self.file })
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        self.change(Event::SetLen { file: self.file, len });
-        Ok(())
+        self.change(Event::SetLen { file: self.file, len })
     }
 
     fn len(&self) -> io::Result<u64> {
@@ -387,6 +400,10 @@ impl Medium for Ram {
     }
 
     fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
+        let limit = self.folder.lock().limit;
+        if limit.is_some_and(|limit| offset.saturating_add(len) > limit) {
+            return Err(io::Error::new(io::ErrorKind::StorageFull, "the RAM file is full"));
+        }
         self.write_at(offset, &vec![0; len as usize])
     }
 }

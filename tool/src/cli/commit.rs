@@ -1,5 +1,5 @@
-//! `platter commit`: what an overlay holds goes into its base. The overlay stays as it is and
-//! reads the same afterwards.
+//! `platter commit`: what an overlay holds goes into its base. The overlay stays as it is; where
+//! a child knows its parent by its content (VHDX, VMDK), it is of no more use and that is said.
 //!
 //! Order guarded: first the chain is read while the base is untouched, to learn which stretches
 //! differ; then they are written, read from the overlay alone, so that no stale table of the
@@ -51,6 +51,7 @@ impl Commit {
         let sectors = chain.sectors();
         let base = common::open(&base_path, Some(base_format), Access::ReadWrite, &self.open)?;
         let mut base = base.engine;
+        let known_as = base.image().identity();
         let told = |fault| common::in_folder(&self.file, fault);
         let stretches = differing(&mut chain, &mut base, base_at, sectors).map_err(told)?;
         drop(chain);
@@ -72,9 +73,12 @@ impl Commit {
             bar.inc(stretch.count * SECTOR_BYTES);
         }
         bar.finish_and_clear();
-        base.close().map_err(told)?;
+        base.finish().map_err(told)?;
         if !self.quiet {
             println!("Image committed.");
+            if base.image().identity() != known_as {
+                println!("{} does not fit its base any more: delete it.", self.file.display());
+            }
         }
         Ok(0)
     }

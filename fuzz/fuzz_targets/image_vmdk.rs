@@ -1,0 +1,4 @@
+//! vmdk: open, read, write, flush, check, on any bytes.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| platter_fuzz::image("vmdk", bytes));

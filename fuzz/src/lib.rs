@@ -1,0 +1,57 @@
+//! What the image targets share: one image file of any bytes is opened, read, written, flushed,
+//! discarded, checked and opened again. Nothing may panic, whatever it says; what was written
+//! must be read back as long as the image takes writes.
+
+use platter_image::{Access, CheckParams, Format, Options, Repair};
+use platter_tool::engine::Engine;
+use platter_tool::medium::RamFolder;
+
+/// Largest file that is tried; fewer bytes are the more thorough search.
+const FILE_BYTES_MAX: usize = 8 << 20;
+/// Largest that the file may grow to: an image can name any place.
+const GROWN_BYTES_MAX: u64 = 32 << 20;
+/// Bytes of a request.
+const GUEST_BYTES: usize = 4096;
+
+/// The last bytes of an input say what is done; the rest is the file.
+pub fn image(format: &str, input: &[u8]) {
+    let Some((file, script)) = input.split_last_chunk::<8>() else { return };
+    if file.len() > FILE_BYTES_MAX {
+        return;
+    }
+    let format = Format::by_name(format).expect("a format of ours");
+    let folder = RamFolder::new();
+    folder.put("top", file.to_vec());
+    folder.limit(GROWN_BYTES_MAX);
+    for access in [Access::ReadOnly, Access::ReadWrite] {
+        let options =
+            Options { format, access, allow_names: true, budget_bytes: 128 << 10, seed: 7 };
+        let Ok(mut engine) = Engine::open(&folder, "top", options) else { continue };
+        let sectors = engine.sectors();
+        let params = CheckParams { repair: Repair::Nothing, budget_bytes: 64 << 10 };
+        if sectors <= 1 << 22 {
+            let _ = engine.check(params, |_, _| {});
+        }
+        let mut buffer = [0; GUEST_BYTES];
+        for &place in script {
+            let room = (GUEST_BYTES / 512) as u64;
+            let Some(last) = sectors.checked_sub(room) else { break };
+            let sector = (last / 255).saturating_mul(u64::from(place)).min(last);
+            let _ = engine.read(sector, &mut buffer);
+            if access == Access::ReadOnly {
+                continue;
+            }
+            let done = match place % 5 {
+                0 => engine.discard(sector, room),
+                1 => engine.write_zeroes(sector, room),
+                2 => engine.flush(),
+                _ => engine.write(sector, &[place; GUEST_BYTES]),
+            };
+            if done.is_ok() && place % 5 > 2 {
+                engine.read(sector, &mut buffer).expect("what was just written can be read");
+                assert!(buffer == [place; GUEST_BYTES], "what was written reads differently");
+            }
+        }
+        let _ = engine.close();
+    }
+}

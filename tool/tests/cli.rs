@@ -1,0 +1,294 @@
+//! The command line as a user meets it: every format there and back, exit codes, and images made
+//! to harm, each of which must get one clear sentence and stay as it is.
+//!
+//! Would miss: what the engine's own tests find; it looks at words, codes and files.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+const FORMATS: [&str; 7] = ["qcow2", "qcow", "qed", "vhd", "vhdx", "vmdk", "vdi"];
+
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Folder {
+        let path = std::env::temp_dir().join(format!("platter-cli-{}-{name}", std::process::id()));
+        fs::create_dir_all(&path).expect("a scratch directory");
+        Folder(path)
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        let program = env!("CARGO_BIN_EXE_platter");
+        Command::new(program).args(args).current_dir(&self.0).output().expect("it was built")
+    }
+
+    /// Runs a command that must succeed.
+    fn good(&self, args: &[&str]) -> String {
+        let output = self.run(args);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{args:?}: {error}");
+        String::from_utf8(output.stdout).expect("UTF-8")
+    }
+
+    /// Runs a command that must be refused in one sentence that names `file`.
+    fn refused(&self, args: &[&str], file: &str) -> String {
+        let output = self.run(args);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code().is_some_and(|code| code > 0), "{args:?}: {output:?}");
+        let one = error.lines().count() == 1 && error.starts_with("platter: ");
+        assert!(one && error.contains(file), "{args:?} says: {error}");
+        error
+    }
+
+    fn qemu_img(&self, args: &[&str]) {
+        let output = Command::new("qemu-img").args(args).current_dir(&self.0).output();
+        let output = output.expect("qemu-img is installed");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// 9 MiB with data, zeros written out, and a hole.
+fn sample(path: &Path) {
+    let mut bytes: Vec<u8> = (0..3 << 20).map(|i: u32| (i / 700) as u8 ^ (i >> 9) as u8).collect();
+    bytes.resize(9 << 20, 0);
+    bytes[5_000_000] = 7;
+    fs::write(path, bytes).expect("room for a sample");
+}
+
+#[test]
+fn every_format_there_and_back_is_the_same_disk() {
+    let folder = Folder::new("formats");
+    sample(&folder.path("a.raw"));
+    for format in FORMATS {
+        let image = format!("a.{format}");
+        folder.good(&["convert", "-q", "a.raw", &image]);
+        let said = folder.good(&["compare", "a.raw", &image]);
+        assert!(said.contains("identical"), "{format}: {said}");
+        folder.good(&["check", "-q", &image]);
+        let info = folder.good(&["info", "--json", &image]);
+        assert!(info.contains(&format!("\"format\": \"{format}\"")), "{info}");
+        let qemu = if format == "vhd" { "vpc" } else { format };
+        let compared = ["compare", "-q", "-f", "raw", "-F", qemu, "a.raw", image.as_str()];
+        folder.qemu_img(&compared);
+        let back = format!("{format}.raw");
+        folder.good(&["convert", "-q", &image, &back]);
+        let same = fs::read(folder.path(&back)).unwrap() == fs::read(folder.path("a.raw")).unwrap();
+        assert!(same, "{format}: the raw file that comes back differs");
+    }
+}
+
+#[test]
+fn an_overlay_hides_its_base_until_it_is_committed() {
+    let folder = Folder::new("overlay");
+    sample(&folder.path("a.raw"));
+    for format in FORMATS {
+        let (base, over) = (format!("b.{format}"), format!("o.{format}"));
+        folder.good(&["convert", "-q", "a.raw", &base]);
+        folder.good(&["snapshot", "--overlay", &over, &base]);
+        let bench = ["bench", "-w", "-c", "40", "--random", "5", "--pattern", "9", over.as_str()];
+        folder.good(&bench);
+        folder.good(&["compare", "-q", "a.raw", &base]);
+        assert_eq!(folder.run(&["compare", "-q", &base, &over]).status.code(), Some(1));
+        folder.good(&["convert", "-q", "--force", &over, "over.raw"]);
+        let said = folder.good(&["commit", &over]);
+        folder.good(&["compare", "-q", &base, "over.raw"]);
+        folder.good(&["check", "-q", &base]);
+        // A child of these knows its parent by what it held.
+        let useless = matches!(format, "vhdx" | "vmdk");
+        assert_eq!(said.contains("delete it"), useless, "{format}: {said}");
+        if !useless {
+            folder.good(&["compare", "-q", &base, &over]);
+        }
+    }
+}
+
+#[test]
+fn codes_and_words_are_those_that_scripts_expect() {
+    let folder = Folder::new("codes");
+    sample(&folder.path("a.raw"));
+    folder.good(&["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", "b.qcow2", "9M"]);
+    assert_eq!(folder.run(&["compare", "-q", "a.raw", "b.qcow2"]).status.code(), Some(1));
+    assert_eq!(folder.run(&["compare", "-q", "a.raw", "c.raw"]).status.code(), Some(2));
+    folder.good(&["resize", "-q", "b.qcow2", "+1M"]);
+    let info = folder.good(&["info", "b.qcow2"]);
+    assert!(info.contains("virtual size: 10 MiB (10485760 bytes)"), "{info}");
+    let map = folder.good(&["map", "--output=json", "b.qcow2"]);
+    assert!(map.contains("\"length\":10485760") && map.contains("\"zero\":true"), "{map}");
+    folder.refused(&["resize", "b.qcow2", "1M"], "b.qcow2");
+    folder.refused(&["create", "-f", "qcow2", "a.raw", "1M"], "a.raw");
+    folder.refused(&["create", "-f", "qcow2", "-o", "colour=red", "c.qcow2", "1M"], "c.qcow2");
+    folder.refused(&["convert", "a.raw", "a.raw"], "a.raw");
+    fs::write(folder.path("disk.bin"), [0; 4096]).unwrap();
+    let said = folder.refused(&["info", "disk.bin"], "disk.bin");
+    assert!(said.contains("-f") && said.contains("never probed"), "{said}");
+}
+
+/// An image made by qemu-img and then changed by hand.
+struct Hostile {
+    name: &'static str,
+    format: &'static str,
+    /// Byte offset and what is put there.
+    patches: &'static [(usize, &'static [u8])],
+}
+
+const MAX8: &[u8] = &[0xff; 8];
+const MAX4: &[u8] = &[0xff; 4];
+const ZERO4: &[u8] = &[0; 4];
+const ZERO8: &[u8] = &[0; 8];
+
+/// Fields by the formats' specifications; sizes and offsets are what CVEs were made of.
+const HOSTILE: &[Hostile] = &[
+    Hostile { name: "another magic", format: "qcow2", patches: &[(0, b"LUKS")] },
+    Hostile { name: "version 9", format: "qcow2", patches: &[(4, &[0, 0, 0, 9])] },
+    Hostile { name: "petabytes", format: "qcow2", patches: &[(24, &[0, 64, 0, 0, 0, 0, 0, 0])] },
+    Hostile { name: "all sectors", format: "qcow2", patches: &[(24, MAX8)] },
+    Hostile { name: "cluster_bits 0", format: "qcow2", patches: &[(20, ZERO4)] },
+    Hostile { name: "cluster_bits 63", format: "qcow2", patches: &[(20, &[0, 0, 0, 63])] },
+    Hostile { name: "old encryption", format: "qcow2", patches: &[(32, &[0, 0, 0, 1])] },
+    Hostile { name: "l1_size", format: "qcow2", patches: &[(36, MAX4)] },
+    Hostile { name: "l1_size 0", format: "qcow2", patches: &[(36, ZERO4)] },
+    Hostile { name: "l1 unaligned", format: "qcow2", patches: &[(40, &[0, 0, 0, 0, 0, 3, 0, 1])] },
+    Hostile { name: "l1 beyond", format: "qcow2", patches: &[(40, &[127, 255, 0, 0, 0, 0, 0, 0])] },
+    Hostile { name: "refcounts beyond", format: "qcow2", patches: &[(48, MAX8)] },
+    Hostile { name: "refcount table", format: "qcow2", patches: &[(56, MAX4)] },
+    Hostile { name: "snapshots", format: "qcow2", patches: &[(60, MAX4)] },
+    Hostile { name: "unknown feature", format: "qcow2", patches: &[(72, &[128])] },
+    Hostile { name: "refcount_order", format: "qcow2", patches: &[(96, MAX4)] },
+    Hostile { name: "header_length", format: "qcow2", patches: &[(100, MAX4)] },
+    Hostile { name: "backing name", format: "qcow2", patches: &[(8, MAX8), (16, MAX4)] },
+    Hostile { name: "cluster_bits 200", format: "qcow", patches: &[(32, &[200])] },
+    Hostile { name: "l2_bits 0", format: "qcow", patches: &[(33, &[0])] },
+    Hostile { name: "all sectors", format: "qcow", patches: &[(24, MAX8)] },
+    Hostile { name: "encryption", format: "qcow", patches: &[(36, &[0, 0, 0, 1])] },
+    Hostile { name: "l1 beyond", format: "qcow", patches: &[(40, MAX8)] },
+    Hostile { name: "cluster_size 0", format: "qed", patches: &[(4, ZERO4)] },
+    Hostile { name: "cluster_size 3", format: "qed", patches: &[(4, &[3, 0, 0, 0])] },
+    Hostile { name: "table_size", format: "qed", patches: &[(8, MAX4)] },
+    Hostile { name: "header_size", format: "qed", patches: &[(12, MAX4)] },
+    Hostile { name: "unknown feature", format: "qed", patches: &[(16, &[0, 0, 0, 128])] },
+    Hostile { name: "l1 beyond", format: "qed", patches: &[(40, MAX8)] },
+    Hostile { name: "all sectors", format: "qed", patches: &[(48, MAX8)] },
+    Hostile { name: "block_size 0", format: "vdi", patches: &[(376, ZERO4)] },
+    Hostile { name: "block_size", format: "vdi", patches: &[(376, MAX4)] },
+    Hostile { name: "blocks", format: "vdi", patches: &[(384, MAX4)] },
+    Hostile { name: "all sectors", format: "vdi", patches: &[(368, MAX8)] },
+    Hostile { name: "map beyond", format: "vdi", patches: &[(340, MAX4)] },
+    Hostile { name: "unknown type", format: "vdi", patches: &[(76, MAX4)] },
+    Hostile { name: "grain 0", format: "vmdk", patches: &[(20, ZERO8)] },
+    Hostile { name: "grain", format: "vmdk", patches: &[(20, MAX8)] },
+    Hostile { name: "capacity", format: "vmdk", patches: &[(12, MAX8)] },
+    Hostile { name: "gtes 0", format: "vmdk", patches: &[(44, ZERO4)] },
+    Hostile { name: "gtes", format: "vmdk", patches: &[(44, MAX4)] },
+    Hostile { name: "directory beyond", format: "vmdk", patches: &[(48, MAX8), (56, MAX8)] },
+    Hostile { name: "block_size 0", format: "vhd", patches: &[(512 + 32, ZERO4)] },
+    Hostile { name: "block_size", format: "vhd", patches: &[(512 + 32, MAX4)] },
+    Hostile { name: "entries", format: "vhd", patches: &[(512 + 28, MAX4)] },
+    Hostile { name: "table beyond", format: "vhd", patches: &[(512 + 16, MAX8)] },
+    Hostile { name: "no signature", format: "vhdx", patches: &[(0, ZERO8)] },
+    Hostile { name: "no header", format: "vhdx", patches: &[(65536, ZERO4), (131072, ZERO4)] },
+    Hostile { name: "no regions", format: "vhdx", patches: &[(196608, ZERO4), (262144, ZERO4)] },
+];
+
+/// The checksum of a dynamic VHD's header, so that the field itself is what is refused.
+fn sum_vhd(bytes: &mut [u8]) {
+    let header = &mut bytes[512..1536];
+    header[36..40].fill(0);
+    let sum = header.iter().fold(0u32, |sum, &b| sum + u32::from(b));
+    header[36..40].copy_from_slice(&(!sum).to_be_bytes());
+}
+
+#[test]
+fn hostile_headers_get_one_sentence_and_stay_as_they_are() {
+    let folder = Folder::new("hostile");
+    for Hostile { name, format, patches } in HOSTILE {
+        let image = format!("bad.{format}");
+        let qemu = if *format == "vhd" { "vpc" } else { format };
+        folder.qemu_img(&["create", "-q", "-f", qemu, &image, "8M"]);
+        let mut bytes = fs::read(folder.path(&image)).unwrap();
+        for (at, patch) in *patches {
+            bytes[*at..at + patch.len()].copy_from_slice(patch);
+        }
+        if *format == "vhd" {
+            sum_vhd(&mut bytes);
+        }
+        fs::write(folder.path(&image), &bytes).unwrap();
+        println!("{format}, {name}:");
+        for args in [
+            vec!["convert", "-q", &image, "out.raw"],
+            vec!["check", &image],
+            vec!["check", "--repair=leaks", &image],
+            vec!["bench", "-w", "-c", "1", &image],
+            vec!["resize", &image, "+1M"],
+        ] {
+            print!("  {}", folder.refused(&args, &image));
+        }
+        let same = fs::read(folder.path(&image)).unwrap() == bytes;
+        assert!(same, "{format}, {name}: the file changed");
+        assert!(!folder.path("out.raw").exists(), "{format}, {name}: a target was left behind");
+    }
+}
+
+#[test]
+fn a_cut_file_is_refused_or_read_but_never_changed() {
+    let folder = Folder::new("short");
+    sample(&folder.path("a.raw"));
+    for format in FORMATS {
+        let image = format!("a.{format}");
+        folder.good(&["convert", "-q", "a.raw", &image]);
+        let bytes = fs::read(folder.path(&image)).unwrap();
+        for len in [0, 1, 511, 512, 1024, 4096, bytes.len() / 3, bytes.len() - 700_000] {
+            fs::write(folder.path(&image), &bytes[..len]).unwrap();
+            let output = folder.run(&["convert", "-q", "--force", &image, "out.raw"]);
+            let error = String::from_utf8_lossy(&output.stderr);
+            let told = output.status.success() || error.lines().count() == 1;
+            assert!(told && !error.contains("panicked"), "{format} of {len} bytes: {error}");
+            folder.run(&["check", &image]);
+            assert!(fs::read(folder.path(&image)).unwrap() == bytes[..len], "{format}: {len}");
+        }
+    }
+}
+
+#[test]
+fn names_in_images_lead_nowhere_else() {
+    let folder = Folder::new("names");
+    fs::create_dir_all(folder.path("in")).unwrap();
+    sample(&folder.path("secret.raw"));
+    let names = ["../secret.raw", "/etc/hostname", "nbd://localhost/x", "json:{}", "a//b"];
+    for name in names {
+        folder.qemu_img(&[
+            "create",
+            "-q",
+            "-u",
+            "-f",
+            "qcow2",
+            "-b",
+            name,
+            "-F",
+            "raw",
+            "in/a.qcow2",
+            "8M",
+        ]);
+        let said = folder.refused(&["convert", "-q", "in/a.qcow2", "out.raw"], "in/a.qcow2");
+        assert!(said.contains("refused"), "{name}: {said}");
+    }
+    // Chains that come back to themselves.
+    let create = ["create", "-q", "-u", "-f", "qcow2", "-F", "qcow2", "-b"];
+    for (image, base) in [("in/a.qcow2", "b.qcow2"), ("in/b.qcow2", "a.qcow2")] {
+        let mut args = create.to_vec();
+        args.extend([base, image, "8M"]);
+        folder.qemu_img(&args);
+    }
+    let said = folder.refused(&["convert", "-q", "in/a.qcow2", "out.raw"], "in/");
+    assert!(said.contains("twice"), "{said}");
+}
