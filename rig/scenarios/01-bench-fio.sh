@@ -58,8 +58,9 @@ measure() {
     before=$(cpu_seconds)
     guest_start guest "$3"
     sleep $((RUNTIME_SECONDS + 1))
-    cpu=$(cpu_since "$before")
     said=$(guest_wait guest) || fail "fio failed: $said"
+    # Only now: fio may have started late, and what it used after an earlier look would be lost.
+    cpu=$(cpu_since "$before")
     # Terse version 3: KiB and milliseconds stand in fields 6 and 9 for reads, 47 and 50 for writes.
     io=$(echo "$said" | awk -F';' '{ print $6 + $47, ($6 > 0 ? $9 : $50) + 0 }')
     echo "$1 $2 $io $cpu" >>"$table"

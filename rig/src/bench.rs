@@ -63,7 +63,10 @@ fn parse_table(table: &str) -> Result<Vec<Sample>> {
 fn summary(mut values: Vec<f64>) -> (f64, f64) {
     values.sort_by(f64::total_cmp);
     let (Some(least), Some(greatest)) = (values.first(), values.last()) else { return (0.0, 0.0) };
-    (values[values.len() / 2], (greatest - least) / 2.0)
+    let half_range = (greatest - least) / 2.0;
+    // The mean of the two in the middle, which are one and the same when the count is odd.
+    let middle = (values[(values.len() - 1) / 2] + values[values.len() / 2]) / 2.0;
+    (middle, half_range)
 }
 
 /// `MEDIAN ± HALF-RANGE`; one measurement has no spread, and must not look as if it had none to
@@ -176,5 +179,12 @@ mod tests {
         assert_eq!(spread_of(2.0, 0.5, 3, 1), "2.0 ± 0.5");
         assert!(qdisk.contains("0.50") && qdisk.contains("2.67"), "{qdisk}");
         assert!(parse_table("nonsense\n").is_err());
+    }
+
+    #[test]
+    fn a_median_of_an_even_count_lies_between_the_two_in_the_middle() {
+        assert_eq!(summary(vec![4.0, 2.0]), (3.0, 1.0));
+        assert_eq!(summary(vec![9.0, 1.0, 2.0]), (2.0, 4.0));
+        assert_eq!(summary(Vec::new()), (0.0, 0.0));
     }
 }
