@@ -56,6 +56,7 @@ impl Disk {
             }
             // The mapping is gone already: a punch that fails loses space and nothing else.
             (OpKind::Punch { request }, _) => {
+                self.reads[op.parity as usize] -= 1;
                 self.piece_done(engine, hv, request, None, Ok(()));
             }
             (OpKind::Open | OpKind::Size, _) => unreachable!("the device handles its own"),

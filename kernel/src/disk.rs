@@ -34,7 +34,6 @@ pub struct Queue {
 pub struct DiskFile {
     pub handle: Handle,
     pub writable: bool,
-    pub can_punch: bool,
     pub can_grow: bool,
 }
 
@@ -73,7 +72,7 @@ pub struct Disk {
     pub share: usize,
     /// Store operations and jobs of this disk.
     pub ops: usize,
-    /// Guest reads under way, by the parity of the flush they began under.
+    /// Guest reads and discards under way, by the parity of the flush they began under.
     pub reads: [usize; 2],
     pub parity: u8,
     seq: u64,

@@ -282,13 +282,13 @@ impl<S> Engine<S> {
         self.submit(handle, op, |store, tag| store.flush(hv, tag, handle.file))
     }
 
-    /// Submits a hole punch, of a length that may exceed 32 bits.
-    pub fn submit_punch<H: Hypervisor>(&mut self, hv: &mut H, op: Op, len: u64) -> Submitted
+    /// Lets a stretch go, of a length that may exceed 32 bits. Stores that cannot refuse it.
+    pub fn submit_discard<H: Hypervisor>(&mut self, hv: &mut H, op: Op, len: u64) -> Submitted
     where
         S: Store<H>,
     {
         let Stretch { handle, offset, .. } = op.stretch;
-        self.submit(handle, op, |store, tag| store.punch(hv, tag, handle.file, offset, len))
+        self.submit(handle, op, |store, tag| store.discard(hv, tag, handle.file, offset, len))
     }
 
     fn submit(

@@ -73,7 +73,6 @@ pub fn file_of(store: u8, opened: &Opened, access: Access) -> DiskFile {
     DiskFile {
         handle: Handle { store, file: opened.file },
         writable: access == Access::ReadWrite,
-        can_punch: opened.can_punch,
         can_grow: opened.can_grow,
     }
 }

@@ -272,14 +272,14 @@ impl Disk {
         // A discard is advice: what cannot be let go is left as it is.
         let sectors = if plan.sectors == 0 { range.count } else { plan.sectors };
         let Some((file, offset, len)) = plan.punch else { return Ok(Step::Sectors(sectors)) };
-        if !self.files[file.0 as usize].can_punch {
-            return Ok(Step::Sectors(sectors));
-        }
         let stretch = Stretch { handle: self.handle(file), offset, len: 0 };
-        let op = Op::new(self.index, stretch, OpKind::Punch { request: id });
-        match engine.submit_punch(hv, op, len) {
+        let mut op = Op::new(self.index, stretch, OpKind::Punch { request: id });
+        // A flush waits for it as for a read: space that is let go may be written anew after it.
+        op.parity = self.parity;
+        match engine.submit_discard(hv, op, len) {
             Submitted::Yes(_) => {
                 self.ops += 1;
+                self.reads[self.parity as usize] += 1;
                 engine.requests.get(id).in_flight += 1;
             }
             // The mapping is gone already; the space is only given back later or never.

@@ -98,6 +98,21 @@ impl<H: Hypervisor + Bus> Store<H> for AnyStore {
         each!(self, store => store.punch(hv, tag, file, offset, len))
     }
 
+    /// Over 9p a hole gives the space back; a disk is told and promises nothing.
+    fn discard(
+        &mut self,
+        hv: &mut H,
+        tag: Tag,
+        file: FileId,
+        offset: u64,
+        len: u64,
+    ) -> Result<Submit, StoreFault> {
+        match self {
+            AnyStore::NineP(store) => store.punch(hv, tag, file, offset, len),
+            AnyStore::Block(store) => store.discard(hv, tag, file, offset, len),
+        }
+    }
+
     fn poll_at_ns(&self) -> Option<u64> {
         match self {
             AnyStore::NineP(store) => Store::<H>::poll_at_ns(&**store),
