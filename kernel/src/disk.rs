@@ -14,7 +14,9 @@ use crate::config::Cache;
 use crate::engine::{Engine, Handle, Op, OpKind, Stretch, Submitted};
 use crate::fault::{Fault, Party};
 use crate::flush::FlushRun;
-use crate::limits::{QUANTUM_REQUESTS, QUEUES_MAX, REQUESTS_MAX, REQUESTS_PER_DISK_MIN};
+use crate::limits::{
+    QUANTUM_REQUESTS, QUANTUM_SECTORS, QUEUES_MAX, REQUESTS_MAX, REQUESTS_PER_DISK_MIN,
+};
 use crate::request::{Kind, Request, Stage};
 use crate::stats::Stats;
 use crate::table::Id;
@@ -150,9 +152,10 @@ impl Disk {
         hv: &mut H,
         now_ns: u64,
     ) -> bool {
-        let mut taken = 0;
+        let (mut taken, mut sectors) = (0, 0);
         for index in 0..self.queues.len() {
-            while self.queues[index].active && taken < QUANTUM_REQUESTS {
+            while self.queues[index].active && taken < QUANTUM_REQUESTS && sectors < QUANTUM_SECTORS
+            {
                 if !self.may_take(engine) || !self.throttle.ready(now_ns) {
                     return taken > 0;
                 }
@@ -161,7 +164,10 @@ impl Disk {
                         taken += 1;
                         let abi = self.queues[index].ring.abi();
                         match Wire::parse(&raw, abi, &self.limits) {
-                            Ok(wire) => self.admit(engine, hv, index as u8, permit, wire, now_ns),
+                            Ok(wire) => {
+                                sectors +=
+                                    self.admit(engine, hv, index as u8, permit, wire, now_ns);
+                            }
                             Err(bad) => {
                                 self.answer(hv, index as u8, permit, Err(Fault::Request(bad)))
                             }
@@ -179,6 +185,7 @@ impl Disk {
     }
 
     /// A request in the guest's words becomes one of ours, and is planned as far as it goes.
+    /// Sectors that it moves.
     fn admit<H: Hypervisor, S: Store<H>>(
         &mut self,
         engine: &mut Engine<S>,
@@ -187,7 +194,7 @@ impl Disk {
         permit: Permit,
         wire: Wire,
         now_ns: u64,
-    ) {
+    ) -> u64 {
         let mut request = Request {
             disk: self.index,
             queue,
@@ -210,13 +217,14 @@ impl Disk {
         if let Err(fault) = self.describe(engine, hv, &mut request, &mut segments, wire) {
             let Request { permit, .. } = request;
             self.answer(hv, queue, permit, Err(fault));
-            return;
+            return 0;
         }
         if let (true, Some(fault)) = (request.changes(), self.frozen) {
             let Request { permit, .. } = request;
             self.answer(hv, queue, permit, Err(fault));
-            return;
+            return 0;
         }
+        let sectors = if request.kind == Kind::Discard { 0 } else { request.sectors };
         self.throttle.spend(now_ns, request.sectors * 512);
         self.requests += 1;
         self.ordered += request.is_ordered() as usize;
@@ -229,6 +237,7 @@ impl Disk {
         if self.plan(engine, hv, id) == Progress::Parked {
             self.park(engine, id);
         }
+        sectors
     }
 
     /// Fills in what the wire request asks for.

@@ -13,6 +13,8 @@ pub const REQUESTS_MAX: usize = 192;
 pub const REQUESTS_PER_DISK_MIN: usize = 4;
 /// Requests taken from one disk before the next disk has its turn.
 pub const QUANTUM_REQUESTS: usize = 16;
+/// And no more than about so many sectors (128 KiB): large requests make long turns.
+pub const QUANTUM_SECTORS: u64 = 256;
 /// Store operations in flight over all disks: about 100 bytes each.
 pub const OPS_MAX: usize = 256;
 /// Copy jobs (copy-on-write, zeroing of new tables) at once; each holds one bounce buffer.
