@@ -7,7 +7,7 @@ use platter_tool::engine::Engine;
 use platter_tool::medium::RamFolder;
 
 /// Largest file that is tried; fewer bytes are the more thorough search.
-const FILE_BYTES_MAX: usize = 8 << 20;
+const FILE_BYTES_MAX: usize = 12 << 20;
 /// Largest that the file may grow to: an image can name any place.
 const GROWN_BYTES_MAX: u64 = 32 << 20;
 /// Bytes of a request.

@@ -299,6 +299,12 @@ impl Vhd {
             }
         }
         let whole = Span { block, first: head, count: tail - head };
+        let data = bitmap + self.bitmap_bytes;
+        if data + whole.end() * SECTOR_BYTES > ctx.files.size(self.file) {
+            // It could be written, but what is missing of it could not be read.
+            let field = "VHD block, cut off by the end of the file";
+            return Err(ImageFault::corrupt(self.file, field, data, block).into());
+        }
         writer.wait_for_others(whole)?;
         if !over {
             ctx.meta.pin(self.file, bitmap + first / 8)?;
@@ -306,8 +312,7 @@ impl Vhd {
         let effect = if over { Effect::Nothing } else { Effect::Bits };
         writer.plans[slot as usize] =
             Some(Plan { effect, block, bitmap, first: head, count: tail - head });
-        let data = bitmap + self.bitmap_bytes + first * SECTOR_BYTES;
-        let mut plan = self.write_plan(slot, count, data);
+        let mut plan = self.write_plan(slot, count, data + first * SECTOR_BYTES);
         self.copy_around(&mut plan, Span { count, ..span }, whole);
         Ok(plan)
     }
