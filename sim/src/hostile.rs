@@ -159,7 +159,7 @@ impl Hostile {
                 self.drop_ring(machine);
                 self.set(xs, 1);
             }
-            (3 | 4, Some(4)) => self.ask(machine),
+            (4, Some(4)) => self.ask(machine),
             (0..=4, _) => {}
             _ if self.rng.chance(100) => self.set(xs, 1),
             _ => {}
@@ -178,7 +178,7 @@ impl Hostile {
         let Ok(port) = hv.alloc_unbound(S) else { return };
         self.req_prod = 0;
         if self.rng.chance(100) {
-            self.req_prod = self.rng.next() as u32;
+            self.req_prod = self.rng.word() as u32;
             hv.store_u32(region, REQ_PROD, self.req_prod);
             hv.store_u32(region, RSP_PROD, self.req_prod);
         }
@@ -333,7 +333,7 @@ impl Hostile {
         let mut shown = self.req_prod;
         if self.rng.chance(self.malice.index) {
             shown = match self.rng.below(4) {
-                0 => self.rng.next() as u32,
+                0 => self.rng.word() as u32,
                 1 => shown.wrapping_add(SLOTS + 1),
                 2 => shown.wrapping_sub(1),
                 _ => u32::MAX,
@@ -354,7 +354,7 @@ impl Hostile {
             return good;
         }
         match self.rng.below(4) {
-            0 => Gref(self.rng.next() as u32),
+            0 => Gref(self.rng.word() as u32),
             1 => Gref(0),
             // Its own ring: answers written over requests.
             2 => self.ring.as_ref().map_or(good, |(_, grefs, _)| grefs[0]),
@@ -394,7 +394,7 @@ impl Hostile {
             }
         };
         if self.rng.chance(self.malice.field) {
-            let extreme = [0, 1, 0x7f, 0x80, 0xff, self.rng.next() as u8];
+            let extreme = [0, 1, 0x7f, 0x80, 0xff, self.rng.word() as u8];
             for _ in 0..self.rng.between(1, 3) {
                 let at = self.rng.below(REQUEST_BYTES_MAX as u64 / 2) as usize;
                 raw[at] = *self.rng.pick(&extreme);

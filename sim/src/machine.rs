@@ -454,14 +454,14 @@ impl Hypervisor for View<'_> {
     }
 
     fn load_u32(&self, region: Region, offset: usize) -> u32 {
-        assert!(offset % 4 == 0, "an unaligned load");
+        assert!(offset.is_multiple_of(4), "an unaligned load");
         let mut bytes = [0; 4];
         self.read(region, offset, &mut bytes);
         u32::from_le_bytes(bytes)
     }
 
     fn store_u32(&mut self, region: Region, offset: usize, value: u32) {
-        assert!(offset % 4 == 0, "an unaligned store");
+        assert!(offset.is_multiple_of(4), "an unaligned store");
         self.write(region, offset, &value.to_le_bytes());
     }
 

@@ -10,14 +10,14 @@ impl Rng {
         Rng(seed ^ 0x706c_6174_7465_7221)
     }
 
-    pub fn next(&mut self) -> u64 {
+    pub fn word(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         mix(self.0)
     }
 
     /// From 0 to `bound - 1`; 0 when `bound` is 0.
     pub fn below(&mut self, bound: u64) -> u64 {
-        if bound == 0 { 0 } else { self.next() % bound }
+        if bound == 0 { 0 } else { self.word() % bound }
     }
 
     /// From `low` to `high`, both included.
@@ -36,7 +36,7 @@ impl Rng {
 
     /// A source of its own for one part of the world.
     pub fn fork(&mut self) -> Rng {
-        Rng(self.next())
+        Rng(self.word())
     }
 }
 

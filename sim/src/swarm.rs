@@ -144,7 +144,7 @@ fn tell(world: &World) {
 fn wind_up(world: &mut World, plan: &Plan, seed: u64) {
     // A flush may have failed for good: then only what was flushed before is sure.
     world.wind_up(!plan.is_clean());
-    if seed % 64 == 0 && plan.is_clean() {
+    if seed.is_multiple_of(64) && plan.is_clean() {
         let alone = |image: &&crate::world::Image| {
             let base = image.path.replace("disk", "base");
             let base = base.rsplit_once('.').map_or("", |(name, _)| name).to_string() + ".raw";

@@ -79,7 +79,7 @@ impl World {
     /// A platter domain with `frames` frames and one share, `images`, whose server is up.
     pub fn new(seed: u64, frames: usize) -> World {
         let mut rng = Rng::new(seed);
-        let mut machine = Machine::new(rng.next());
+        let mut machine = Machine::new(rng.word());
         machine.add_domain(0, 1 << 20);
         machine.add_domain(S, frames);
         machine.add_domain(XENSTORED, 0);
@@ -203,7 +203,7 @@ impl World {
 
     fn pass_on_events(&mut self) {
         if self.rng.chance(self.spurious) {
-            let choice = self.rng.next();
+            let choice = self.rng.word();
             self.machine.disturb(S, choice);
         }
         while let Some(domain) = self.machine.woken.pop() {

@@ -185,7 +185,7 @@ impl Guest {
 
     fn new_id(&mut self) -> u64 {
         loop {
-            let id = self.rng.next();
+            let id = self.rng.word();
             if !self.pending.contains_key(&id) {
                 return id;
             }

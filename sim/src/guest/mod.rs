@@ -355,7 +355,7 @@ impl Guest {
             Some(4) => {
                 let nodes = self.read_nodes(xs);
                 assert!(nodes.sectors == self.oracle.sectors(), "the disk has another size");
-                assert!((nodes.info & 4 != 0) == !self.line.writable, "info and mode differ");
+                assert!((nodes.info & 4 != 0) != self.line.writable, "info and mode differ");
                 self.nodes = Some(nodes);
                 self.set(xs, 4);
                 self.enter(Phase::Running, now_ns);
