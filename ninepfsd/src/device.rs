@@ -147,6 +147,13 @@ impl Serving {
                     self.rings[index].answer(bytes, data)?;
                 }
                 Outcome::Work(job) => {
+                    let job = match job.run_now(tag) {
+                        Ok(Reply { bytes, data }) => {
+                            self.rings[index].answer(bytes, data)?;
+                            continue;
+                        }
+                        Err(job) => job,
+                    };
                     let bytes = job.bytes();
                     self.in_flight[index] += 1;
                     self.in_flight_bytes += bytes;
