@@ -104,7 +104,8 @@ impl Bench {
             if self.write && self.flush_interval > 0 && number % self.flush_interval == 0 {
                 engine.flush()?;
             }
-            at += step;
+            // As qemu-img bench goes on past the end: the rest counts from the start.
+            at = (at + step % bytes) % bytes;
             if at > bytes - self.buffer {
                 at = 0;
             }
