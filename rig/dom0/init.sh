@@ -62,7 +62,7 @@ boot_files() {
 # How much slower than an idle host this one is, by what the start took: 1 to 8. All limits of time
 # are multiplied by it, but those that a scenario is about.
 slowness() {
-    awk '{ n = int($1 / 6); print n < 1 ? 1 : n > 8 ? 8 : n }' /proc/uptime
+    awk '{ n = int($1 / 6); print (n < 1 ? 1 : (n > 8 ? 8 : n)) }' /proc/uptime
 }
 
 # Runs one scenario and leaves its outcome and its logs under /job/results.
