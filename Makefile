@@ -56,6 +56,20 @@ rig: kernels
 bench: kernels
 	$(RIG) bench $(NAMES)
 
+# The image engine beside qemu-img, on the same files.
+.PHONY: bench-image
+bench-image: prerequisites tool
+	sh tool/bench/image.sh target/release/platter
+
+# Each fuzz target for SECONDS; needs a nightly toolchain and cargo-fuzz.
+SECONDS ?= 60
+.PHONY: fuzz
+fuzz: prerequisites tool
+	sh fuzz/corpus.sh
+	for target in $$(ls fuzz/fuzz_targets | sed 's/\.rs$$//'); do \
+		(cd fuzz && $(CARGO) +nightly fuzz run "$$target" -- -max_total_time=$(SECONDS)) || exit 1; \
+	done
+
 # Bare kernels. They link without any flags; these add frame pointers, so that crash reports have
 # a trace, and addresses without indirection, for nothing relocates them. An explicit target keeps
 # the flags away from build scripts.
