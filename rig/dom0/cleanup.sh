@@ -4,6 +4,7 @@
 xl list | awk 'NR > 1 && $2 != 0 { print $2, $1 }' | sort -rn >/run/rig/domains
 grep -v ' storage' /run/rig/domains | while read -r id _; do timeout 30 xl destroy "$id"; done
 grep ' storage' /run/rig/domains | while read -r id _; do timeout 30 xl destroy "$id"; done
+pkill -x platter-9pfsd
 for pid in $(cat /run/rig/*.pid 2>/dev/null); do kill "$pid" 2>/dev/null; done
 for device in $(pvs --noheadings -o vg_name 2>/dev/null); do vgchange -an "$device"; done
 losetup -D

@@ -156,8 +156,11 @@ start_9p_server() {
     case $(ninep_server) in
     libxl) ;;
     platter)
-        /usr/lib/platter/platter-9pfsd serve --allow "$IMAGES" </dev/null >"$RUN/9p-$1.log" 2>&1 &
-        echo $! >"$RUN/9p-$1.pid"
+        # One serves all domains; two would fight over each share.
+        if ! pgrep -x platter-9pfsd >/dev/null; then
+            /usr/lib/platter/platter-9pfsd serve --allow "$IMAGES" </dev/null \
+                >"$RUN/9p-$1.log" 2>&1 &
+        fi
         # There is no p9= line where libxl would start QEMU for it.
         [ "$SUITE" != bookworm ] ||
             /usr/lib/platter/platter-9pfsd attach "$1" images "$IMAGES" >&2 ||
@@ -174,7 +177,9 @@ start_9p_server() {
 
 # stop_9p_server DOMAIN: as a crash of the server would.
 stop_9p_server() {
-    if [ -s "$RUN/9p-$1.pid" ]; then
+    if [ "$(ninep_server)" = platter ]; then
+        pkill -9 -x platter-9pfsd
+    elif [ -s "$RUN/9p-$1.pid" ]; then
         kill -9 "$(cat "$RUN/9p-$1.pid")"
     else
         pkill -9 -f "xen-domid $(xl domid "$1") "
