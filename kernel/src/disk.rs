@@ -72,6 +72,10 @@ pub struct Disk {
     pub flush_waiters: usize,
     /// How many requests it may have in the table now.
     pub share: usize,
+    /// Store operations it may have under way before it plans more.
+    pub ops_max: usize,
+    /// When it last took a request.
+    pub taken_ns: u64,
     /// Store operations and jobs of this disk.
     pub ops: usize,
     /// Guest reads and discards under way, by the parity of the flush they began under.
@@ -105,6 +109,8 @@ impl Disk {
             ordered: 0,
             flush_waiters: 0,
             share: REQUESTS_PER_DISK_MIN,
+            ops_max: usize::MAX,
+            taken_ns: 0,
             ops: 0,
             reads: [0; 2],
             parity: 0,
@@ -162,6 +168,7 @@ impl Disk {
                 match self.queues[index].ring.take(hv) {
                     Ok(Some((raw, permit))) => {
                         taken += 1;
+                        self.taken_ns = now_ns;
                         let abi = self.queues[index].ring.abi();
                         match Wire::parse(&raw, abi, &self.limits) {
                             Ok(wire) => {

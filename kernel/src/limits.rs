@@ -11,6 +11,11 @@ pub const FRONTS_MAX: usize = 16;
 pub const REQUESTS_MAX: usize = 192;
 /// Requests one disk may always have in flight, whatever the others do.
 pub const REQUESTS_PER_DISK_MIN: usize = 4;
+/// Store operations that one disk may have under way while others want the store too: what lies
+/// in a server's queue delays everybody behind it, and a server is busy with this many.
+pub const OPS_CONTENDED_MAX: usize = 8;
+/// How long after its last request a disk still counts as wanting the store.
+pub const CONTENDED_NS: u64 = 100_000_000;
 /// Requests taken from one disk before the next disk has its turn.
 pub const QUANTUM_REQUESTS: usize = 16;
 /// And no more than about so many sectors (128 KiB): large requests make long turns.

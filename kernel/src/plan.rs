@@ -44,6 +44,9 @@ impl Disk {
                 self.settle(engine, hv, id);
                 return Progress::Planned;
             }
+            if self.ops >= self.ops_max {
+                return Progress::Parked;
+            }
             let range = SectorRange::new(
                 request.start + request.planned,
                 request.sectors - request.planned,

@@ -12,10 +12,11 @@ use platter_xen::{Bus, DomId, Hypervisor, Port, Region};
 use crate::answer::take_op;
 use crate::control::{Control, Ending};
 use crate::device::{Device, Fate, Held, Surroundings};
+use crate::disk::Disk;
 use crate::engine::{Engine, Op, OpKind};
 use crate::limits::{
-    CACHE_BYTES_MAX, CACHE_BYTES_MIN, DISKS_MAX, FLUSH_AFTER_NS, REQUESTS_MAX,
-    REQUESTS_PER_DISK_MIN,
+    CACHE_BYTES_MAX, CACHE_BYTES_MIN, CONTENDED_NS, DISKS_MAX, FLUSH_AFTER_NS, OPS_CONTENDED_MAX,
+    REQUESTS_MAX, REQUESTS_PER_DISK_MIN,
 };
 use crate::stores::AnyStore;
 use crate::xs::{Xs, XsEvent};
@@ -280,6 +281,10 @@ impl Server {
     fn serve<H: Hypervisor + Bus>(&mut self, hv: &mut H, now_ns: u64) -> bool {
         let serving = self.devices.iter().flatten().filter(|d| d.is_serving()).count();
         let share = (REQUESTS_MAX / serving.max(1)).max(REQUESTS_PER_DISK_MIN);
+        let lately = |disk: &Disk| disk.taken_ns.saturating_add(CONTENDED_NS) > now_ns;
+        let disks = self.devices.iter().flatten().filter_map(|device| device.disk.as_ref());
+        let contended = disks.filter(|disk| lately(disk)).count() > 1;
+        let ops_max = if contended { OPS_CONTENDED_MAX } else { usize::MAX };
         let count = self.devices.len();
         let mut went_on = false;
         let mut next_first = None;
@@ -292,6 +297,7 @@ impl Server {
                 continue;
             }
             disk.share = share;
+            disk.ops_max = ops_max;
             for queue in &mut disk.queues {
                 // While there is always work nothing is asked for by an event: look.
                 let waits = serving && queue.ring.has_requests(hv);

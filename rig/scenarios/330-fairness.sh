@@ -1,5 +1,6 @@
 #: title A guest that floods a ring of 16 pages costs another no more than an equal neighbour does
 #: needs platter.elf loadgen.elf
+#: set slow
 #: timeout 500
 # Latency of single 4 KiB reads: alone, beside one who does the same, beside a flood of small
 # requests, beside a flood of large ones. A server with one processor halves between two guests
