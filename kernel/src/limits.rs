@@ -13,7 +13,7 @@ pub const REQUESTS_MAX: usize = 192;
 pub const REQUESTS_PER_DISK_MIN: usize = 4;
 /// Store operations that one disk may have under way while others want the store too: what lies
 /// in a server's queue delays everybody behind it, and a server is busy with this many.
-pub const OPS_CONTENDED_MAX: usize = 8;
+pub const OPS_CONTENDED_MAX: usize = 4;
 /// How long after its last request a disk still counts as wanting the store.
 pub const CONTENDED_NS: u64 = 100_000_000;
 /// Requests taken from one disk before the next disk has its turn.

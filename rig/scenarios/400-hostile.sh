@@ -1,5 +1,6 @@
 #: title A hostile guest attacks its disks; its neighbour reads what it wrote, in time
 #: needs platter.elf loadgen.elf hostile.elf
+#: set slow
 #: timeout 900
 # The neighbour's median latency must not double; a guest that takes its half of a processor does as
 # much, and the host's own load is in it: starvation is what fails.

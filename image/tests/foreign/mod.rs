@@ -1,7 +1,8 @@
 //! What image tests share: scratch files, making images, and readers by other authors.
 //!
 //! The readers are Python packages (libvhdi-python, libvmdk-python, libqcow-python,
-//! dissect.hypervisor) in a virtual environment under build/. Where it is missing the comparison is skipped and says so;
+//! dissect.hypervisor) in a virtual environment under build/. Where it is missing the comparison is
+//! skipped and says so;
 //! `PLATTER_READERS=install` makes it.
 
 #![allow(dead_code)]
