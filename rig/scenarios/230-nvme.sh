@@ -1,5 +1,6 @@
 #: title An NVMe controller of the storage domain's own serves partitions and images
 #: needs platter.elf
+#: set slow
 #: machine nvme
 #: timeout 300
 # Would miss: errors and resets of the controller, which storage's model tests have.
@@ -31,6 +32,8 @@ scenario() {
     inside=$(guest_must guest 'md5sum </tmp/data' | cut -d' ' -f1)
     stop_guest guest
     xl shutdown -w storage >&2
+    # The device is free when the domain is destroyed, a moment after it has shut down.
+    within 20 domain_is_gone storage || fail "the storage domain does not go"
 
     step "the same from outside"
     device=$(nvme_for_dom0)
