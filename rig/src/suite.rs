@@ -35,7 +35,8 @@ impl Suite {
     pub fn dom0_packages(self) -> String {
         format!(
             "xen-utils-{},xenstore-utils,qemu-system-xen,kmod,iproute2,fio,e2fsprogs,qemu-utils,\
-             busybox-static,procps,util-linux,pciutils,gdisk,lvm2,udev,xz-utils",
+             busybox-static,procps,util-linux,pciutils,gdisk,lvm2,udev,xz-utils,\
+             grub-xen-host,drbd-utils,mdadm",
             self.xen_version()
         )
     }
