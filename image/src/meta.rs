@@ -287,7 +287,9 @@ impl Meta {
         if was_dirty && clean {
             self.dirty_slots -= 1;
         }
-        if clean && slot.writing == 0 && slot.pins == 0 {
+        // A block touched in part stays: tables of others in it would be read again and again.
+        let whole = start >= offset && start.saturating_add(BLOCK_BYTES) <= end;
+        if whole && clean && slot.writing == 0 && slot.pins == 0 {
             *slot = EMPTY;
         }
     }
@@ -503,5 +505,29 @@ impl Slot {
         let hit = |u: usize| self.dirty & (1 << u) != 0 && self.phase[u] == phase;
         let first = (0..UNITS).find(|&u| hit(u))?;
         Some((first, (first..UNITS).take_while(|&u| hit(u)).count()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! Would miss: what formats make of the cache; their own tests read whole images.
+
+    use super::*;
+
+    #[test]
+    fn what_is_forgotten_of_a_block_leaves_the_rest_resident() {
+        let mut meta = Meta::new(0);
+        let file = FileNo(0);
+        let Err(Stop::Miss(block)) = meta.get_u8(file, 0) else { panic!("not resident") };
+        meta.fill(block, &[7; BLOCK_BYTES as usize]);
+        meta.set(file, 512, &[1], Phase::TABLE).unwrap();
+        meta.set(file, 1024, &[2], Phase::TABLE).unwrap();
+        meta.forget(file, 512, 512);
+        assert_eq!((meta.get_u8(file, 0), meta.get_u8(file, 1024)), (Ok(7), Ok(2)));
+        meta.forget(file, 1024, 512);
+        assert!(!meta.is_dirty());
+        assert_eq!(meta.get_u8(file, 0), Ok(7));
+        meta.forget(file, 0, BLOCK_BYTES);
+        assert!(matches!(meta.get_u8(file, 0), Err(Stop::Miss(_))));
     }
 }

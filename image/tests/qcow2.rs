@@ -278,3 +278,24 @@ fn a_full_store_says_so_and_holes_are_used_again() {
     scratch.put("a.qcow2", &folder.bytes("a.qcow2").unwrap());
     assert_eq!(qemu_check(&scratch, "a.qcow2"), 0);
 }
+
+/// Clusters of 512 bytes share a block of the cache: giving one back must not make the tables
+/// beside it be read again, or two writes that are given up in turn wait for ever.
+#[test]
+fn a_plan_given_up_reads_nothing_when_it_is_tried_again() {
+    let folder = RamFolder::new();
+    folder.put("a.qcow2", new(&[("cluster_size", "512")], 4096));
+    let mut engine = open(&folder, "a.qcow2", small(64 << 10));
+    let range = platter_image::SectorRange::new(5, 1);
+    let plan = engine.drive(|image| image.prepare_write(range)).unwrap();
+    engine.image().abandon(plan.prepared);
+    for _ in 0..5 {
+        match engine.image().prepare_write(range) {
+            Ok(plan) => engine.image().abandon(plan.prepared),
+            Err(stop) => panic!("all it needs was read already: {stop:?}"),
+        }
+    }
+    engine.close().unwrap();
+    let report = checked(&folder, "a.qcow2", Repair::Nothing);
+    assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:#?}");
+}
