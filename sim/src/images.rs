@@ -75,9 +75,7 @@ pub fn verify(files: &Files, path: &str, format: Format, oracle: &Oracle, after_
         let params = CheckParams { repair: Repair::Nothing, budget_bytes: 1 << 20 };
         let report = engine.check(params, |_, _| {}).expect("a check ends");
         assert!(report.corruptions == 0, "{path} is corrupt: {report:?}");
-        // QED never finds space again that a plan gave up: a limit of the format's planner.
-        let may_leak = after_cut || format == Format::Qed;
-        assert!(report.leaks == 0 || may_leak, "{path} has leaks: {report:?}");
+        assert!(report.leaks == 0 || after_cut, "{path} has leaks: {report:?}");
     }
     let mut bytes = [0; SECTOR];
     // Nothing is under way: a read that begins now.

@@ -5,7 +5,7 @@
 //! before the plan is committed; the entry is put at [`Phase::TABLE`], the pointer to a new
 //! table at [`Phase::DIRECTORY`], so a cut at any write leaves space that nothing names, never
 //! a name for space that is not written. It must never reuse space within a session but that of
-//! the last plan, abandoned, and never trust an entry that a [`Shape`] has not checked.
+//! abandoned plans, and never trust an entry that a [`Shape`] has not checked.
 
 mod check;
 mod write;
@@ -45,6 +45,8 @@ pub(crate) enum Table {
 pub(crate) struct NewTable {
     pub offset: u64,
     pub bytes: u64,
+    /// Bytes taken for it.
+    pub space_bytes: u64,
     /// Where the pointer to it goes, and its bytes.
     pub directory_at: u64,
     pub pointer: [u8; 8],
@@ -173,8 +175,28 @@ pub(crate) trait Shape {
     }
 }
 
-/// Free space at the end of a file.
+/// What space is taken for: what was given up is used again for the same only, so that each
+/// table given up leaves room for the next one, whatever its size.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Use {
+    Clusters,
+    Table,
+}
+
+/// Space that an abandoned plan gave up, before the end of what was handed out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Hole {
+    start: u64,
+    end: u64,
+    use_: Use,
+}
+
+/// Holes kept: one for the clusters and one for the table of each plan in flight. More come
+/// only of requests that fail for good; their space is lost until the image is converted.
+const HOLES_MAX: usize = 2 * crate::image::PLANS_MAX;
+
+/// Free space: at the end of a file, and what abandoned plans left before it.
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Space {
     file: FileNo,
     /// Clusters lie at multiples of their size from here.
@@ -186,6 +208,14 @@ pub(crate) struct Space {
     /// Allocations end here at most: the format's reach, or the end of a fixed-size store.
     limit: u64,
     can_grow: bool,
+    holes: heapless::Vec<Hole, HOLES_MAX>,
+}
+
+/// Where the next allocation lies.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Spot {
+    Hole(usize),
+    End,
 }
 
 impl Space {
@@ -200,11 +230,12 @@ impl Space {
         assert!(origin <= next, "free space before the first cluster");
         let limit = if info.can_grow { reach } else { reach.min(info.size_bytes) };
         let fresh_from = info.size_bytes.max(next);
-        Space { file, origin, next, fresh_from, limit, can_grow: info.can_grow }
+        let (can_grow, holes) = (info.can_grow, heapless::Vec::new());
+        Space { file, origin, next, fresh_from, limit, can_grow, holes }
     }
 
-    fn aligned(&self, align: u64) -> Option<u64> {
-        (self.next - self.origin).checked_next_multiple_of(align)?.checked_add(self.origin)
+    fn aligned(&self, start: u64, align: u64) -> Option<u64> {
+        (start - self.origin).checked_next_multiple_of(align)?.checked_add(self.origin)
     }
 
     /// The format's offsets reach further now.
@@ -217,27 +248,45 @@ impl Space {
         self.next
     }
 
-    /// Takes `len` bytes at a multiple of `align`.
-    pub fn take(&mut self, len: u64, align: u64) -> Result<u64, ImageFault> {
-        let offset = self.aligned(align);
-        let end = offset.and_then(|offset| offset.checked_add(len));
-        match (offset, end) {
-            (Some(offset), Some(end)) if end <= self.limit => {
-                self.next = end;
-                Ok(offset)
-            }
-            _ => {
-                let fault = ImageFault::new(FaultKind::Full, self.file, "a new cluster");
-                let value = end.unwrap_or(u64::MAX);
-                Err(ImageFault { value, limit: self.limit, ..fault })
-            }
-        }
+    /// Where `len` bytes at a multiple of `align` would be taken: a hole comes first.
+    fn spot(&self, use_: Use, len: u64, align: u64) -> (Spot, Option<u64>) {
+        let fits = |hole: &Hole| {
+            let start = self.aligned(hole.start, align).filter(|_| hole.use_ == use_)?;
+            (start.checked_add(len)? <= hole.end).then_some(start)
+        };
+        let mut holes = self.holes.iter().enumerate();
+        let found = holes.find_map(|(n, hole)| Some((Spot::Hole(n), Some(fits(hole)?))));
+        found.unwrap_or((Spot::End, self.aligned(self.next, align)))
     }
 
-    /// Allocations of `unit` bytes at multiples of it that fit now, an upper bound.
+    /// Takes `len` bytes at a multiple of `align`.
+    pub fn take(&mut self, use_: Use, len: u64, align: u64) -> Result<u64, ImageFault> {
+        let (spot, offset) = self.spot(use_, len, align);
+        let end = offset.and_then(|offset| offset.checked_add(len));
+        let (Some(offset), Some(end)) = (offset, end.filter(|&end| end <= self.limit)) else {
+            let fault = ImageFault::new(FaultKind::Full, self.file, "a new cluster");
+            let value = end.unwrap_or(u64::MAX);
+            return Err(ImageFault { value, limit: self.limit, ..fault });
+        };
+        match spot {
+            Spot::End => self.next = end,
+            Spot::Hole(n) => {
+                let hole = self.holes.swap_remove(n);
+                self.keep(Hole { end: offset, ..hole });
+                self.keep(Hole { start: end, ..hole });
+            }
+        }
+        Ok(offset)
+    }
+
+    /// Allocations of `unit` bytes at multiples of it that fit in a row now, an upper bound.
     fn room(&self, unit: u64) -> u64 {
-        let next = self.aligned(unit).unwrap_or(u64::MAX);
-        self.limit.saturating_sub(next) / unit
+        let (spot, start) = self.spot(Use::Clusters, unit, unit);
+        let end = match spot {
+            Spot::Hole(n) => self.holes[n].end,
+            Spot::End => self.limit,
+        };
+        end.saturating_sub(start.unwrap_or(u64::MAX)) / unit
     }
 
     /// Does all from `offset` on read as zeros, never handed out before?
@@ -250,10 +299,24 @@ impl Space {
         self.fresh_from = self.fresh_from.max(self.next);
     }
 
-    /// Takes back the last allocation, `start..end`, if it is still the last.
-    fn give_back(&mut self, start: u64, end: u64) {
-        if self.next == end {
-            self.next = start;
+    fn keep(&mut self, hole: Hole) {
+        if hole.start < hole.end {
+            // Without a place it is lost, as said at `HOLES_MAX`.
+            let _ = self.holes.push(hole);
+        }
+    }
+
+    /// Takes back what was handed out.
+    pub fn give_back(&mut self, use_: Use, start: u64, len: u64) {
+        let mut back = Hole { start, end: start + len, use_ };
+        let joins = |a: &Hole, b: &Hole| a.use_ == b.use_ && (a.end == b.start || b.end == a.start);
+        while let Some(n) = self.holes.iter().position(|hole| joins(hole, &back)) {
+            let hole = self.holes.swap_remove(n);
+            back = Hole { start: back.start.min(hole.start), end: back.end.max(hole.end), use_ };
+        }
+        self.keep(back);
+        while let Some(n) = self.holes.iter().position(|hole| hole.end == self.next) {
+            self.next = self.holes.swap_remove(n).start;
         }
     }
 }
@@ -294,5 +357,34 @@ impl FirstWrite {
         if *self == FirstWrite::Asked && ok {
             *self = FirstWrite::Done;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! Would miss: which plans give space back; the tests of the formats abandon plans.
+
+    use super::*;
+
+    #[test]
+    fn what_was_given_up_is_taken_first_and_for_the_same_use() {
+        let info = FileInfo { size_bytes: 100, can_grow: true, identity: 1 };
+        let mut space = Space::at_end(FileNo(0), info, 1 << 40);
+        let mut take = |use_, len| space.take(use_, len, 100).unwrap();
+        let table = take(Use::Table, 400);
+        let runs = [take(Use::Clusters, 200), take(Use::Clusters, 100), take(Use::Clusters, 100)];
+        assert_eq!((table, runs), (100, [500, 700, 800]));
+        space.give_back(Use::Table, 100, 400);
+        space.give_back(Use::Clusters, 500, 200);
+        space.give_back(Use::Clusters, 700, 100);
+        // The last run is in use: all three are holes, the clusters in one.
+        assert_eq!((space.next(), space.holes.len(), space.room(100)), (900, 2, 3));
+        assert_eq!(space.take(Use::Clusters, 100, 100), Ok(500));
+        assert_eq!(space.take(Use::Clusters, 300, 100), Ok(900), "no hole is so long");
+        assert_eq!(space.take(Use::Table, 400, 100), Ok(100));
+        space.give_back(Use::Clusters, 900, 300);
+        assert_eq!(space.next(), 900);
+        space.give_back(Use::Clusters, 800, 100);
+        assert_eq!((space.next(), space.holes.len()), (600, 0), "what was last is the end again");
     }
 }

@@ -4,7 +4,7 @@
 
 use alloc::boxed::Box;
 
-use super::{Added, Entry, NewTable, Shape, Space, Table};
+use super::{Added, Entry, NewTable, Shape, Space, Table, Use};
 use crate::format::Ctx;
 use crate::image::PLANS_MAX;
 use crate::meta::{BLOCK_BYTES, Phase};
@@ -130,7 +130,7 @@ impl Writer {
         cluster: u64,
         needed: u64,
     ) -> Step<Option<Draft>> {
-        let mut trial = *space;
+        let mut trial = space.clone();
         let (entry, copy, table) = match shape.locate(ctx, cluster)? {
             Table::At { entry, copy } => (entry, copy, None),
             Table::Missing => match shape.add_table(ctx, &mut trial, cluster)? {
@@ -167,7 +167,7 @@ impl Writer {
             }
             count += 1;
         }
-        let offset = trial.take(count * bytes, bytes)?;
+        let offset = trial.take(Use::Clusters, count * bytes, bytes)?;
         let new = New { unit: part.unit, cluster, count, offset, entry, copy, table };
         let (head_zero, tail_zero) = (is_zero(first), is_zero(last));
         Ok(Some(Draft { new, space: trial, head_zero, tail_zero }))
@@ -215,12 +215,11 @@ impl Writer {
         let Plan::New(new) = plan else { return };
         let file = shape.file();
         unpin(ctx, file, &new);
-        let mut start = new.offset;
+        space.give_back(Use::Clusters, new.offset, new.count * shape.cluster_bytes());
         if let Some(table) = new.table {
             ctx.meta.forget(file, table.offset, table.bytes.max(BLOCK_BYTES));
-            start = table.offset;
+            space.give_back(Use::Table, table.offset, table.space_bytes);
         }
-        space.give_back(start, new.offset + new.count * shape.cluster_bytes());
     }
 
     /// [`Layer::discard`](crate::format::Layer::discard) for a range of one map. A discard

@@ -12,7 +12,7 @@ use alloc::string::String;
 use alloc::vec;
 
 use self::header::{HEADER_BYTES, Header, SIZE_AT};
-use crate::append::{Added, Checker, Entry, NewTable, Part, Shape, Space, Table, Writer};
+use crate::append::{Added, Checker, Entry, NewTable, Part, Shape, Space, Table, Use, Writer};
 use crate::check::{CheckParams, CheckProgress};
 use crate::fault::{FaultKind, ImageFault};
 use crate::files::Access;
@@ -157,9 +157,10 @@ impl Shape for Tables {
         // Whole cache blocks, so that a new table shares none with data.
         let align = BLOCK_BYTES.max(self.header.cluster_bytes());
         let bytes = self.table_bytes();
-        let offset = space.take(bytes.next_multiple_of(BLOCK_BYTES), align)?;
+        let space_bytes = bytes.next_multiple_of(BLOCK_BYTES);
+        let offset = space.take(Use::Table, space_bytes, align)?;
         let pointer = offset.to_be_bytes();
-        Ok(Added::WithPlan(NewTable { offset, bytes, directory_at, pointer }))
+        Ok(Added::WithPlan(NewTable { offset, bytes, space_bytes, directory_at, pointer }))
     }
 }
 

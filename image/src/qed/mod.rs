@@ -17,7 +17,7 @@ use alloc::vec;
 use self::header::{FEATURE_BACKING_RAW, FEATURE_NEED_CHECK, HEADER_BYTES, Header, at};
 use self::scan::Scan;
 use crate::append::{
-    Added, Checker, Entry, FirstWrite, NewTable, Part, Shape, Space, Table, Writer,
+    Added, Checker, Entry, FirstWrite, NewTable, Part, Shape, Space, Table, Use, Writer,
 };
 use crate::check::{CheckParams, CheckProgress};
 use crate::fault::{FaultKind, ImageFault};
@@ -139,9 +139,9 @@ impl Shape for Tables {
         let directory_at = self.l1_at(cluster);
         ctx.meta.reserve(self.file, directory_at)?;
         let bytes = self.header.table_bytes;
-        let offset = space.take(bytes, self.header.cluster_bytes)?;
+        let offset = space.take(Use::Table, bytes, self.header.cluster_bytes)?;
         let pointer = offset.to_le_bytes();
-        Ok(Added::WithPlan(NewTable { offset, bytes, directory_at, pointer }))
+        Ok(Added::WithPlan(NewTable { offset, bytes, space_bytes: bytes, directory_at, pointer }))
     }
 }
 

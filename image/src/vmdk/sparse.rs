@@ -6,7 +6,7 @@
 //! the descriptor or the directory.
 
 use super::header::{self, FLAG_MARKERS, FLAG_ZERO_GRAIN, SE_GRAIN_SECTORS, SE_TABLE_SECTORS};
-use crate::append::{Added, Entry, Shape, Space, Table};
+use crate::append::{Added, Entry, Shape, Space, Table, Use};
 use crate::fault::ImageFault;
 use crate::format::{Codec, Ctx, Packed};
 use crate::meta::{BLOCK_BYTES, Phase};
@@ -178,8 +178,8 @@ impl Shape for Tables {
         for directory in directories.into_iter().filter(|&directory| directory != 0) {
             ctx.meta.reserve(self.file, directory + step)?;
         }
-        let mut taken = *space;
-        let offset = taken.take(BLOCK_BYTES, BLOCK_BYTES)?;
+        let mut taken = space.clone();
+        let offset = taken.take(Use::Table, BLOCK_BYTES, BLOCK_BYTES)?;
         ctx.meta.forget(self.file, offset, BLOCK_BYTES);
         ctx.meta.create(self.file, offset, Phase::TABLE)?;
         for (n, directory) in directories.into_iter().enumerate() {
