@@ -27,6 +27,41 @@ pub enum FaultKind {
     Store,
 }
 
+/// Longest name kept with a fault, bytes (ours; qcow2's feature names have up to 46).
+const NAME_BYTES_MAX: usize = 62;
+
+/// What an image itself calls the thing that is refused: its words, never more than printed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct FaultName {
+    bytes: [u8; NAME_BYTES_MAX],
+    len: u8,
+}
+
+impl FaultName {
+    pub const NONE: FaultName = FaultName { bytes: [0; NAME_BYTES_MAX], len: 0 };
+
+    /// Adds a name, as far as there is room; bytes that are no plain text become question marks.
+    pub fn add(&mut self, name: &[u8]) {
+        let separator: &[u8] = if self.len > 0 { b", " } else { b"" };
+        for &byte in separator.iter().chain(name) {
+            let Some(place) = self.bytes.get_mut(self.len as usize) else { return };
+            let plain = byte.is_ascii_graphic() || byte == b' ';
+            *place = if plain { byte } else { b'?' };
+            self.len += 1;
+        }
+    }
+
+    pub fn as_str(&self) -> &str {
+        core::str::from_utf8(&self.bytes[..self.len as usize]).expect("only plain text is kept")
+    }
+}
+
+impl fmt::Debug for FaultName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self.as_str(), f)
+    }
+}
+
 /// A fault of an image. `value` and `limit` mean what `field` says; 0 when there is none.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ImageFault {
@@ -38,11 +73,13 @@ pub struct ImageFault {
     pub offset: u64,
     pub value: u64,
     pub limit: u64,
+    /// The image's own name for it, mostly none.
+    pub name: FaultName,
 }
 
 impl ImageFault {
     pub fn new(kind: FaultKind, file: FileNo, field: &'static str) -> ImageFault {
-        ImageFault { kind, file, field, offset: 0, value: 0, limit: 0 }
+        ImageFault { kind, file, field, offset: 0, value: 0, limit: 0, name: FaultName::NONE }
     }
 
     pub fn corrupt(file: FileNo, field: &'static str, offset: u64, value: u64) -> ImageFault {
@@ -60,7 +97,7 @@ impl ImageFault {
 
 impl fmt::Display for ImageFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ImageFault { kind, file: FileNo(file), field, offset, value, limit } = *self;
+        let ImageFault { kind, file: FileNo(file), field, offset, value, limit, name } = *self;
         match kind {
             FaultKind::NotThisFormat => write!(f, "not such an image: {field} is {value:#x}")?,
             FaultKind::Corrupt => write!(f, "corrupt: {field} is {value:#x} at byte {offset}")?,
@@ -73,6 +110,9 @@ impl fmt::Display for ImageFault {
             FaultKind::Full => write!(f, "no room: {field} would need {value}, limit {limit}")?,
             FaultKind::Refused => write!(f, "refused: {field}")?,
             FaultKind::Store => write!(f, "the store failed: {field} at byte {offset}")?,
+        }
+        if name != FaultName::NONE {
+            write!(f, ", which it names '{}'", name.as_str())?;
         }
         if file > 0 { write!(f, " (file {file} of the chain)") } else { Ok(()) }
     }

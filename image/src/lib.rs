@@ -36,7 +36,7 @@ pub use check::{CheckParams, CheckProgress, CheckReport, PROBLEMS_MAX, Repair};
 pub use create::{
     Backing, CREATE_WRITE_BYTES_MAX, Create, CreateFault, CreateFile, CreateParams, CreateWrite,
 };
-pub use fault::{FaultKind, ImageFault};
+pub use fault::{FaultKind, FaultName, ImageFault};
 pub use files::{Access, FileInfo};
 pub use format::Format;
 pub use image::{DEPTH_MAX, Image, OpenStep, Options, PLANS_MAX};

@@ -82,6 +82,55 @@ fn header_fields_are_checked_before_they_are_used() {
     refuse(|b| put32(b, 100, u32::MAX - 7), "header_length");
 }
 
+/// A feature that is not known is refused with the name that its image gives it.
+#[test]
+fn an_unknown_feature_is_refused_by_its_name() {
+    let named = |bits: u64, entries: Vec<(u8, u8, Vec<u8>)>| {
+        let mut bytes = new(&[], 20480);
+        put64(&mut bytes, 72, bits);
+        put32(&mut bytes, 112, 0x6803_f857);
+        put32(&mut bytes, 116, entries.len() as u32 * 48);
+        for (n, (kind, bit, name)) in entries.into_iter().enumerate() {
+            let at = 120 + n * 48;
+            (bytes[at], bytes[at + 1]) = (kind, bit);
+            bytes[at + 2..at + 2 + name.len()].copy_from_slice(&name);
+        }
+        refused(bytes, "a.qcow2", rw(Q))
+    };
+    let entry = |kind, bit, name: &str| (kind, bit, name.as_bytes().to_vec());
+    let entries = vec![entry(0, 0, "dirty bit"), entry(1, 7, "lazy"), entry(0, 7, "warp drive")];
+    let why = named(1 << 7, entries.clone());
+    assert!(why.contains("incompatible feature") && why.contains("(0x80)"), "{why}");
+    assert!(why.ends_with("which it names 'warp drive'"), "{why}");
+    let more = [&entries[..], &[entry(0, 63, "time travel")]].concat();
+    assert!(named(1 << 7 | 1 << 63, more).ends_with("'warp drive, time travel'"));
+    // Names are what a stranger wrote: plain text of bounded length comes out.
+    let ugly = [&[0x1b, b'[', b'm'][..], &[b'x'; 43]].concat();
+    let why = named(3 << 8, vec![(0, 8, ugly.clone()), (0, 9, ugly), (0, 99, vec![b'z'])]);
+    assert!(why.contains("'?[mxxx") && !why.contains('\x1b') && !why.contains('z'), "{why}");
+    assert!(named(1 << 20, vec![]).ends_with("(0x100000)"));
+}
+
+/// Encrypted images are refused in words that say what to do.
+#[test]
+fn encryption_is_refused_by_name() {
+    refuse(|b| put32(b, 32, 1), "AES encryption of qcow2");
+    refuse(|b| put32(b, 32, 2), "LUKS encryption of qcow2 (crypt_method): no passphrase");
+    let header = |b: &mut Vec<u8>| {
+        put32(b, 112, 0x0537_be77);
+        put32(b, 116, 16);
+    };
+    refuse(header, "a LUKS encryption header (extension 0x0537be77)");
+    // As QEMU makes one.
+    let scratch = Scratch::new("qcow2-luks");
+    let secret = ["--object", "secret,id=s,data=hunter2"];
+    let luks = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
+    let create = ["create", "-q", "-f", "qcow2", "-o", luks, "a.qcow2", "8M"];
+    scratch.ok("qemu-img", &[&create[..1], &secret[..], &create[1..]].concat());
+    let why = refused(scratch.get("a.qcow2"), "a.qcow2", rw(Q));
+    assert!(why.contains("LUKS encryption of qcow2") && why.contains("decrypt it"), "{why}");
+}
+
 #[test]
 fn extensions_and_names_stay_within_the_first_cluster() {
     let extension = |kind: u32, len: u32, data: Vec<u8>| {
@@ -93,7 +142,6 @@ fn extensions_and_names_stay_within_the_first_cluster() {
     };
     refuse(extension(0x1234, u32::MAX, vec![]), "header extension length");
     refuse(extension(0x1234, 65_500, vec![]), "header extension length");
-    refuse(extension(0x0537_be77, 16, vec![0; 16]), "encryption header");
     refuse(extension(0x2385_2875, 8, vec![0; 8]), "bitmaps extension length");
     let mut directory = vec![0; 24];
     put32(&mut directory, 0, 1);

@@ -5,7 +5,7 @@
 
 use alloc::string::String;
 
-use crate::fault::{FaultKind, ImageFault};
+use crate::fault::{FaultKind, FaultName, ImageFault};
 use crate::format::Format;
 use crate::types::FileNo;
 
@@ -38,6 +38,7 @@ pub const AUTOCLEAR_DATA_FILE_RAW: u64 = 1 << 1;
 
 const EXTENSION_END: u32 = 0;
 pub const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
+const EXTENSION_FEATURE_NAMES: u32 = 0x6803_f857;
 const EXTENSION_BITMAPS: u32 = 0x2385_2875;
 const EXTENSION_CRYPTO: u32 = 0x0537_be77;
 pub const EXTENSION_DATA_FILE: u32 = 0x4441_5441;
@@ -181,7 +182,8 @@ impl Header {
                 return Err(ImageFault::unsupported(file, what, 1));
             }
             2 => {
-                let what = "LUKS encryption of qcow2 (crypt_method): there is no passphrase";
+                let what = "LUKS encryption of qcow2 (crypt_method): no passphrase can be given; \
+                            decrypt it first with qemu-img convert";
                 return Err(ImageFault::unsupported(file, what, 2));
             }
             other => return Err(ImageFault::unsupported(file, "crypt_method", other.into())),
@@ -194,7 +196,8 @@ impl Header {
         let unknown = self.incompatible & !known;
         if unknown != 0 {
             let what = "an incompatible feature of qcow2 that is not known (its bits)";
-            return Err(ImageFault::unsupported(file, what, unknown));
+            let name = self.feature_names(b, unknown);
+            return Err(ImageFault { name, ..ImageFault::unsupported(file, what, unknown) });
         }
         if self.extended_l2() && self.cluster_bits < 14 {
             let bits = self.cluster_bits.into();
@@ -292,10 +295,14 @@ impl Header {
         self.cluster_bits - if self.extended_l2() { 4 } else { 3 }
     }
 
-    /// Checks the extensions in the same bytes, up to the end of the first cluster, the name of
-    /// the backing file, or `HEADER_BYTES_MAX`.
-    pub fn extensions(&self, file: FileNo, b: &[u8]) -> Result<Extensions, ImageFault> {
-        let mut found = Extensions::default();
+    /// Shows each extension up to the end of the first cluster, the name of the backing file, or
+    /// `HEADER_BYTES_MAX`: its offset, type and data.
+    fn each_extension(
+        &self,
+        file: FileNo,
+        b: &[u8],
+        mut show: impl FnMut(usize, u32, &[u8]) -> Result<(), ImageFault>,
+    ) -> Result<(), ImageFault> {
         let mut end = HEADER_BYTES_MAX.min(1 << self.cluster_bits);
         if let Some(name) = self.backing {
             end = end.min(name.offset as usize);
@@ -312,7 +319,33 @@ impl Header {
                     len as u64
                 }));
             }
-            let data = &b[start..start + len];
+            show(at, kind, &b[start..start + len])?;
+            at = start + len.next_multiple_of(8);
+        }
+        Ok(())
+    }
+
+    /// What the image calls these incompatible features in its feature name table: entries of
+    /// 48 bytes, the type (0 for incompatible), the bit, the name.
+    fn feature_names(&self, b: &[u8], bits: u64) -> FaultName {
+        let mut names = FaultName::NONE;
+        // A broken extension: what was named before it is named.
+        let _ = self.each_extension(FileNo(0), b, |_, kind, data| {
+            for entry in data.chunks_exact(48).filter(|_| kind == EXTENSION_FEATURE_NAMES) {
+                if entry[0] == 0 && entry[1] < 64 && bits & (1 << entry[1]) != 0 {
+                    let name = entry[2..].split(|&byte| byte == 0).next().unwrap_or(&[]);
+                    names.add(name);
+                }
+            }
+            Ok(())
+        });
+        names
+    }
+
+    /// Checks the extensions in the same bytes.
+    pub fn extensions(&self, file: FileNo, b: &[u8]) -> Result<Extensions, ImageFault> {
+        let mut found = Extensions::default();
+        self.each_extension(file, b, |at, kind, data| {
             match kind {
                 EXTENSION_BACKING_FORMAT => {
                     let name = core::str::from_utf8(data).unwrap_or("");
@@ -323,13 +356,14 @@ impl Header {
                 }
                 EXTENSION_BITMAPS => self.bitmaps(file, at, data, &mut found)?,
                 EXTENSION_CRYPTO => {
-                    let what = "an encryption header without encryption";
+                    let what = "a LUKS encryption header (extension 0x0537be77) in an image that \
+                                says it is not encrypted (crypt_method 0): type";
                     return Err(ImageFault::corrupt(file, what, at as u64, kind.into()));
                 }
                 _ => {}
             }
-            at = start + len.next_multiple_of(8);
-        }
+            Ok(())
+        })?;
         Ok(found)
     }
 
