@@ -5,7 +5,7 @@ use platter_storage::{Answer, Done, Store, StoreFault, Tag, Window};
 use platter_xen::{Direction, Hypervisor};
 
 use crate::disk::Disk;
-use crate::engine::{Engine, Op, OpKind, Submitted};
+use crate::engine::{Engine, Op, OpKind, Stretch, Submitted};
 use crate::fault::Fault;
 use crate::job::submit_job_write;
 use crate::plan::submit_guest_write;
@@ -55,9 +55,11 @@ impl Disk {
                 self.flush_op_done(Err(fault.unwrap_or(Fault::Store(StoreFault::Protocol))));
             }
             // The mapping is gone already: a punch that fails loses space and nothing else.
-            (OpKind::Punch { request }, _) => {
-                self.reads[op.parity as usize] -= 1;
-                self.piece_done(engine, hv, request, None, Ok(()));
+            (OpKind::Punch { request, end }, result) => {
+                if result.is_err() || !self.punch_rest(engine, hv, &op, end) {
+                    self.reads[op.parity as usize] -= 1;
+                    self.piece_done(engine, hv, request, None, Ok(()));
+                }
             }
             (OpKind::Open | OpKind::Size, _) => unreachable!("the device handles its own"),
         }
@@ -110,6 +112,25 @@ impl Disk {
             }
             refused => self.piece_done(engine, hv, id, None, Err(rest_refused(refused))),
         }
+    }
+
+    /// The store let only a part go: the rest follows. False when there is none, or no room.
+    fn punch_rest<H: Hypervisor, S: Store<H>>(
+        &mut self,
+        engine: &mut Engine<S>,
+        hv: &mut H,
+        op: &Op,
+        end: u64,
+    ) -> bool {
+        let offset = op.stretch.offset.saturating_add(u64::from(op.stretch.len));
+        if op.stretch.len == 0 || offset >= end {
+            return false;
+        }
+        let stretch = Stretch { offset, len: 0, ..op.stretch };
+        let rest = Op { parity: op.parity, ..Op::new(op.disk, stretch, op.kind) };
+        let sent = matches!(engine.submit_discard(hv, rest, end - offset), Submitted::Yes(_));
+        self.ops += usize::from(sent);
+        sent
     }
 
     /// A part of a metadata block came: the whole goes to the image.

@@ -143,15 +143,19 @@ impl Control {
     /// ourselves comes back here too, and means nothing.
     fn device_changed(&mut self, xs: &mut Xs, below: &str) {
         let mut parts = below.split('/').filter(|part| !part.is_empty());
-        let name = parts.next();
-        let Some(kind) = FrontKind::ALL.into_iter().find(|kind| Some(kind.name()) == name) else {
-            return;
+        let (name, number) = (parts.next(), parts.next());
+        // An event of a whole directory may stand for any number of others.
+        let of = |kind: &FrontKind| name.is_none_or(|name| kind.name() == name);
+        let Some(number) = number else {
+            for kind in FrontKind::ALL.into_iter().filter(of) {
+                xs.list(kind.directory(), Purpose::Fronts(kind));
+            }
+            let fronts = self.fronts.iter_mut().filter(|front| of(&front.kind()));
+            return fronts.for_each(|front| front.look_at_own(None));
         };
-        let Some(number) = parts.next() else {
-            return xs.list(kind.directory(), Purpose::Fronts(kind));
-        };
+        let Some(kind) = FrontKind::ALL.into_iter().find(of) else { return };
         match self.fronts.iter_mut().find(|front| front.is(kind, number)) {
-            Some(front) => front.look_if_unread(),
+            Some(front) => front.look_at_own(parts.next()),
             None => self.found_fronts(kind, number.as_bytes()),
         }
     }

@@ -74,8 +74,10 @@ pub enum OpKind {
         job: Id,
         from: Run,
     },
+    /// Lets space go, up to byte `end` of the file in the end.
     Punch {
         request: Id,
+        end: u64,
     },
     /// Control: the size of a raw file.
     Size,
@@ -282,13 +284,25 @@ impl<S> Engine<S> {
         self.submit(handle, op, |store, tag| store.flush(hv, tag, handle.file))
     }
 
-    /// Lets a stretch go, of a length that may exceed 32 bits. Stores that cannot refuse it.
+    /// Lets a stretch go, of a length that may exceed 32 bits: what the store took of it becomes
+    /// the operation's stretch, 0 bytes if that is all. Stores that cannot refuse it.
     pub fn submit_discard<H: Hypervisor>(&mut self, hv: &mut H, op: Op, len: u64) -> Submitted
     where
         S: Store<H>,
     {
         let Stretch { handle, offset, .. } = op.stretch;
-        self.submit(handle, op, |store, tag| store.discard(hv, tag, handle.file, offset, len))
+        let mut took = 0;
+        let submitted = self.submit(handle, op, |store, tag| {
+            let taken = store.discard(hv, tag, handle.file, offset, len);
+            if let Ok(Submit::Taken(bytes)) = taken {
+                took = bytes;
+            }
+            taken
+        });
+        if let Submitted::Yes(id) = submitted {
+            self.ops.get(id).stretch.len = took;
+        }
+        submitted
     }
 
     fn submit(
@@ -377,6 +391,13 @@ impl Engine<AnyStore> {
             AnyStore::Block(_) if path.is_empty() => String::from(name),
             AnyStore::Block(_) => alloc::format!("{name}/{path}"),
         }
+    }
+
+    pub fn device_mut(&mut self, index: usize) -> Option<&mut AnyDevice> {
+        self.stores.iter_mut().find_map(|slot| match &mut slot.store {
+            AnyStore::Block(store) => Some(store.device_mut(index).0),
+            AnyStore::NineP(_) => None,
+        })
     }
 
     /// A device of the block store.

@@ -66,6 +66,9 @@ pub struct FlushRun {
     short: bool,
     /// How often this flush was run again.
     tries: u8,
+    /// A flush that no guest waited for failed, and what was answered before it may be lost with
+    /// a cache: the next flush of a guest says so, once.
+    owed: Option<Fault>,
     /// When dirty metadata was first seen, for the lazy flush.
     pub dirty_since_ns: Option<u64>,
     /// For bytes that found no room in their store.
@@ -84,6 +87,7 @@ impl FlushRun {
             failed: None,
             short: false,
             tries: 0,
+            owed: None,
             dirty_since_ns: None,
             scratch,
         }
@@ -152,8 +156,8 @@ impl Disk {
             }
         }
         let mode = Mode::SyncOnly { next: 0 };
-        let tries = self.flush.tries;
-        self.flush = FlushRun { number, mode, tries, ..FlushRun::new(self.flush.scratch) };
+        let FlushRun { tries, owed, scratch, .. } = self.flush;
+        self.flush = FlushRun { number, mode, tries, owed, ..FlushRun::new(scratch) };
         if self.image.is_dirty() {
             self.flush.mode = Mode::Plan;
             self.parity ^= 1;
@@ -330,8 +334,15 @@ impl Disk {
             .filter(|(_, r)| r.disk == self.index && r.waits_for(number))
             .map(|(id, _)| id)
             .collect();
+        let told = !covered.is_empty();
+        let fault = self.flush.failed.or(self.flush.owed.filter(|_| told));
+        self.flush.owed = match fault {
+            Some(Fault::Store(StoreFault::Io(_))) if !told => fault,
+            _ if told => None,
+            _ => self.flush.owed,
+        };
         for id in covered {
-            if let Some(fault) = self.flush.failed {
+            if let Some(fault) = fault {
                 engine.requests.get(id).failed = Some(fault);
                 self.finish(engine, hv, id);
             } else {

@@ -276,7 +276,8 @@ impl Disk {
         let sectors = if plan.sectors == 0 { range.count } else { plan.sectors };
         let Some((file, offset, len)) = plan.punch else { return Ok(Step::Sectors(sectors)) };
         let stretch = Stretch { handle: self.handle(file), offset, len: 0 };
-        let mut op = Op::new(self.index, stretch, OpKind::Punch { request: id });
+        let end = offset.saturating_add(len);
+        let mut op = Op::new(self.index, stretch, OpKind::Punch { request: id, end });
         // A flush waits for it as for a read: space that is let go may be written anew after it.
         op.parity = self.parity;
         match engine.submit_discard(hv, op, len) {

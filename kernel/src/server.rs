@@ -363,6 +363,11 @@ impl Server {
         for index in 0..self.devices.len() {
             self.with_device(index, hv, now_ns, |device, world| open |= !device.wind_up(world));
         }
+        if !open {
+            for front in self.control.fronts_mut() {
+                open |= !front.wind_up(&mut self.engine, hv);
+            }
+        }
         let done = !open && self.xs.is_idle();
         (done || late).then_some(ending)
     }

@@ -61,6 +61,8 @@ impl BlkbackModel {
             physical_sector_bytes: sector_bytes,
             info: 0,
             flush: true,
+            barrier: true,
+            discard_alignment_bytes: 0,
             discard_granularity_bytes: Some(sector_bytes),
             indirect_segments_max: SEGMENTS_INDIRECT_MAX as u16,
             queues_max: 1,
@@ -147,7 +149,7 @@ impl BlkbackModel {
             sector_bytes: self.nodes.sector_bytes,
             read_only: false,
             indirect_segments_max: self.nodes.indirect_segments_max,
-            flush: self.nodes.flush,
+            flush: self.nodes.flush || self.nodes.barrier,
             discard: self.nodes.discard_granularity_bytes.is_some(),
         }
     }
@@ -183,7 +185,10 @@ impl BlkbackModel {
                     let count = usize::from(it.nr_segments);
                     transfer(it.operation == IndirectOp::Write, it.sector, &segments[..count])
                 }
-                Request::WriteBarrier(_) => panic!("never sent"),
+                Request::WriteBarrier(it) => {
+                    assert!(it.segments.is_empty() && !self.nodes.flush, "only where it must be");
+                    Job::Flush
+                }
             };
             self.jobs.push((permit, job));
         }

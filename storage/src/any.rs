@@ -39,6 +39,10 @@ impl<H: Hypervisor + Bus> Device<H> for AnyDevice {
         each!(self, device => Device::<H>::geometry(&**device, unit))
     }
 
+    fn losses(&self) -> u32 {
+        each!(self, device => Device::<H>::losses(&**device))
+    }
+
     fn submit(
         &mut self,
         hv: &mut H,

@@ -3,7 +3,8 @@
 //!
 //! Guards: a tag is the caller's and is answered exactly once through [`Device::poll`]; data
 //! pages belong to the device from a taken submit to its answer. A device never waits, reads no
-//! clock and never reports a flush that its hardware or backend did not confirm.
+//! clock and never reports a flush that its hardware or backend did not confirm. What a device
+//! that lost its cache takes with it is the block store's account, file by file.
 
 use platter_xen::Hypervisor;
 
@@ -29,6 +30,9 @@ pub struct Geometry {
     pub read_only: bool,
     /// Most sectors of one discard, which leaves the range to read as anything; 0: none taken.
     pub discard_sectors_max: u32,
+    /// Discards begin and end at multiples of so many sectors, counted from this one on.
+    pub discard_unit: u32,
+    pub discard_first: u32,
     /// Most sectors of one operation that makes a range read as zeros; 0: none taken.
     pub zeroes_sectors_max: u32,
 }
@@ -89,6 +93,10 @@ pub trait Device<H: Hypervisor> {
 
     /// Geometry of one unit; `None` while it is not ready, absent or gone.
     fn geometry(&self, unit: usize) -> Option<Geometry>;
+
+    /// How often a volatile cache was lost so far, and with it perhaps writes that were answered
+    /// and not flushed.
+    fn losses(&self) -> u32;
 
     /// Starts an operation.
     fn submit(

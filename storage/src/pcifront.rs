@@ -29,6 +29,8 @@ pub enum PciStep {
     Wait,
     /// Write these nodes below `device/pci/0`, in this order, then ask again.
     Write(Vec<(String, String)>),
+    /// These functions are being taken from us: leave them, call [`Pcifront::left`], ask again.
+    Leave(Vec<Device>),
     /// As `Wait`: no frame, grant or event channel.
     Refused(Refusal),
 }
@@ -90,14 +92,15 @@ impl Pcifront {
     }
 
     /// The names of the nodes to read of the backend beside `state`, given the value of
-    /// `num_devs`: the addresses that functions have for us.
+    /// `num_devs`: of each function the address that it has for us, and its own state.
     pub fn keys(num_devs: Option<&[u8]>) -> impl Iterator<Item = String> {
         let count = num_devs.and_then(decimal).unwrap_or(0).min(FUNCTIONS_MAX as u64);
-        (0..count).map(|number| alloc::format!("vdev-{number}"))
+        (0..count)
+            .flat_map(|number| [alloc::format!("vdev-{number}"), alloc::format!("state-{number}")])
     }
 
-    /// Decides from the backend's `state` and the values of [`Pcifront::keys`]. Call at each
-    /// event on `state`, and after each write.
+    /// Decides from the backend's `state` and the values of [`Pcifront::keys`], in their order.
+    /// Call at each event on `state`, and after each write.
     pub fn update<H: Hypervisor, V: AsRef<[u8]>>(
         &mut self,
         hv: &mut H,
@@ -117,8 +120,11 @@ impl Pcifront {
                 self.list(functions);
                 self.write(Connected, Vec::new())
             }
-            // A function comes or goes: one that goes was taken from us already.
-            (Connected, Reconfiguring) => self.write(Reconfiguring, Vec::new()),
+            // A function comes or goes: pciback takes it only after our answer.
+            (Connected, Reconfiguring) => match self.going(functions) {
+                going if going.is_empty() => self.write(Reconfiguring, Vec::new()),
+                going => PciStep::Leave(going),
+            },
             (Connected | Initialised | Reconfiguring, Closing) => self.write(Closed, Vec::new()),
             _ => PciStep::Wait,
         }
@@ -153,8 +159,25 @@ impl Pcifront {
         ]))
     }
 
+    /// Known functions whose own state says Closing (Linux pciback, xen_pcibk_reconfigure).
+    fn going<V: AsRef<[u8]>>(&self, functions: &[Option<V>]) -> Vec<Device> {
+        let closing = |state: &Option<V>| {
+            let state = state.as_ref().and_then(|text| XenbusState::parse(text.as_ref()));
+            state == Some(XenbusState::Closing)
+        };
+        let pairs = functions.chunks_exact(2).filter(|pair| closing(&pair[1]));
+        let devices = pairs.filter_map(|pair| parse_device(pair[0].as_ref()?.as_ref()));
+        devices.filter(|device| self.known.contains(device)).collect()
+    }
+
+    /// A function is not used any more; when it is listed again it is a new one.
+    pub fn left(&mut self, device: Device) {
+        self.known.retain(|known| *known != device);
+        self.waiting.retain(|waiting| *waiting != device);
+    }
+
     fn list<V: AsRef<[u8]>>(&mut self, functions: &[Option<V>]) {
-        for text in functions.iter().flatten().take(FUNCTIONS_MAX) {
+        for text in functions.iter().step_by(2).flatten().take(FUNCTIONS_MAX) {
             let Some(device) = parse_device(text.as_ref()) else { continue };
             if !self.known.contains(&device) && self.known.len() < FUNCTIONS_MAX {
                 self.known.push(device);
@@ -175,6 +198,10 @@ impl Pcifront {
         let result = probe.poll(hv, &mut shared.pciif, now_ns)?;
         let device = *device;
         self.probe = None;
+        if !self.known.contains(&device) {
+            // It was taken away while we looked at it.
+            return None;
+        }
         let function = match result {
             Ok(function) => function,
             Err(refusal) => {
@@ -254,8 +281,10 @@ mod tests {
         assert_eq!(front.update(&mut hv, Some(b"2"), &none), PciStep::Wait);
         assert!(front.poll(&mut hv, 0).is_none());
         let keys: Vec<String> = Pcifront::keys(Some(b"2")).collect();
-        assert_eq!(keys, ["vdev-0", "vdev-1"]);
-        let functions = [Some(b"0000:00:00.0".as_slice()), Some(b"0000:00:00.1".as_slice())];
+        assert_eq!(keys, ["vdev-0", "state-0", "vdev-1", "state-1"]);
+        let ready = Some(b"3".as_slice());
+        let mut functions = [Some(b"0000:00:00.0".as_slice()), ready, None, ready];
+        functions[2] = Some(b"0000:00:00.1".as_slice());
         let PciStep::Write(nodes) = front.update(&mut hv, Some(b"4"), &functions) else { panic!() };
         assert_eq!(nodes[0].1, "4");
         let (page, _) = front.shared_page().unwrap();
@@ -274,13 +303,29 @@ mod tests {
         let PciStep::Write(nodes) = front.update(&mut hv, Some(b"8"), &functions) else { panic!() };
         assert_eq!(nodes[0].1, "4");
         assert!(!front.is_busy());
+        // The controller goes, and comes back.
+        functions[1] = Some(b"5".as_slice());
+        let gone = Device { domain: 0, bus: 0, devfn: 0 };
+        let step = front.update(&mut hv, Some(b"7"), &functions);
+        assert_eq!(step, PciStep::Leave(Vec::from([gone])));
+        front.left(gone);
+        let PciStep::Write(nodes) = front.update(&mut hv, Some(b"7"), &functions) else { panic!() };
+        assert_eq!(nodes[0].1, "7");
+        functions[0] = None;
+        front.update(&mut hv, Some(b"8"), &functions);
+        assert!(!front.is_busy());
+        functions[..2].copy_from_slice(&[Some(b"0000:00:00.0".as_slice()), ready]);
+        front.update(&mut hv, Some(b"7"), &functions);
+        front.update(&mut hv, Some(b"8"), &functions);
+        assert!(front.is_busy());
     }
 
     #[test]
     fn a_silent_backend_is_given_up() {
         let mut hv = Fake::new(64);
         let mut front = Pcifront::new(DomId(0));
-        let functions = [Some(b"0000:00:00.0".as_slice()), Some(b"0000:00:00.1".as_slice())];
+        let mut functions = [Some(b"0000:00:00.0".as_slice()), None, None, None];
+        functions[2] = Some(b"0000:00:00.1".as_slice());
         front.update(&mut hv, Some(b"1"), &functions);
         front.update(&mut hv, Some(b"4"), &functions);
         assert!(front.poll(&mut hv, 0).is_none());

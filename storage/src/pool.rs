@@ -21,6 +21,8 @@ const PEERS_MAX: usize = 4;
 struct Peer {
     domid: DomId,
     grefs: Vec<Gref>,
+    /// Disks that it serves.
+    users: usize,
 }
 
 /// See the module's head.
@@ -31,7 +33,7 @@ pub struct Pool {
     free_pages: usize,
     /// Where the next search begins: spreads use, so that short runs do not always rescan.
     next: usize,
-    peers: Vec<Peer>,
+    peers: Vec<Option<Peer>>,
 }
 
 impl Pool {
@@ -125,10 +127,14 @@ impl Pool {
     /// Grants every page to `domid`, once however many disks it serves; the number of the peer
     /// for [`gref`](Self::gref).
     pub fn grant_to<H: Hypervisor>(&mut self, hv: &mut H, domid: DomId) -> Result<usize, Refusal> {
-        if let Some(peer) = self.peers.iter().position(|peer| peer.domid == domid) {
-            return Ok(peer);
+        for (index, peer) in self.peers.iter_mut().enumerate() {
+            if let Some(peer) = peer.as_mut().filter(|peer| peer.domid == domid) {
+                peer.users += 1;
+                return Ok(index);
+            }
         }
-        if self.peers.len() == PEERS_MAX {
+        let place = self.peers.iter().position(Option::is_none);
+        if place.is_none() && self.peers.len() == PEERS_MAX {
             return Err(Refusal::Full);
         }
         let mut grefs = Vec::with_capacity(self.pages());
@@ -144,12 +150,31 @@ impl Pool {
                 }
             }
         }
-        self.peers.push(Peer { domid, grefs });
-        Ok(self.peers.len() - 1)
+        let peer = Some(Peer { domid, grefs, users: 1 });
+        match place {
+            Some(place) => self.peers[place] = peer,
+            None => self.peers.push(peer),
+        }
+        Ok(place.unwrap_or(self.peers.len() - 1))
+    }
+
+    /// A peer serves one disk less; the grants end with the last one. What it maps for ever stays
+    /// granted, to a domain that is gone or that had the page anyway.
+    pub fn let_go<H: Hypervisor>(&mut self, hv: &mut H, peer: usize) {
+        let place = &mut self.peers[peer];
+        let Some(of) = place.as_mut() else { unreachable!("a peer is let go once by each disk") };
+        of.users -= 1;
+        if of.users == 0 {
+            of.grefs.iter().for_each(|gref| {
+                hv.revoke(*gref);
+            });
+            *place = None;
+        }
     }
 
     /// The grant of a page for a peer.
     pub fn gref(&self, peer: usize, page: u16) -> Gref {
-        self.peers[peer].grefs[page as usize]
+        let peer = self.peers[peer].as_ref().expect("a peer that serves a disk");
+        peer.grefs[page as usize]
     }
 }

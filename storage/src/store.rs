@@ -167,7 +167,7 @@ pub trait Store<H: Hypervisor> {
     fn flush(&mut self, hv: &mut H, tag: Tag, file: FileId) -> Result<Submit, StoreFault>;
 
     /// Makes a range read as zeros and gives its space back where the store can. The answer is
-    /// [`Answer::Punched`].
+    /// [`Answer::Punched`]. `Taken(0)` means all of the range: lengths may exceed 32 bits.
     fn punch(
         &mut self,
         hv: &mut H,
@@ -178,7 +178,7 @@ pub trait Store<H: Hypervisor> {
     ) -> Result<Submit, StoreFault>;
 
     /// Says that a range's bytes are not needed any more: it may read as anything afterwards.
-    /// The answer is [`Answer::Punched`]. Stores that cannot refuse it.
+    /// The answer is [`Answer::Punched`], `Taken(0)` means all of it. Stores that cannot refuse it.
     fn discard(
         &mut self,
         _hv: &mut H,

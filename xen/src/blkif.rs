@@ -337,7 +337,7 @@ impl Limits {
             return Err(BadRequest::BeyondEnd);
         }
         let unit = u64::from(self.unit());
-        if sector % unit != 0 || sectors % unit != 0 {
+        if !sector.is_multiple_of(unit) || !sectors.is_multiple_of(unit) {
             return Err(BadRequest::Unaligned);
         }
         Ok(())

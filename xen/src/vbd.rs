@@ -29,10 +29,14 @@ pub struct DiskNodes {
     pub physical_sector_bytes: u32,
     /// [`crate::blkif::info`].
     pub info: u32,
-    /// FLUSH and WRITE_BARRIER work.
+    /// FLUSH_DISKCACHE works.
     pub flush: bool,
+    /// WRITE_BARRIER works; with it and without `flush`, an empty barrier flushes.
+    pub barrier: bool,
     /// DISCARD works, in units of so many bytes.
     pub discard_granularity_bytes: Option<u32>,
+    /// Where the first such unit begins.
+    pub discard_alignment_bytes: u32,
     /// 0: no indirect requests.
     pub indirect_segments_max: u16,
     /// 1: no multi-queue.
@@ -56,13 +60,15 @@ impl DiskNodes {
         }
         if self.flush {
             number("feature-flush-cache", 1);
+        }
+        if self.barrier {
             number("feature-barrier", 1);
         }
         if let Some(granularity) = self.discard_granularity_bytes {
             // Granularity and alignment: both or neither (blkif.h note 4).
             number("feature-discard", 1);
             number("discard-granularity", granularity);
-            number("discard-alignment", 0);
+            number("discard-alignment", self.discard_alignment_bytes);
         }
         if self.indirect_segments_max > 0 {
             number("feature-max-indirect-segments", u32::from(self.indirect_segments_max));
@@ -247,7 +253,7 @@ pub fn front_nodes(connect: &Connect) -> alloc::vec::Vec<(String, String)> {
 
 /// For frontends: the backend's nodes, to be read once it shows Connected (the limits also at
 /// InitWait).
-pub const BACK_KEYS: [&str; 10] = [
+pub const BACK_KEYS: [&str; 12] = [
     "sectors",
     "sector-size",
     "physical-sector-size",
@@ -258,6 +264,8 @@ pub const BACK_KEYS: [&str; 10] = [
     "feature-max-indirect-segments",
     "multi-queue-max-queues",
     "max-ring-page-order",
+    "feature-barrier",
+    "discard-alignment",
 ];
 
 /// Why a backend's nodes are of no use.
@@ -274,7 +282,7 @@ pub enum BackFault {
 impl DiskNodes {
     /// For frontends: from the values of [`BACK_KEYS`]. Optional nodes that are nonsense count
     /// as missing.
-    pub fn parse<V: AsRef<[u8]>>(values: &[Option<V>; 10]) -> Result<DiskNodes, BackFault> {
+    pub fn parse<V: AsRef<[u8]>>(values: &[Option<V>; 12]) -> Result<DiskNodes, BackFault> {
         let optional = |index: usize| number(&values[index]).unwrap_or(0);
         let sectors = values[0].as_ref().and_then(|text| decimal(text.as_ref()));
         let sector_bytes = number(&values[1])
@@ -286,6 +294,8 @@ impl DiskNodes {
             physical_sector_bytes: number(&values[2]).unwrap_or(sector_bytes),
             info: number(&values[3]).ok_or(BackFault::Info)?,
             flush: optional(4) == 1,
+            barrier: optional(10) == 1,
+            discard_alignment_bytes: optional(11),
             discard_granularity_bytes: (optional(5) == 1)
                 .then(|| number(&values[6]).filter(|bytes| *bytes > 0).unwrap_or(sector_bytes)),
             indirect_segments_max: optional(7).min(u32::from(u16::MAX)) as u16,

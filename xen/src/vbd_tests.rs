@@ -107,6 +107,8 @@ fn disk_nodes_survive_both_directions() {
         physical_sector_bytes: 4096,
         info: 4,
         flush: true,
+        barrier: true,
+        discard_alignment_bytes: 512,
         discard_granularity_bytes: Some(65536),
         indirect_segments_max: 256,
         queues_max: 4,
@@ -115,6 +117,8 @@ fn disk_nodes_survive_both_directions() {
     let bare = DiskNodes {
         physical_sector_bytes: 512,
         flush: false,
+        barrier: false,
+        discard_alignment_bytes: 0,
         discard_granularity_bytes: None,
         indirect_segments_max: 0,
         queues_max: 1,
@@ -128,7 +132,7 @@ fn disk_nodes_survive_both_directions() {
             .map(|key| nodes.iter().find(|(name, _)| *name == key).map(|(_, value)| value.clone()));
         assert_eq!(DiskNodes::parse(&values), Ok(disk));
     }
-    let mut values = [None; 10];
+    let mut values = [None; 12];
     assert_eq!(DiskNodes::parse::<&str>(&values), Err(BackFault::SectorSize));
     values[1] = Some("1000");
     assert_eq!(DiskNodes::parse(&values), Err(BackFault::SectorSize));

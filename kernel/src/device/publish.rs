@@ -30,6 +30,8 @@ impl Device {
             physical_sector_bytes: PHYSICAL_SECTOR_BYTES,
             info: bits,
             flush: limits.flush,
+            barrier: limits.flush,
+            discard_alignment_bytes: 0,
             discard_granularity_bytes: limits.discard.then_some(PHYSICAL_SECTOR_BYTES),
             indirect_segments_max: limits.indirect_segments_max,
             queues_max: QUEUES_MAX as u32,

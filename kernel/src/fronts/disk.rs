@@ -6,6 +6,8 @@ use alloc::string::String;
 use platter_storage::any::AnyDevice;
 use platter_storage::blkfront::{BackNodes, Blkfront, FrontStep};
 use platter_xen::vbd;
+use platter_xen::xenbus::XenbusState;
+use platter_xen::xenstore::decimal;
 use platter_xen::{DomId, Hypervisor};
 
 use super::{Drive, FrontSlot, block_store};
@@ -14,8 +16,8 @@ use crate::stores::AnyStore;
 use crate::xs::Xs;
 
 /// `dev` and `state`, then [`vbd::BACK_KEYS`].
-pub(super) const BACK_KEYS: [&str; 12] = {
-    let mut keys = ["dev", "state", "", "", "", "", "", "", "", "", "", ""];
+pub(super) const BACK_KEYS: [&str; 14] = {
+    let mut keys = ["dev", "state", "", "", "", "", "", "", "", "", "", "", "", ""];
     let mut index = 0;
     while index < vbd::BACK_KEYS.len() {
         keys[index + 2] = vbd::BACK_KEYS[index];
@@ -23,6 +25,9 @@ pub(super) const BACK_KEYS: [&str; 12] = {
     }
     keys
 };
+
+/// What is read of our own directory once it is known: it may be gone, or made anew.
+pub(super) const OWN_KEYS: [&str; 3] = ["backend", "backend-id", "state"];
 
 impl FrontSlot {
     pub(super) fn take_disk<H: Hypervisor>(
@@ -53,6 +58,48 @@ impl FrontSlot {
             log::info!("disk '{}' {state}", self.name);
         }
         self.look |= front.is_broken();
+    }
+
+    /// Our own directory was read again. It is gone: the disk was taken away, or its backend
+    /// died and another will come. It is new: that other has come.
+    pub(super) fn own_read<H: Hypervisor>(
+        &mut self,
+        engine: &mut Engine<AnyStore>,
+        xs: &mut Xs,
+        hv: &mut H,
+    ) {
+        let Drive::Disk { device, .. } = self.drive else { return };
+        let id = self.value("backend-id").and_then(decimal).and_then(|id| u16::try_from(id).ok());
+        let be = self.text("backend").map(String::from);
+        let fresh = self.value("state") == Some(b"1");
+        let Ok(store) = block_store(engine, hv, self.frames_max) else { return };
+        let (AnyDevice::Blkfront(front), pool) = store.device_mut(device) else { return };
+        let (Some(be), Some(id)) = (be, id) else {
+            front.unplug();
+            self.forget_backend(xs);
+            log::info!("disk '{}' was taken away", self.name);
+            return;
+        };
+        self.look = true;
+        let known = be == self.be;
+        if known && !(fresh && front.own_state() != XenbusState::Initialising) {
+            return;
+        }
+        front.replug(hv, pool, DomId(id));
+        log::info!("disk '{}' has a new backend", self.name);
+        if !known {
+            self.forget_backend(xs);
+            self.be = be;
+            self.watch_backend(xs);
+        }
+    }
+
+    /// Our domain ends: true when the backend has let go.
+    pub(super) fn leave_disk(&mut self, engine: &mut Engine<AnyStore>) -> bool {
+        let Drive::Disk { device, .. } = self.drive else { return true };
+        let Some(AnyDevice::Blkfront(front)) = engine.device_mut(device) else { return true };
+        self.look |= front.close();
+        front.is_closed()
     }
 
     pub(super) fn disk_read<H: Hypervisor>(

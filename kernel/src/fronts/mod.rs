@@ -6,6 +6,7 @@
 //! what to write.
 
 mod disk;
+mod health;
 mod pci;
 mod share;
 
@@ -18,7 +19,6 @@ use alloc::vec::Vec;
 use platter_storage::any::AnyDevice;
 use platter_storage::block_store::BlockStore;
 use platter_storage::ninep::{Mount, MountFault};
-use platter_storage::pcifront::Pcifront;
 use platter_xen::xenstore::{XsError, decimal};
 use platter_xen::{Bus, DomId, Hypervisor};
 
@@ -74,9 +74,7 @@ enum Drive {
         device: usize,
         was_up: bool,
     },
-    Pci {
-        front: Box<Pcifront>,
-    },
+    Pci(pci::PciDrive),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -103,7 +101,11 @@ pub struct FrontSlot {
     outstanding: usize,
     values: BTreeMap<String, Vec<u8>>,
     look: bool,
+    /// Our own directory changed: it may be gone, or name another backend.
+    look_at_own: bool,
     frames_max: usize,
+    stats_shown: String,
+    stats_ns: u64,
 }
 
 impl FrontSlot {
@@ -120,8 +122,15 @@ impl FrontSlot {
             outstanding: 0,
             values: BTreeMap::new(),
             look: true,
+            look_at_own: false,
             frames_max,
+            stats_shown: String::new(),
+            stats_ns: 0,
         }
+    }
+
+    pub fn kind(&self) -> FrontKind {
+        self.kind
     }
 
     pub fn is(&self, kind: FrontKind, number: &str) -> bool {
@@ -136,9 +145,12 @@ impl FrontSlot {
         self.look = true;
     }
 
-    /// Its own directory was not complete when it was read.
-    pub fn look_if_unread(&mut self) {
+    /// Something of its own directory changed, `key` alone if that is known. It may not have
+    /// been complete when it was read; a disk may be taken from us and given again.
+    pub fn look_at_own(&mut self, key: Option<&str>) {
         self.look |= matches!(self.drive, Drive::Unread);
+        let ours = !matches!(key, None | Some("backend" | "backend-id"));
+        self.look_at_own |= matches!(self.drive, Drive::Disk { .. }) && !ours;
     }
 
     /// Its turn: notices what happened below it, and asks xenstore what it needs to know.
@@ -154,10 +166,18 @@ impl FrontSlot {
             FrontKind::Disk => self.notice_disk(engine),
             FrontKind::Pci => self.search(engine, hv, now_ns),
         }
+        self.show_stats(engine, xs, now_ns);
+        if self.busy == Busy::No && core::mem::take(&mut self.look_at_own) {
+            self.values.clear();
+            return self.read(xs, Busy::Front, disk::OWN_KEYS.iter().map(|key| key.to_string()));
+        }
         if self.busy != Busy::No || !self.look {
             return;
         }
         self.look = false;
+        if self.be.is_empty() && !matches!(self.drive, Drive::Unread) {
+            return;
+        }
         let (busy, keys): (Busy, &[&str]) = match (&self.drive, self.kind) {
             (Drive::Unread, FrontKind::Share) => (Busy::Front, &share::FRONT_KEYS),
             (Drive::Unread, _) => (Busy::Front, &["backend", "backend-id"]),
@@ -171,7 +191,7 @@ impl FrontSlot {
 
     /// Must it be looked after again soon, event or not?
     pub fn is_impatient(&self) -> bool {
-        matches!(&self.drive, Drive::Pci { front } if front.is_busy())
+        matches!(&self.drive, Drive::Pci(pci) if pci.is_busy())
     }
 
     fn read(&mut self, xs: &mut Xs, busy: Busy, keys: impl Iterator<Item = String>) {
@@ -205,6 +225,9 @@ impl FrontSlot {
             return;
         }
         match (core::mem::replace(&mut self.busy, Busy::No), self.kind) {
+            (Busy::Front, _) if !matches!(self.drive, Drive::Unread) => {
+                self.own_read(engine, xs, hv);
+            }
             (Busy::Front, _) => self.front_read(engine, xs, hv),
             (Busy::Back, FrontKind::Share) => self.share_read(engine, xs, hv),
             (Busy::Back, FrontKind::Disk) => self.disk_read(engine, xs, hv),
@@ -218,6 +241,20 @@ impl FrontSlot {
     pub fn written(&mut self) {
         self.busy = Busy::No;
         self.look = true;
+    }
+
+    /// Our domain ends: disks are closed, controllers shut down. True when that is done.
+    pub fn wind_up<H: Hypervisor + Bus>(
+        &mut self,
+        engine: &mut Engine<AnyStore>,
+        hv: &mut H,
+    ) -> bool {
+        let done = match self.kind {
+            FrontKind::Share => true,
+            FrontKind::Disk => self.leave_disk(engine),
+            FrontKind::Pci => self.leave_pci(engine, hv),
+        };
+        done && self.busy == Busy::No
     }
 
     fn text(&self, key: &str) -> Option<&str> {
@@ -245,10 +282,21 @@ impl FrontSlot {
         };
         match taken {
             Ok(()) => {
-                xs.watch(&format!("{}/state", self.be), WATCH_BASE + u32::from(self.index));
+                self.watch_backend(xs);
                 self.look = true;
             }
             Err(why) => log::warn!("{} is not used: {why}", self.fe),
+        }
+    }
+
+    fn watch_backend(&self, xs: &mut Xs) {
+        xs.watch(&format!("{}/state", self.be), WATCH_BASE + u32::from(self.index));
+    }
+
+    fn forget_backend(&mut self, xs: &mut Xs) {
+        if !self.be.is_empty() {
+            xs.unwatch(&format!("{}/state", self.be), WATCH_BASE + u32::from(self.index));
+            self.be.clear();
         }
     }
 

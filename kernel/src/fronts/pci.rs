@@ -1,5 +1,8 @@
 //! PCI functions passed through to us: NVMe controllers become disks `nvme0`, `nvme1`, ...,
 //! their namespaces `nvme0n1` and so on.
+//!
+//! Guards that a function is given back to pciback only after its controller was shut down, and
+//! that one which comes back takes its old place, under its old name.
 
 use alloc::boxed::Box;
 use alloc::format;
@@ -7,7 +10,10 @@ use alloc::string::String;
 use alloc::vec::Vec;
 
 use platter_storage::any::AnyDevice;
+use platter_storage::block_store::BlockStore;
+use platter_storage::nvme::Nvme;
 use platter_storage::pcifront::{PciFound, PciStep, Pcifront};
+use platter_xen::pciif::Device;
 use platter_xen::{Bus, DomId, Hypervisor};
 
 use super::{Busy, Drive, FrontSlot, block_store};
@@ -17,6 +23,76 @@ use crate::xs::Xs;
 
 pub(super) const BACK_KEYS: [&str; 2] = ["state", "num_devs"];
 
+/// A controller that was found.
+struct Controller {
+    device: Device,
+    /// Its place among the devices of the block store.
+    index: usize,
+    /// What its node in xenstore says.
+    stats_shown: String,
+}
+
+/// What a PCI slot drives.
+pub(super) struct PciDrive {
+    pub front: Box<Pcifront>,
+    /// The controllers, also those that are away.
+    found: Vec<Controller>,
+    /// Functions that are being taken from us.
+    going: Vec<Device>,
+    /// Our domain ends, and they are shutting down.
+    leaving: bool,
+}
+
+impl PciDrive {
+    /// Shuts controllers down; true when all of those meant are.
+    fn shut_down<H: Hypervisor + Bus>(
+        &self,
+        store: &mut BlockStore<AnyDevice>,
+        hv: &mut H,
+        meant: impl Fn(&Device) -> bool,
+    ) -> bool {
+        let mut done = true;
+        for controller in self.found.iter().filter(|it| meant(&it.device)) {
+            if let (AnyDevice::Nvme(nvme), _) = store.device_mut(controller.index) {
+                done &= nvme.shut_down(hv);
+            }
+        }
+        done
+    }
+
+    /// Place and statistics of each controller.
+    pub fn controllers(&mut self) -> impl Iterator<Item = (usize, &mut String)> {
+        self.found.iter_mut().map(|it| (it.index, &mut it.stats_shown))
+    }
+
+    /// Controllers are waited for.
+    pub fn is_busy(&self) -> bool {
+        self.front.is_busy() || !self.going.is_empty() || self.leaving
+    }
+
+    /// A controller turned up, or came back: its place among the devices is the old one then.
+    fn enter<H: Hypervisor + Bus>(
+        &mut self,
+        store: &mut BlockStore<AnyDevice>,
+        hv: &mut H,
+        device: Device,
+        nvme: Box<Nvme>,
+    ) {
+        let nvme = AnyDevice::Nvme(nvme);
+        if let Some(known) = self.found.iter().find(|known| known.device == device) {
+            log::info!("the NVMe controller at {device:?} is back");
+            if let AnyDevice::Nvme(old) = store.replace(known.index, nvme) {
+                old.free(hv);
+            }
+            return;
+        }
+        let name = format!("nvme{}", store.count_named("nvme"));
+        log::info!("{name} is an NVMe controller at {device:?}");
+        let index = store.attach(&name, nvme);
+        self.found.push(Controller { device, index, stats_shown: String::new() });
+    }
+}
+
 impl FrontSlot {
     pub(super) fn take_pci<H: Hypervisor>(
         &mut self,
@@ -25,27 +101,31 @@ impl FrontSlot {
         domid: DomId,
     ) -> Result<(), &'static str> {
         block_store(engine, hv, self.frames_max)?;
-        self.drive = Drive::Pci { front: Box::new(Pcifront::new(domid)) };
+        let front = Box::new(Pcifront::new(domid));
+        self.drive =
+            Drive::Pci(PciDrive { front, found: Vec::new(), going: Vec::new(), leaving: false });
         Ok(())
     }
 
-    /// Goes on looking for controllers behind the backend.
+    /// Goes on looking for controllers behind the backend, and leaving those that go.
     pub(super) fn search<H: Hypervisor + Bus>(
         &mut self,
         engine: &mut Engine<AnyStore>,
         hv: &mut H,
         now_ns: u64,
     ) {
-        let Drive::Pci { front } = &mut self.drive else { return };
-        while let Some(found) = front.poll(hv, now_ns) {
+        let Drive::Pci(pci) = &mut self.drive else { return };
+        let Ok(store) = block_store(engine, hv, self.frames_max) else { return };
+        if !pci.going.is_empty() && pci.shut_down(store, hv, |device| pci.going.contains(device)) {
+            for device in core::mem::take(&mut pci.going) {
+                log::info!("the PCI function {device:?} was taken away");
+                pci.front.left(device);
+            }
+            self.look = true;
+        }
+        while let Some(found) = pci.front.poll(hv, now_ns) {
             match found {
-                PciFound::Nvme(device, nvme) => {
-                    let Ok(store) = block_store(engine, hv, self.frames_max) else { return };
-                    let number = store.count_named("nvme");
-                    let name = format!("nvme{number}");
-                    log::info!("{name} is an NVMe controller at {device:?}");
-                    store.attach(&name, AnyDevice::Nvme(nvme));
-                }
+                PciFound::Nvme(device, nvme) => pci.enter(store, hv, device, nvme),
                 PciFound::Refused(device, why) => {
                     log::warn!("PCI function {device:?} is not used: {why:?}");
                 }
@@ -57,6 +137,19 @@ impl FrontSlot {
                 }
             }
         }
+    }
+
+    /// Our domain ends: true when every controller is shut down.
+    pub(super) fn leave_pci<H: Hypervisor + Bus>(
+        &mut self,
+        engine: &mut Engine<AnyStore>,
+        hv: &mut H,
+    ) -> bool {
+        let Drive::Pci(pci) = &mut self.drive else { return true };
+        let store = block_store(engine, hv, self.frames_max);
+        let done = store.map_or(true, |store| pci.shut_down(store, hv, |_| true));
+        pci.leaving = !done;
+        done
     }
 
     /// The first round: how many functions there are.
@@ -73,10 +166,11 @@ impl FrontSlot {
         let functions: Vec<Option<&Vec<u8>>> =
             keys.iter().map(|key| self.values.get(key)).collect();
         let state = self.values.get("state").map(Vec::as_slice);
-        let Drive::Pci { front } = &mut self.drive else { return };
-        match front.update(hv, state, &functions) {
+        let Drive::Pci(pci) = &mut self.drive else { return };
+        match pci.front.update(hv, state, &functions) {
             PciStep::Wait => {}
             PciStep::Write(nodes) => self.write(xs, &nodes),
+            PciStep::Leave(going) => pci.going = going,
             PciStep::Refused(why) => log::warn!("PCI passthrough cannot be set up: {why:?}"),
         }
     }

@@ -22,7 +22,7 @@ use crate::pool::Pool;
 pub struct BackNodes<'a, V> {
     pub state: Option<&'a [u8]>,
     /// Values of [`platter_xen::vbd::BACK_KEYS`].
-    pub values: &'a [Option<V>; 10],
+    pub values: &'a [Option<V>; 12],
 }
 
 /// Why a disk cannot be connected.
@@ -74,6 +74,7 @@ impl Blkfront {
                 Ok(nodes) => {
                     self.nodes = Some(nodes);
                     self.counters.connects += 1;
+                    self.vanished = false;
                     self.write(XenbusState::Connected, Vec::new())
                 }
                 Err(fault) => FrontStep::Refused(FrontFault::Nodes(fault)),
@@ -98,6 +99,7 @@ impl Blkfront {
     fn leave(&mut self, theirs: Option<XenbusState>) {
         let orderly = matches!(theirs, Some(XenbusState::Closing | XenbusState::Closed));
         if self.own == XenbusState::Connected {
+            self.vanished = theirs.is_none();
             self.disconnect(orderly);
         }
         self.ring = None;

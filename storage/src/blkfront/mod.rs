@@ -9,6 +9,7 @@
 //! that no backend confirmed when the backend has a cache.
 
 mod handshake;
+mod life;
 mod ring;
 #[cfg(test)]
 mod tests;
@@ -102,10 +103,14 @@ pub struct Blkfront {
     done: VecDeque<DiskDone>,
     /// The toolstack took it away.
     gone: bool,
-    /// Writes were answered since a flush last succeeded.
-    dirty: bool,
-    /// A backend vanished with such writes: the next flush must fail.
-    lost: bool,
+    /// The backend's directory was gone without a close before.
+    vanished: bool,
+    /// While no backend is connected: until when operations wait for one, and whether that is
+    /// over.
+    wait_until_ns: Option<u64>,
+    waits_in_vain: bool,
+    /// Backends with a cache that vanished.
+    losses: u32,
     counters: Counters,
 }
 
@@ -128,8 +133,10 @@ impl Blkfront {
             pending: VecDeque::with_capacity(2 * slots),
             done: VecDeque::with_capacity(2 * slots),
             gone: false,
-            dirty: false,
-            lost: false,
+            vanished: false,
+            wait_until_ns: None,
+            waits_in_vain: false,
+            losses: 0,
             counters: Counters::default(),
         }
     }
@@ -153,42 +160,9 @@ impl Blkfront {
         self.own == XenbusState::Connected && self.ring.is_none()
     }
 
-    /// The toolstack removed the device (our directory or the backend's is gone and will not
-    /// come back): everything outstanding fails, nothing is taken.
-    pub fn remove(&mut self) {
-        self.gone = true;
-        self.wanted = false;
-        self.ring = None;
-        for index in 0..self.slots.len() {
-            if let Some(slot) = self.slots[index].take() {
-                self.fail_unfinished(slot.work);
-            }
-        }
-        while let Some(work) = self.pending.pop_front() {
-            self.answer(work, Err(StoreFault::Gone));
-        }
-    }
-
-    fn answer(&mut self, work: Work, mut result: Result<(), StoreFault>) {
-        match work.io.op {
-            DiskOp::Write | DiskOp::Zeroes if result.is_ok() => self.dirty = true,
-            DiskOp::Flush if result.is_ok() => {
-                self.dirty = false;
-                if core::mem::take(&mut self.lost) {
-                    result = Err(FAILED);
-                }
-            }
-            _ => {}
-        }
+    fn answer(&mut self, work: Work, result: Result<(), StoreFault>) {
         self.counters.errors += u64::from(result.is_err());
         self.done.push_back(DiskDone { tag: work.tag, result, pages_lost: false });
-    }
-
-    /// Fails a request that a backend may still be at: its pages are never used again.
-    fn fail_unfinished(&mut self, work: Work) {
-        self.counters.errors += 1;
-        let result = Err(StoreFault::Gone);
-        self.done.push_back(DiskDone { tag: work.tag, result, pages_lost: true });
     }
 
     /// The ring is not used any more: what was on it is ours again.
@@ -210,8 +184,13 @@ impl Blkfront {
 
     /// The backend is lost. `orderly`: it showed Closing, and so finished what it had begun.
     fn disconnect(&mut self, orderly: bool) {
-        self.lost |= self.dirty && !orderly;
+        self.losses += u32::from(self.has_cache() && !orderly);
         self.take_all_back();
+    }
+
+    /// The backend has a volatile cache: what it answered is durable only after a flush.
+    fn has_cache(&self) -> bool {
+        self.nodes.is_some_and(|nodes| nodes.flush || nodes.barrier)
     }
 
     /// Segments of one request at most.
@@ -240,8 +219,14 @@ impl<H: Hypervisor> Device<H> for Blkfront {
             io_bytes_max: (self.segments_max() * platter_xen::PAGE_BYTES) as u32,
             read_only: nodes.info & platter_xen::blkif::info::READONLY != 0,
             discard_sectors_max: if discards { DISCARD_SECTORS_MAX } else { 0 },
+            discard_unit: nodes.discard_granularity_bytes.unwrap_or(512).div_ceil(512),
+            discard_first: nodes.discard_alignment_bytes / 512,
             zeroes_sectors_max: 0,
         })
+    }
+
+    fn losses(&self) -> u32 {
+        self.losses
     }
 
     fn submit(
@@ -252,7 +237,8 @@ impl<H: Hypervisor> Device<H> for Blkfront {
         tag: DiskTag,
         io: DiskIo,
     ) -> DiskSubmit {
-        if self.gone || self.nodes.is_none() {
+        let in_vain = self.waits_in_vain && !self.is_connected();
+        if self.gone || self.nodes.is_none() || in_vain {
             return DiskSubmit::Fault(StoreFault::Gone);
         }
         let work = Work { tag, io, done: 0, resends: 0 };
@@ -264,7 +250,8 @@ impl<H: Hypervisor> Device<H> for Blkfront {
         DiskSubmit::Taken
     }
 
-    fn poll(&mut self, hv: &mut H, pool: &Pool, _: u64) -> Option<DiskDone> {
+    fn poll(&mut self, hv: &mut H, pool: &Pool, now_ns: u64) -> Option<DiskDone> {
+        self.watch_the_wait(now_ns);
         if let Some(done) = self.done.pop_front() {
             return Some(done);
         }
@@ -278,7 +265,10 @@ impl<H: Hypervisor> Device<H> for Blkfront {
     }
 
     fn poll_at_ns(&self) -> Option<u64> {
-        (!self.done.is_empty()).then_some(0)
+        if !self.done.is_empty() {
+            return Some(0);
+        }
+        self.wait_until_ns.filter(|_| !self.waits_in_vain && !self.gone)
     }
 }
 

@@ -19,7 +19,7 @@ const RSP_UNSUPPORTED: i16 = -2;
 impl Blkfront {
     /// Puts one request of an operation onto the ring; false when there is no room for it.
     pub(super) fn send<H: Hypervisor>(&mut self, hv: &mut H, pool: &Pool, work: Work) -> bool {
-        if work.io.op == DiskOp::Flush && !self.nodes.is_some_and(|nodes| nodes.flush) {
+        if work.io.op == DiskOp::Flush && !self.has_cache() {
             // The backend has no volatile cache: what it answered is durable (blkif.h).
             self.answer(work, Ok(()));
             return true;
@@ -32,7 +32,9 @@ impl Blkfront {
         let sector = work.io.sector + u64::from(work.done);
         let (raw, slot) = match work.io.op {
             DiskOp::Flush => {
-                let operation = op::FLUSH_DISKCACHE;
+                // An empty barrier is the flush of backends that know nothing else.
+                let flush = self.nodes.is_some_and(|nodes| nodes.flush);
+                let operation = if flush { op::FLUSH_DISKCACHE } else { op::WRITE_BARRIER };
                 let raw = emit_transfer(Abi::X86_64, operation, id as u64, self.handle, 0, &[]);
                 (raw, Slot { work, sectors: 0, operation, indirect: None })
             }

@@ -46,7 +46,7 @@ impl World {
             found.map(|(_, value)| value.clone().into_bytes())
         };
         let values: Vec<Option<Vec<u8>>> = BACK_KEYS.iter().map(value).collect();
-        let values: [Option<Vec<u8>>; 10] = values.try_into().unwrap();
+        let values: [Option<Vec<u8>>; 12] = values.try_into().unwrap();
         let text = self.state.map(|state| state.to_string());
         let state = text.as_ref().map(|text| text.as_bytes());
         let (front, pool) = self.store.device_mut(0);
@@ -195,7 +195,7 @@ fn a_plain_old_backend_gets_eleven_segments_on_one_page_and_no_flush() {
     let mut world = World::new(1 << 20, 512);
     let nodes = &mut world.back.nodes;
     (nodes.indirect_segments_max, nodes.ring_page_order_max, nodes.flush) = (0, 0, false);
-    nodes.discard_granularity_bytes = None;
+    (nodes.discard_granularity_bytes, nodes.barrier) = (None, false);
     let file = world.open();
     assert_eq!(world.node("ring-page-order"), None);
     assert_eq!(world.write(1, file, 0, &pattern(131_072)), 45_056);
@@ -204,6 +204,16 @@ fn a_plain_old_backend_gets_eleven_segments_on_one_page_and_no_flush() {
     assert_eq!(world.back.executed[2], 0);
     let refused = world.store.discard(&mut world.hv, Tag(1), file, 0, 4096);
     assert_eq!(refused, Err(StoreFault::Unsupported));
+}
+
+#[test]
+fn a_backend_that_knows_only_barriers_is_flushed_by_empty_ones() {
+    let mut world = World::new(1 << 20, 512);
+    world.back.nodes.flush = false;
+    let file = world.open();
+    world.write_all(file, 0, &[5; 512]);
+    assert_eq!(world.flush(file), Ok(Answer::Flushed));
+    assert_eq!((world.back.executed[2], world.back.media[0]), (1, 5));
 }
 
 #[test]
@@ -377,6 +387,60 @@ fn removal_fails_everything_and_keeps_the_pages_that_a_backend_may_write() {
     world.poll();
     assert_eq!(world.store.device_mut(0).1.free_pages(), 510);
     assert_eq!(world.store.read(&mut world.hv, Tag(1), file, 0, 512), Err(StoreFault::Gone));
+}
+
+#[test]
+fn a_disk_whose_backend_died_waits_for_another_and_is_sent_everything_again() {
+    let mut world = World::new(1 << 20, 512);
+    let file = world.open();
+    for round in 1..=6u16 {
+        world.back.faults.stalled = true;
+        world.write(1, file, 0, &[round as u8; 512]);
+        world.step();
+        world.back.disconnect(&mut world.hv);
+        world.state = None;
+        world.settle();
+        world.store.device_mut(0).0.unplug();
+        assert_eq!(world.poll(), None, "it waits");
+        // A new driver domain: six of them need the pool's places for peers again.
+        let (front, pool) = world.store.device_mut(0);
+        front.replug(&mut world.hv, pool, DomId(round));
+        world.back.faults.stalled = false;
+        world.state = Some(2);
+        world.settle();
+        assert_eq!(world.done().result, Ok(Answer::Written(512)));
+        let grants = world.hv.grants.iter().flatten().count();
+        assert_eq!(grants, 512 + 4 + INDIRECT_PAGES, "old grants have ended");
+    }
+    assert_eq!(world.front().counters().resends, 6);
+    assert_eq!(world.read(file, 0, 512), [6; 512]);
+}
+
+#[test]
+fn operations_do_not_wait_for_a_backend_for_ever() {
+    let mut world = World::new(1 << 20, 512);
+    let file = world.open();
+    world.back.faults.stalled = true;
+    world.write(1, file, 0, &[5; 512]);
+    world.back.disconnect(&mut world.hv);
+    world.state = None;
+    world.settle();
+    world.write(2, file, 4096, &[6; 512]);
+    assert_eq!(world.poll(), None);
+    let due_ns = Store::<Fake>::poll_at_ns(&world.store).unwrap();
+    let mut ended = Vec::new();
+    while let Some(done) = world.store.poll(&mut world.hv, due_ns) {
+        ended.push((done.tag, done.result));
+    }
+    for _ in 0..2 {
+        ended.extend(world.store.poll(&mut world.hv, due_ns).map(|done| (done.tag, done.result)));
+    }
+    assert_eq!(ended, [(Tag(1), Err(StoreFault::Gone)), (Tag(2), Err(StoreFault::Gone))]);
+    world.back.faults.stalled = false;
+    world.state = Some(6);
+    world.settle();
+    world.poll();
+    world.write_all(file, 0, &[7; 512]);
 }
 
 #[test]

@@ -3,9 +3,10 @@
 //! One block store holds all disks of the domain, because a volume group may span them; the
 //! first component of a path is the disk's name. Guards: every operation taken is answered
 //! once; a write smaller than a disk's block is read-modify-write, alone on its block
-//! (`ops.rs`); a flush is answered when every disk that the file lies on confirmed it; what
-//! cannot go to its device now waits here in order, never in the caller. Must never: allocate
-//! on the request path, write metadata, serve two images that overlap when one is writable.
+//! (`ops.rs`); a flush is answered when every disk that the file lies on confirmed it, and fails
+//! once when a disk lost its cache with writes of this file in it; what cannot go to its device
+//! now waits here in order, never in the caller. Must never: allocate on the request path, write
+//! metadata, serve two images that overlap when one is writable.
 
 mod opening;
 mod ops;
@@ -48,6 +49,8 @@ struct Attached<D> {
     device: D,
     /// Units that have a [`Disk`].
     units: usize,
+    /// Of the device, as far as files know of them.
+    losses: u32,
 }
 
 struct File {
@@ -58,6 +61,11 @@ struct File {
     whole_disk: Option<u8>,
     /// One bit for each disk that it lies on.
     disks: u32,
+    /// Writes answered, and how many of them were answered before a flush that succeeded began.
+    writes: u64,
+    flushed: u64,
+    /// A device lost its cache when there were more of the former: the next flush fails, once.
+    lost: bool,
 }
 
 /// See the module's head.
@@ -102,8 +110,17 @@ impl<D> BlockStore<D> {
     /// Adds a device; its units become disks called `name`, or `name` and `n` and their number.
     /// Returns the number for [`device_mut`](Self::device_mut).
     pub fn attach(&mut self, name: &str, device: D) -> usize {
-        self.devices.push(Attached { name: String::from(name), device, units: 0 });
+        self.devices.push(Attached { name: String::from(name), device, units: 0, losses: 0 });
         self.devices.len() - 1
+    }
+
+    /// Puts another device in the place of one that has nothing outstanding; its disks keep
+    /// their names, and open files go on over it. The old one. Counts as a loss of the cache.
+    pub fn replace(&mut self, index: usize, device: D) -> D {
+        let attached = &mut self.devices[index];
+        // A new device begins at 0.
+        attached.losses = u32::MAX;
+        core::mem::replace(&mut attached.device, device)
     }
 
     pub fn device(&self, index: usize) -> &D {
@@ -280,7 +297,8 @@ impl<H: Hypervisor, D: Device<H>> Store<H> for BlockStore<D> {
 
     fn flush(&mut self, hv: &mut H, tag: Tag, file: FileId) -> Result<Submit, StoreFault> {
         let disks = self.file(file)?.disks;
-        let op = Op { kind: Kind::Flush, tag, flush_left: disks, ..Op::NEW };
+        let mark = self.file(file)?.writes;
+        let op = Op { kind: Kind::Flush, tag, file, mark, flush_left: disks, ..Op::NEW };
         let Some(index) = self.ops.take(op) else { return Ok(Submit::NoRoom) };
         self.try_start(hv, index);
         Ok(Submit::Taken(0))

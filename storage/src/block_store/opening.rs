@@ -225,7 +225,10 @@ impl<D> BlockStore<D> {
         }
         let whole_disk = found.whole_disk.then(|| disks.trailing_zeros() as u8);
         let (size_bytes, identity) = (found.layout.size_bytes, found.identity);
-        self.files[slot] = Some(File { layout: found.layout, access, identity, whole_disk, disks });
+        let layout = found.layout;
+        let (writes, flushed, lost) = (0, 0, false);
+        self.files[slot] =
+            Some(File { layout, access, identity, whole_disk, disks, writes, flushed, lost });
         let file = FileId(slot as u16);
         Ok(Opened { file, size_bytes, block_bytes, can_grow: false, can_punch, identity })
     }

@@ -9,7 +9,7 @@
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 
-use crate::store::{StoreFault, Tag};
+use crate::store::{FileId, StoreFault, Tag};
 
 /// What an operation is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -45,6 +45,9 @@ pub struct Op {
     pub kind: Kind,
     pub state: State,
     pub tag: Tag,
+    pub file: FileId,
+    /// Of a flush: the file's writes that were answered before it.
+    pub mark: u64,
     pub disk: u8,
     /// The range on the disk, whole blocks, in 512-byte sectors.
     pub sector: u64,
@@ -75,6 +78,8 @@ impl Op {
         kind: Kind::Read,
         state: State::Free,
         tag: Tag(0),
+        file: FileId(u16::MAX),
+        mark: 0,
         disk: 0,
         sector: 0,
         sectors: 0,

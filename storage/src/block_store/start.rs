@@ -12,6 +12,12 @@ use crate::volume::Spot;
 /// Bytes that any one operation moves at most.
 const RUN_BYTES: u64 = (RUN_PAGES_MAX * PAGE_BYTES) as u64;
 
+/// The answer to a file's first flush after a device lost its volatile cache: EIO.
+const CACHE_LOST: StoreFault = StoreFault::Io(5);
+
+/// Bytes that any one discard covers at most: their number has 32 bits.
+const RANGE_BYTES: u64 = 1 << 31;
+
 /// A stretch of a file cut to one run of one disk.
 struct Cut {
     disk: u8,
@@ -117,7 +123,7 @@ impl<D> BlockStore<D> {
         let block = u64::from(cut.geometry.block_bytes);
         let within = cut.at % block;
         let whole = cut.bytes / block * block;
-        let op = Op { tag, disk: cut.disk, ..Op::NEW };
+        let op = Op { tag, file, disk: cut.disk, ..Op::NEW };
         let op = if within == 0 && whole > 0 {
             let len = whole.min(u64::from(cut.geometry.io_bytes_max)).min(RUN_BYTES) as u32;
             Op { kind: Kind::Write, sector: cut.at / 512, sectors: len / 512, len, ..op }
@@ -158,20 +164,31 @@ impl<D> BlockStore<D> {
         let Begins::Disk(cut) = self.cut::<H>(open, offset, len)? else {
             return Err(StoreFault::NoSpace);
         };
-        let block = u64::from(cut.geometry.block_bytes);
-        let most = match kind {
-            Kind::Zeroes => cut.geometry.zeroes_sectors_max,
-            _ => cut.geometry.discard_sectors_max,
+        let geometry = cut.geometry;
+        let block = u64::from(geometry.block_bytes);
+        let (unit, first, most) = match kind {
+            Kind::Zeroes => (block, 0, geometry.zeroes_sectors_max),
+            _ => {
+                let unit = (u64::from(geometry.discard_unit) * 512).max(block);
+                (unit, u64::from(geometry.discard_first) * 512 % unit, geometry.discard_sectors_max)
+            }
         };
-        let bytes = cut.bytes.min(u64::from(most) * 512).min(1 << 31) / block * block;
-        if most == 0 || bytes == 0 || cut.at % block != 0 {
+        // A discard leaves out what is no whole unit at either end; zeroes must be exact.
+        let skip = (first + unit - cut.at % unit) % unit;
+        let left = cut.bytes.min(RANGE_BYTES).saturating_sub(skip);
+        let whole = left.min(u64::from(most) * 512) / unit * unit;
+        if most == 0 || kind == Kind::Zeroes && (skip > 0 || whole == 0) {
             return Err(StoreFault::Unsupported);
         }
-        let (sector, sectors) = (cut.at / 512, (bytes / 512) as u32);
-        let op = Op { kind, tag, disk: cut.disk, sector, sectors, len: bytes as u32, ..Op::NEW };
+        let (sector, sectors) = ((cut.at + skip) / 512, (whole / 512) as u32);
+        let len = (if whole == 0 { cut.bytes.min(RANGE_BYTES) } else { skip + whole }) as u32;
+        let op = Op { kind, tag, file, disk: cut.disk, sector, sectors, len, ..Op::NEW };
         let Some(index) = self.ops.take(op) else { return Ok(Submit::NoRoom) };
-        self.try_start(hv, index);
-        Ok(Submit::Taken(bytes as u32))
+        match sectors {
+            0 => self.end(hv, index),
+            _ => self.try_start(hv, index),
+        }
+        Ok(Submit::Taken(len))
     }
 
     /// Enters an operation with its pages; `None` when there is no room for either.
@@ -233,7 +250,28 @@ impl<D> BlockStore<D> {
         if self.ops.get(index).kind == Kind::Meta {
             return self.finish_meta(hv, index);
         }
+        self.account(index);
         self.ops.finish(index);
+    }
+
+    /// Enters a finished operation in its file's account of the disks' volatile caches.
+    fn account(&mut self, index: u16) {
+        let op = self.ops.get_mut(index);
+        let file = self.files.get_mut(usize::from(op.file.0)).and_then(Option::as_mut);
+        let Some(file) = file else { return };
+        match op.kind {
+            Kind::Flush => {
+                if core::mem::take(&mut file.lost) {
+                    op.result = op.result.and(Err(CACHE_LOST));
+                }
+                if op.result.is_ok() {
+                    file.flushed = file.flushed.max(op.mark);
+                }
+            }
+            // One that failed may have changed something too.
+            Kind::Write | Kind::Modify | Kind::Zeroes => file.writes += 1,
+            Kind::Read | Kind::Discard | Kind::Meta => {}
+        }
     }
 
     fn send<H: Hypervisor>(&mut self, hv: &mut H, disk: u8, index: u16, io: DiskIo) -> DiskSubmit
@@ -269,7 +307,7 @@ impl<D> BlockStore<D> {
         if left != 0 {
             self.ops.wait(index);
         } else if self.ops.get(index).parts == 0 {
-            self.ops.finish(index);
+            self.end(hv, index);
         }
     }
 
@@ -292,8 +330,22 @@ impl<D> BlockStore<D> {
             while let Some(done) = self.devices[device].device.poll(hv, &self.pool, now_ns) {
                 self.finish_part(hv, done);
             }
+            // After the answers: what was answered before may be lost, what comes later is not.
+            let losses = self.devices[device].device.losses();
+            if losses != core::mem::replace(&mut self.devices[device].losses, losses) {
+                self.lose_caches_of(device);
+            }
         }
         self.find_units();
+    }
+
+    /// A device lost its cache: each file with unflushed writes hears of it at its next flush.
+    fn lose_caches_of(&mut self, device: usize) {
+        let of_device = (0..).zip(&self.disks).filter(|(_, disk)| disk.device == device);
+        let lost = of_device.fold(0u32, |mask, (number, _): (u32, _)| mask | 1 << number);
+        for file in self.files.iter_mut().flatten().filter(|file| file.disks & lost != 0) {
+            file.lost |= file.writes != file.flushed;
+        }
     }
 
     /// One answer of a device.

@@ -23,6 +23,7 @@ struct Mem {
     newest_first: Rc<Cell<bool>>,
     fail: Rc<Cell<Option<StoreFault>>>,
     flushes: Rc<Cell<usize>>,
+    losses: Rc<Cell<u32>>,
 }
 
 impl Mem {
@@ -36,6 +37,7 @@ impl Mem {
             newest_first: Rc::default(),
             fail: Rc::default(),
             flushes: Rc::default(),
+            losses: Rc::default(),
         }
     }
 
@@ -53,7 +55,10 @@ impl Mem {
                 hv.read(run.region, run.offset, &mut bytes[at..at + len]);
             }
             DiskOp::Flush => self.flushes.set(self.flushes.get() + 1),
-            DiskOp::Discard => {}
+            DiskOp::Discard => {
+                assert!(io.sector % 16 == 8 && io.sectors.is_multiple_of(16), "whole units");
+                bytes[at..at + len].fill(0xDD);
+            }
             DiskOp::Zeroes => bytes[at..at + len].fill(0),
         }
     }
@@ -72,9 +77,14 @@ impl Device<Fake> for Mem {
             block_bytes: self.block_bytes,
             io_bytes_max: 64 * 1024,
             read_only: false,
-            discard_sectors_max: 0,
+            discard_sectors_max: 64,
+            discard_unit: 16,
+            discard_first: 8,
             zeroes_sectors_max: 256,
         })
+    }
+    fn losses(&self) -> u32 {
+        self.losses.get()
     }
     fn submit(
         &mut self,
@@ -561,4 +571,54 @@ fn an_opening_with_a_small_cache_ends_by_progress_or_by_refusal() {
         }
     }
     assert!((1..50).contains(&limits), "{limits} of 53");
+}
+
+#[test]
+fn every_file_hears_once_that_a_disk_lost_its_cache() {
+    // The first flush of any file took the news from all others.
+    let mut disk = alloc::vec![0; 1 << 20];
+    for entry in 0..3u8 {
+        // A used entry of 64 sectors (UEFI 2.10, table 5.1).
+        let at = 446 + usize::from(entry) * 16;
+        (disk[at + 4], disk[at + 8], disk[at + 12]) = (0x83, 64 + entry * 64, 64);
+    }
+    disk[510..512].copy_from_slice(&[0x55, 0xAA]);
+    let mut world = World::one(Mem::new(disk, 512));
+    let files = ["xvda/p1", "xvda/p2", "xvda/p3"]
+        .map(|path| world.open(path, Access::ReadWrite).unwrap().file);
+    let flush = |world: &mut World, file| {
+        world.store.flush(&mut world.hv, Tag(9), file).unwrap();
+        world.done().result
+    };
+    for file in files {
+        world.write_all(file, 0, &[1; 512]);
+    }
+    assert_eq!(flush(&mut world, files[2]), Ok(Answer::Flushed));
+    world.disks[0].losses.set(1);
+    world.poll();
+    for _ in 0..2 {
+        world.write_all(files[2], 0, &[1; 512]);
+    }
+    for (file, first) in files.into_iter().zip([false, false, true]) {
+        let lost = Err(StoreFault::Io(5));
+        assert_eq!(flush(&mut world, file), if first { Ok(Answer::Flushed) } else { lost });
+        assert_eq!(flush(&mut world, file), Ok(Answer::Flushed));
+    }
+}
+
+#[test]
+fn a_discard_covers_whole_units_and_says_how_much_it_did() {
+    let mut world = World::one(Mem::new(alloc::vec![1; 1 << 20], 512));
+    let file = world.open("xvda", Access::ReadWrite).unwrap().file;
+    let mut discard = |from: u64, sectors: u64| {
+        let taken = world.store.discard(&mut world.hv, Tag(1), file, from * 512, sectors * 512);
+        assert_eq!(world.done().result, Ok(Answer::Punched));
+        let Ok(Submit::Taken(taken)) = taken else { panic!("{taken:?}") };
+        let gone = world.disks[0].bytes.borrow().iter().filter(|byte| **byte == 0xDD).count();
+        (taken / 512, gone / 512)
+    };
+    // Units of 16 sectors from sector 8 on, 64 sectors at once.
+    assert_eq!(discard(8, 16), (16, 16));
+    assert_eq!(discard(30, 12), (12, 16));
+    assert_eq!(discard(20, 200), (68, 16 + 64));
 }

@@ -53,35 +53,13 @@ struct Namespace {
     nsid: u32,
     /// `None` while it is not there.
     info: Option<NamespaceInfo>,
-    /// Writes were answered since a flush last succeeded.
-    dirty: bool,
-    /// Such writes may have been lost with the volatile cache: the next flush must fail.
-    lost: bool,
 }
 
 impl Namespace {
     const fn new(nsid: u32) -> Namespace {
-        Namespace { nsid, info: None, dirty: false, lost: false }
-    }
-
-    /// Keeps account of the volatile cache; a flush that came too late fails after all.
-    fn succeeded(&mut self, op: DiskOp) -> Result<(), StoreFault> {
-        match op {
-            DiskOp::Write | DiskOp::Zeroes => self.dirty = true,
-            DiskOp::Flush => {
-                self.dirty = false;
-                if core::mem::take(&mut self.lost) {
-                    return Err(CACHE_LOST);
-                }
-            }
-            DiskOp::Read | DiskOp::Discard => {}
-        }
-        Ok(())
+        Namespace { nsid, info: None }
     }
 }
-
-/// The answer to the first flush after the controller lost its volatile write cache: EIO.
-const CACHE_LOST: StoreFault = StoreFault::Io(5);
 
 /// Counters for the statistics.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -128,6 +106,9 @@ pub struct Nvme {
     resets_in_vain: u8,
     counters: Counters,
     health: Option<Health>,
+    /// Times that it was reset from below, and so perhaps lost its volatile cache.
+    losses: u32,
+    shutting_down: bool,
     events_wanted: bool,
     namespaces_changed: bool,
 }
@@ -197,6 +178,8 @@ impl Nvme {
             resets_in_vain: 0,
             counters: Counters::default(),
             health: None,
+            losses: 0,
+            shutting_down: false,
             events_wanted: false,
             namespaces_changed: false,
         };
@@ -228,19 +211,27 @@ impl Nvme {
         matches!(self.phase, Phase::Dead { .. })
     }
 
-    /// Asks for an orderly shutdown, which saves the drive an unsafe one in its statistics.
-    /// Nothing may be outstanding; nothing is taken afterwards.
-    pub fn shut_down<H: Bus>(&mut self, hv: &mut H) {
+    /// Asks for an orderly shutdown, which saves the drive an unsafe one in its statistics: call
+    /// until it says true, which is when the shutdown is complete (CSTS.SHST) or there is nothing
+    /// to shut down. What is outstanding fails; nothing is taken afterwards.
+    pub fn shut_down<H: Hypervisor + Bus>(&mut self, hv: &mut H) -> bool {
         if self.is_ready() {
             hv.mmio_write_u32(self.mmio, regs::CC, regs::CC_ENABLED | regs::CC_SHUTDOWN);
-            self.phase = Phase::Dead { stopped: true };
+            self.die(false);
+            self.shutting_down = true;
         }
+        let csts = regs::Csts(hv.mmio_read_u32(self.mmio, regs::CSTS));
+        self.is_dead() && (!self.shutting_down || csts.is_gone() || csts.is_shut_down())
     }
 
-    /// The shutdown that was asked for is complete (CSTS.SHST), or the controller is gone.
-    pub fn is_shut_down<H: Bus>(&self, hv: &H) -> bool {
-        let csts = regs::Csts(hv.mmio_read_u32(self.mmio, regs::CSTS));
-        csts.is_gone() || csts.is_shut_down()
+    /// Gives back what a dead controller no longer writes to, and its registers.
+    pub fn free<H: Hypervisor + Bus>(self, hv: &mut H) {
+        hv.unmap_mmio(self.mmio);
+        let stopped = self.shutting_down || self.phase == Phase::Dead { stopped: true };
+        if stopped {
+            hv.frames_free(self.page);
+            self.pairs.into_iter().chain([self.admin]).for_each(|queue| queue.free(hv));
+        }
     }
 
     fn namespace(&self, unit: usize) -> Option<(u32, NamespaceInfo)> {
@@ -302,9 +293,6 @@ impl Nvme {
         let mut result = Ok(());
         if status.is_success() {
             self.resets_in_vain = 0;
-            if let Some(namespace) = self.namespaces.get_mut(usize::from(work.unit)) {
-                result = namespace.succeeded(work.io.op);
-            }
         } else {
             self.counters.errors += 1;
             self.counters.last_status = status.code();
@@ -392,8 +380,14 @@ impl<H: Hypervisor + Bus> Device<H> for Nvme {
             io_bytes_max: transfer as u32,
             read_only: info.write_protected,
             discard_sectors_max: discard,
+            discard_unit: unit,
+            discard_first: 0,
             zeroes_sectors_max: zeroes,
         })
+    }
+
+    fn losses(&self) -> u32 {
+        self.losses
     }
 
     fn submit(

@@ -90,6 +90,12 @@ impl Queue {
         (self.tail, self.head, self.phase) = (0, 0, true);
     }
 
+    /// Gives its frames back: no device writes to them any more.
+    pub fn free<H: Hypervisor>(self, hv: &mut H) {
+        let regions = [Some(self.sq), Some(self.cq), self.lists];
+        regions.into_iter().flatten().for_each(|region| hv.frames_free(region));
+    }
+
     pub fn entries(&self) -> u16 {
         self.entries
     }

@@ -90,9 +90,7 @@ impl Nvme {
         if !csts.is_ready() {
             // Not by us: it lost power or was reset from below, and with it perhaps what was
             // answered and not flushed.
-            for namespace in &mut self.namespaces {
-                namespace.lost |= namespace.dirty;
-            }
+            self.losses += 1;
             return self.reset(hv);
         }
         if csts.has_failed() {

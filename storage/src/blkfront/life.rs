@@ -1,0 +1,116 @@
+//! How a disk comes and goes beyond one backend's cycle: taken away by the toolstack, given
+//! again, perhaps by another domain, and left when our own domain ends.
+//!
+//! Guards the difference between a disk that was taken away on purpose (its backend closed
+//! first: everything fails at once) and one whose backend died (its directory just vanished:
+//! operations wait for the next backend, for [`WAIT_NS`]). Must never: free a frame whose grant
+//! did not end.
+
+use platter_xen::xenbus::XenbusState;
+use platter_xen::{DomId, Hypervisor};
+
+use super::{Blkfront, Shared};
+use crate::disk::DiskDone;
+use crate::pool::Pool;
+use crate::store::StoreFault;
+
+/// How long operations wait for a backend (ours): a driver domain is up again within it, and a
+/// guest that is destroyed meanwhile is not held for ever.
+pub(super) const WAIT_NS: u64 = 60_000_000_000;
+
+impl Blkfront {
+    /// Our own directory is gone. A disk whose backend died stays and waits for another.
+    pub fn unplug(&mut self) {
+        if !self.vanished {
+            self.remove();
+        }
+    }
+
+    /// The toolstack removed the device for good: everything outstanding fails, nothing is taken.
+    pub fn remove(&mut self) {
+        self.gone = true;
+        self.wanted = false;
+        self.ring = None;
+        for index in 0..self.slots.len() {
+            if let Some(slot) = self.slots[index].take() {
+                self.indirect_free.extend(slot.indirect);
+                self.fail_unfinished(slot.work);
+            }
+        }
+        self.fail_pending();
+    }
+
+    fn fail_pending(&mut self) {
+        while let Some(work) = self.pending.pop_front() {
+            self.answer(work, Err(StoreFault::Gone));
+        }
+    }
+
+    /// Our directory was made anew, with a backend in `domid`: a new first cycle begins.
+    pub fn replug<H: Hypervisor>(&mut self, hv: &mut H, pool: &mut Pool, domid: DomId) {
+        if self.own == XenbusState::Connected {
+            self.disconnect(false);
+        }
+        self.ring = None;
+        if let Some(port) = self.port.take() {
+            hv.close_port(port);
+        }
+        if domid != self.domid
+            && let Some(shared) = self.shared.take()
+        {
+            let_go(hv, pool, shared);
+        }
+        self.domid = domid;
+        (self.gone, self.wanted, self.vanished) = (false, true, false);
+        self.own = XenbusState::Initialising;
+    }
+
+    /// Asks for an orderly close: our domain ends. Nothing may be outstanding. True at the first
+    /// call: then [`Blkfront::update`] has something to do.
+    pub fn close(&mut self) -> bool {
+        core::mem::take(&mut self.wanted)
+    }
+
+    /// There is no backend that holds anything of ours.
+    pub fn is_closed(&self) -> bool {
+        matches!(self.own, XenbusState::Initialising | XenbusState::Closed)
+    }
+
+    /// What our own `state` node says, as far as we wrote it.
+    pub fn own_state(&self) -> XenbusState {
+        self.own
+    }
+
+    /// Counts the time without a backend; operations that waited too long fail.
+    pub(super) fn watch_the_wait(&mut self, now_ns: u64) {
+        if self.is_connected() {
+            (self.wait_until_ns, self.waits_in_vain) = (None, false);
+            return;
+        }
+        let until_ns = *self.wait_until_ns.get_or_insert(now_ns.saturating_add(WAIT_NS));
+        if now_ns >= until_ns {
+            self.fail_pending();
+        }
+        self.waits_in_vain = now_ns >= until_ns;
+    }
+
+    /// Fails a request that a backend may still be at: its pages are never used again.
+    pub(super) fn fail_unfinished(&mut self, work: super::Work) {
+        self.counters.errors += 1;
+        let result = Err(StoreFault::Gone);
+        self.done.push_back(DiskDone { tag: work.tag, result, pages_lost: true });
+    }
+}
+
+/// Ends the grants to a domain that serves us no more. A frame that it still maps stays as it
+/// is, lost to us.
+fn let_go<H: Hypervisor>(hv: &mut H, pool: &mut Pool, shared: Shared) {
+    pool.let_go(hv, shared.peer);
+    let regions = [(shared.ring, shared.ring_grefs), (shared.indirect, shared.indirect_grefs)];
+    for (region, grefs) in regions {
+        let ended = grefs.iter().filter(|gref| hv.revoke(**gref)).count();
+        if ended == grefs.len() {
+            hv.frames_free(region);
+        }
+    }
+}
