@@ -11,7 +11,7 @@ use anyhow::Result;
 use platter_xen::ninepfs::{ORDER_MAX, RINGS_MAX, VERSION, parse_front_nodes};
 use platter_xen::xenbus::XenbusState;
 
-use crate::device::Device;
+use crate::device::{Device, Devices};
 use crate::share::{Policy, Share};
 use crate::workers::Workers;
 use crate::xenstore::Xenstore;
@@ -31,25 +31,36 @@ pub struct Allowed {
 struct Backend {
     state: XenbusState,
     device: Option<Device>,
+    /// Which of all devices that one is.
+    number: u64,
 }
+
+/// A device's thread that ended by itself: its backend's directory, and which device it was of
+/// all that ever were.
+pub type Ended = (String, u64);
 
 pub struct Backends {
     /// `/local/domain/N` of the domain that we run in.
     home: String,
     allowed: Vec<Allowed>,
+    devices: Devices,
     workers: Workers,
-    ended: Sender<String>,
+    ended: Sender<Ended>,
     known: HashMap<String, Backend>,
+    /// Devices started so far.
+    started: u64,
 }
 
 impl Backends {
     pub fn new(
         home: String,
         allowed: Vec<Allowed>,
+        devices: Devices,
         workers: Workers,
-        ended: Sender<String>,
+        ended: Sender<Ended>,
     ) -> Backends {
-        Backends { home, allowed, workers, ended, known: HashMap::new() }
+        let known = HashMap::new();
+        Backends { home, allowed, devices, workers, ended, known, started: 0 }
     }
 
     /// Looks at every share there is.
@@ -72,9 +83,9 @@ impl Backends {
     }
 
     /// A device's thread ended by itself: its frontend broke the protocol.
-    pub fn device_ended(&mut self, xs: &mut Xenstore, be: &str) -> Result<()> {
+    pub fn device_ended(&mut self, xs: &mut Xenstore, (be, number): &Ended) -> Result<()> {
         let Some(backend) = self.known.get_mut(be) else { return Ok(()) };
-        if backend.device.take().is_some() {
+        if backend.device.take_if(|_| backend.number == *number).is_some() {
             write_state(xs, be, backend, XenbusState::Closing)?;
         }
         Ok(())
@@ -118,7 +129,7 @@ impl Backends {
             return Ok(());
         }
         let path = xs.read_text(&format!("{be}/path"))?.unwrap_or_default();
-        let mut backend = Backend { state: XenbusState::Unknown, device: None };
+        let mut backend = Backend { state: XenbusState::Unknown, device: None, number: 0 };
         let next = match self.share(&path) {
             Ok(_) => {
                 xs.write(&format!("{be}/versions"), VERSION)?;
@@ -159,21 +170,22 @@ impl Backends {
             .map_err(|fault| format!("its nodes are refused: {fault:?}"))
             .and_then(|rings| Ok((rings, self.share(&path)?)))
             .and_then(|(rings, share)| {
-                let (ended, name) = (self.ended.clone(), be.to_string());
+                self.started += 1;
+                let (ended, name) = (self.ended.clone(), (be.to_string(), self.started));
                 let on_end = move |why| {
                     eprintln!("{why}");
                     // The main thread ends with the process.
                     let _ = ended.send(name);
                 };
-                let workers = self.workers.clone();
-                Device::start(be, domid, &rings, share, workers, on_end)
+                let with = (&self.devices, &self.workers);
+                Device::start(be, domid, &rings, share, with, on_end)
                     .map_err(|fault| format!("{fault:#}"))
             });
         let Some(backend) = self.known.get_mut(be) else { return Ok(()) };
         let next = match started {
             Ok(device) => {
                 eprintln!("domain {domid} uses '{path}'");
-                backend.device = Some(device);
+                (backend.device, backend.number) = (Some(device), self.started);
                 XenbusState::Connected
             }
             Err(why) => {

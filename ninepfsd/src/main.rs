@@ -4,18 +4,6 @@
 //! all domains; it opens nothing but regular files and directories below the directories that
 //! the administrator names.
 
-mod attach;
-mod backends;
-mod device;
-mod more;
-mod os;
-mod ring;
-mod sandbox;
-mod session;
-mod share;
-mod workers;
-mod xenstore;
-
 use std::path::PathBuf;
 use std::sync::mpsc::channel;
 
@@ -23,10 +11,12 @@ use anyhow::{Context, Result, bail};
 use clap::{Parser, Subcommand};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use crate::backends::{Allowed, Backends, KINDS};
-use crate::share::Policy;
-use crate::workers::Workers;
-use crate::xenstore::Xenstore;
+use platter_9pfsd::backends::{Allowed, Backends, KINDS};
+use platter_9pfsd::device::Devices;
+use platter_9pfsd::share::Policy;
+use platter_9pfsd::workers::Workers;
+use platter_9pfsd::xenstore::Xenstore;
+use platter_9pfsd::{attach, sandbox};
 
 /// A small 9p server for Xen domains: serves directories of this domain over 9pfs.
 #[derive(Parser)]
@@ -52,6 +42,9 @@ enum Action {
         /// Threads that read and write files.
         #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=64))]
         workers: u8,
+        /// Shares that may be in use at once.
+        #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=1024))]
+        shares: u16,
         /// Keep the rights that the server does not need; for finding faults.
         #[arg(long)]
         no_sandbox: bool,
@@ -69,7 +62,7 @@ enum Action {
 
 fn main() -> Result<()> {
     match Arguments::parse().command {
-        Action::Serve { allow, allow_read_only, file_bytes_max, workers, no_sandbox } => {
+        Action::Serve { allow, allow_read_only, file_bytes_max, workers, shares, no_sandbox } => {
             let rights = |read_only| Policy { read_only, file_bytes_max };
             let allowed = allow_read_only
                 .into_iter()
@@ -78,7 +71,7 @@ fn main() -> Result<()> {
                     allow.into_iter().map(|directory| Allowed { directory, policy: rights(false) }),
                 )
                 .collect();
-            serve(allowed, workers.into(), !no_sandbox)
+            serve(allowed, workers.into(), shares.into(), !no_sandbox)
         }
         Action::Attach { domain, tag, path } => {
             let mut xs = Xenstore::open()?;
@@ -88,7 +81,7 @@ fn main() -> Result<()> {
     }
 }
 
-fn serve(allowed: Vec<Allowed>, workers: usize, sandboxed: bool) -> Result<()> {
+fn serve(allowed: Vec<Allowed>, workers: usize, shares: usize, sandboxed: bool) -> Result<()> {
     for Allowed { directory, .. } in &allowed {
         if !directory.is_absolute() || !directory.is_dir() {
             bail!("--allow wants the absolute path of a directory, not '{}'", directory.display());
@@ -103,18 +96,19 @@ fn serve(allowed: Vec<Allowed>, workers: usize, sandboxed: bool) -> Result<()> {
         xs.watch(&format!("{home}/backend/{kind}"))?;
     }
     xs.watch("/local/domain")?;
+    let devices = Devices::open(shares)?;
     if sandboxed {
-        let shares: Vec<_> = allowed.iter().map(|allowed| allowed.directory.as_path()).collect();
-        sandbox::enter(&shares)?;
+        let open: Vec<_> = allowed.iter().map(|allowed| allowed.directory.as_path()).collect();
+        sandbox::enter(&open)?;
     }
     let workers = Workers::start(workers).context("cannot start the worker threads")?;
     let (ended, ends) = channel();
-    let mut backends = Backends::new(home, allowed, workers, ended);
+    let mut backends = Backends::new(home, allowed, devices, workers, ended);
     eprintln!("serving");
     loop {
         backends.look(&mut xs)?;
-        while let Ok(be) = ends.try_recv() {
-            backends.device_ended(&mut xs, &be)?;
+        while let Ok(ended) = ends.try_recv() {
+            backends.device_ended(&mut xs, &ended)?;
         }
         wait(&mut xs)?;
     }

@@ -110,26 +110,19 @@ impl Share {
         renameat_with(&from, old, &to, new, RenameFlags::empty())
     }
 
-    /// Names in an open directory, with their inode and type, in the directory's order.
-    pub fn entries(&self, path: &str) -> Result<Vec<(String, u64, bool)>, Errno> {
-        let directory = self.directory(path)?;
-        let mut entries = Vec::new();
-        for entry in rustix::fs::Dir::read_from(&directory)? {
-            let entry = entry?;
-            let Ok(name) = entry.file_name().to_str() else { continue };
-            let kind = match entry.file_type() {
-                FileType::Unknown => {
-                    let stat = statat(&directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
-                    FileType::from_raw_mode(stat.st_mode)
-                }
-                kind => kind,
-            };
-            let is_directory = kind == FileType::Directory;
-            if (is_directory || kind == FileType::RegularFile) && name != ".." && name != "." {
-                entries.push((name.to_string(), entry.ino(), is_directory));
-            }
+    /// What an entry of an open directory is, if it exists for a frontend.
+    pub fn kind_of(directory: &File, name: &str, kind: FileType) -> Option<FileType> {
+        if name == "." || name == ".." {
+            return None;
         }
-        Ok(entries)
+        let kind = match kind {
+            FileType::Unknown => {
+                let stat = statat(directory, name, AtFlags::SYMLINK_NOFOLLOW).ok()?;
+                FileType::from_raw_mode(stat.st_mode)
+            }
+            kind => kind,
+        };
+        matches!(kind, FileType::Directory | FileType::RegularFile).then_some(kind)
     }
 
     pub fn statfs(&self) -> Result<rustix::fs::StatFs, Errno> {
@@ -188,9 +181,10 @@ mod tests {
         rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, Mode::from_raw_mode(0o600)).expect("a fifo");
         assert_eq!(share.stat("fifo").map(|_| ()), Err(Errno::ACCESS));
         assert_eq!(share.open_file("fifo", false, false).map(|_| ()), Err(Errno::ACCESS));
-        let names: Vec<String> =
-            share.entries("").expect("entries").into_iter().map(|entry| entry.0).collect();
-        assert!(names.contains(&"file".to_string()) && !names.contains(&"fifo".to_string()));
+        let root = share.open_file("", false, false).expect("the root");
+        let kind = |name| Share::kind_of(&root, name, FileType::Unknown);
+        assert_eq!((kind("file"), kind("fifo")), (Some(FileType::RegularFile), None));
+        assert_eq!((kind("link"), kind("..")), (None, None));
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! The kernel's Xen devices: event channels, granted memory. All of the server's unsafe lines.
 //!
 //! Guards that memory which a frontend can write is never seen as a Rust reference: it is
-//! copied by volatile accesses, each byte once. Must never: hand out a pointer.
+//! copied, each byte once, by us or by the kernel. Must never: hand out a pointer.
 
 pub mod evtchn;
 pub mod gntdev;
+pub mod memory;
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};

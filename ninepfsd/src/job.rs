@@ -1,0 +1,97 @@
+//! What is done with an open file when it may take time; a worker does it.
+//!
+//! Guards that a short read or write of the file is carried on until it fails or ends.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use platter_storage::ninep::message::{AllocateMode, Answer};
+use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::Errno;
+
+use crate::buffer::Buffer;
+
+/// Of one request. A buffer holds the request's data, or takes the answer's.
+pub enum Job {
+    Read { file: Arc<File>, offset: u64, count: u32, buffer: Buffer },
+    Write { file: Arc<File>, offset: u64, count: u32, buffer: Buffer },
+    Sync { file: Arc<File>, data_only: bool },
+    Allocate { file: Arc<File>, mode: AllocateMode, offset: u64, len: u64 },
+}
+
+/// An answer without its data.
+pub type Outcome = Result<Answer<'static>, Errno>;
+
+impl Job {
+    /// Memory that it holds until it is answered.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Job::Read { count, .. } | Job::Write { count, .. } => *count as usize,
+            Job::Sync { .. } | Job::Allocate { .. } => 0,
+        }
+    }
+
+    /// Does the work; gives the buffer back.
+    pub fn run(self) -> (Outcome, Option<Buffer>) {
+        match self {
+            Job::Read { file, offset, count, mut buffer } => {
+                let into = buffer.slice_mut(count as usize);
+                let done = carry_on(into.len(), |at| {
+                    file.read_at(&mut into[at..], offset.saturating_add(at as u64))
+                });
+                (done.map(|count| Answer::Read { count }), Some(buffer))
+            }
+            Job::Write { file, offset, count, buffer } => {
+                let from = buffer.slice(count as usize);
+                let done = carry_on(from.len(), |at| {
+                    file.write_at(&from[at..], offset.saturating_add(at as u64))
+                });
+                (done.map(|count| Answer::Write { count }), Some(buffer))
+            }
+            Job::Sync { file, data_only: true } => {
+                (rustix::fs::fdatasync(&file).map(|()| Answer::Fsync), None)
+            }
+            Job::Sync { file, data_only: false } => {
+                (rustix::fs::fsync(&file).map(|()| Answer::Fsync), None)
+            }
+            Job::Allocate { file, mode, offset, len } => {
+                (allocate(&file, mode, offset, len).map(|()| Answer::Allocate), None)
+            }
+        }
+    }
+}
+
+/// Repeats a read or write until all is done, nothing more comes, or it fails; a failure after
+/// the first bytes is the next request's.
+fn carry_on(
+    len: usize,
+    mut step: impl FnMut(usize) -> std::io::Result<usize>,
+) -> Result<u32, Errno> {
+    let mut done = 0;
+    while done < len {
+        match step(done) {
+            Ok(0) => break,
+            Ok(len) => done += len,
+            Err(fault) if fault.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(_) if done > 0 => break,
+            Err(fault) => return Err(Errno::from_io_error(&fault).unwrap_or(Errno::IO)),
+        }
+    }
+    Ok(done as u32)
+}
+
+/// None of the modes changes the file's size; a range beyond the end is cut at the end.
+fn allocate(file: &File, mode: AllocateMode, offset: u64, len: u64) -> Result<(), Errno> {
+    let size = rustix::fs::fstat(file)?.st_size as u64;
+    let len = len.min(size.saturating_sub(offset));
+    if len == 0 {
+        return Ok(());
+    }
+    let flags = match mode {
+        AllocateMode::Allocate => FallocateFlags::empty(),
+        AllocateMode::Punch => FallocateFlags::PUNCH_HOLE,
+        AllocateMode::Zero => FallocateFlags::ZERO_RANGE,
+    };
+    fallocate(file, flags | FallocateFlags::KEEP_SIZE, offset, len)
+}

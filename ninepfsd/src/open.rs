@@ -1,0 +1,159 @@
+//! An open file, and the question whether to read and write it at once or by a worker.
+//!
+//! Two switches of threads cost more than copying 64 KiB, so what needs no waiting is done at
+//! once. Where the kernel can tell (RWF_NOWAIT) it is asked. Where it cannot (writes on ext4,
+//! everything on tmpfs) it is tried, and [`Patience`] ends when that turns out slow.
+
+use std::fs::File;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+
+use crate::os::memory::How;
+
+/// A file or directory that a fid has opened.
+pub struct Open {
+    pub file: Arc<File>,
+    pub writable: bool,
+    /// The kernel says of this file whether reading or writing would wait.
+    pub foretells: Foretells,
+}
+
+#[derive(Clone, Copy)]
+pub struct Foretells {
+    pub read: bool,
+    pub write: bool,
+}
+
+/// Bytes of a file on their way from or to a ring.
+pub struct Transfer<'a> {
+    pub file: &'a File,
+    pub offset: u64,
+    pub count: u32,
+}
+
+/// A read or write that was asked for.
+pub struct Move<'a> {
+    pub open: &'a mut Open,
+    pub offset: u64,
+    pub count: u32,
+    pub is_write: bool,
+}
+
+impl Transfer<'_> {
+    pub fn how(&self, now: bool) -> How {
+        How { now }
+    }
+}
+
+impl Open {
+    pub fn new(file: File, writable: bool) -> Open {
+        let foretells = Foretells { read: true, write: true };
+        Open { file: Arc::new(file), writable, foretells }
+    }
+}
+
+/// What one request may take at once, on average.
+const SLOW: Duration = Duration::from_millis(1);
+/// Requests that go to workers once it took longer.
+const WORKERS_TURNS: u32 = 64;
+
+/// Whether to try what may have to wait.
+#[derive(Default)]
+pub struct Patience {
+    /// Requests that still go to workers.
+    workers: u32,
+    /// Since when one was tried in this turn, and how many were served.
+    since: Option<Instant>,
+    served: u32,
+}
+
+impl Patience {
+    /// Does `transfer` of `count` bytes at once, unless it waits or might be slow: then `None`.
+    /// It is told whether to fail rather than wait.
+    pub fn at_once(
+        &mut self,
+        foretells: &mut bool,
+        count: u32,
+        transfer: impl Fn(bool) -> Result<usize, Errno>,
+    ) -> Option<Result<usize, Errno>> {
+        self.served += 1;
+        if *foretells {
+            match transfer(true) {
+                Ok(len) if len == count as usize => return Some(Ok(len)),
+                // Done again as a whole by whoever may wait.
+                Ok(_) | Err(Errno::AGAIN | Errno::INTR | Errno::FAULT) => return None,
+                Err(Errno::OPNOTSUPP) => *foretells = false,
+                Err(errno) => return Some(Err(errno)),
+            }
+        }
+        if self.workers > 0 {
+            self.workers -= 1;
+            return None;
+        }
+        self.since.get_or_insert_with(Instant::now);
+        match transfer(false) {
+            Err(Errno::INTR | Errno::FAULT) => None,
+            result => Some(result),
+        }
+    }
+
+    /// As after something slow.
+    #[cfg(test)]
+    pub fn exhausted() -> Patience {
+        Patience { workers: 1, ..Patience::default() }
+    }
+
+    /// A turn is over: was trying worth it?
+    pub fn judge(&mut self) {
+        let served = std::mem::take(&mut self.served);
+        if self.since.take().is_some_and(|since| since.elapsed() > SLOW * served) {
+            self.workers = WORKERS_TURNS;
+        }
+    }
+}
+
+/// Would miss: whether a millisecond is the right measure for a disk.
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[test]
+    fn what_waits_goes_to_workers() {
+        let mut patience = Patience::default();
+        let mut foretells = true;
+        assert_eq!(patience.at_once(&mut foretells, 8, |_| Err(Errno::AGAIN)), None);
+        assert_eq!(patience.at_once(&mut foretells, 8, |_| Ok(4)), None, "a part");
+        assert_eq!(patience.at_once(&mut foretells, 8, |_| Ok(8)), Some(Ok(8)));
+        let failed = patience.at_once(&mut foretells, 8, |_| Err(Errno::IO));
+        assert_eq!((failed, foretells), (Some(Err(Errno::IO)), true));
+    }
+
+    #[test]
+    fn what_cannot_be_foretold_is_tried_until_it_is_slow() {
+        let mut patience = Patience::default();
+        let mut foretells = true;
+        let delay = Cell::new(Duration::ZERO);
+        let file = |now| {
+            if now {
+                return Err(Errno::OPNOTSUPP);
+            }
+            std::thread::sleep(delay.get());
+            Ok(4)
+        };
+        // A part is an answer here: the file has no more.
+        assert_eq!(patience.at_once(&mut foretells, 8, file), Some(Ok(4)));
+        assert!(!foretells);
+        patience.judge();
+        delay.set(SLOW * 3);
+        assert_eq!(patience.at_once(&mut foretells, 8, file), Some(Ok(4)));
+        patience.judge();
+        for _ in 0..WORKERS_TURNS {
+            assert_eq!(patience.at_once(&mut foretells, 8, file), None);
+        }
+        assert_eq!(patience.at_once(&mut foretells, 8, file), Some(Ok(4)));
+    }
+}

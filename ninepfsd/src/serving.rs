@@ -1,0 +1,284 @@
+//! One frontend's rings and session: requests taken, files moved, answers sent.
+//!
+//! Knows no Xen device and never sleeps: whoever owns it calls [`Serving::turn`], tells the
+//! frontend what [`Serving::bells`] says, and sleeps when a turn found nothing. Guards that each
+//! request is answered once, that Tflush and Tversion come after what was asked before them, and
+//! that requests and bytes in flight are bounded; beyond that the frontend's ring waits.
+
+use std::sync::Arc;
+
+use platter_storage::ninep::message::{Answer, PLATTER_IN_FLIGHT, RREAD_BYTES, id};
+
+use crate::buffer::Pool;
+use crate::job::{self, Job};
+use crate::open::{Move, Patience, Transfer};
+use crate::ring::{BODY_BYTES_MAX, Fault, Ring};
+use crate::session::{ANSWER_BYTES, Outcome, Session, emit, error};
+use crate::share::Share;
+use crate::workers::{Done, Mailbox, Task, Workers};
+
+/// Bytes of requests that one frontend may have under way.
+const IN_FLIGHT_BYTES_MAX: usize = 16 << 20;
+/// Requests, and bytes, of one ring in one turn: then the frontend is told, and the others are
+/// looked at.
+const TURN_REQUESTS: u32 = 64;
+const TURN_BYTES: u32 = 512 << 10;
+
+/// A request that a worker has.
+struct Flight {
+    ring: usize,
+    tag: u16,
+    bytes: usize,
+}
+
+/// A Tflush that waits for the request with `oldtag`.
+struct Flush {
+    ring: usize,
+    tag: u16,
+    oldtag: u16,
+}
+
+pub struct Serving {
+    rings: Vec<Ring>,
+    session: Session,
+    workers: Workers,
+    mailbox: Arc<Mailbox>,
+    flights: Vec<Flight>,
+    flushes: Vec<Flush>,
+    pool: Pool,
+    patience: Patience,
+    /// A Tversion waits at the front of a ring until nothing is under way.
+    closing: bool,
+    /// A request or an answer waits for room in a ring towards the frontend.
+    blocked: bool,
+    body: Box<[u8; BODY_BYTES_MAX]>,
+    answer: Box<[u8; ANSWER_BYTES]>,
+}
+
+/// What became of the request at the front of a ring.
+enum Step {
+    /// So many bytes were moved.
+    Served(u32),
+    /// There is none, or none that can be served now.
+    Nothing,
+}
+
+impl Serving {
+    /// `rings` is not empty.
+    pub fn new(rings: Vec<Ring>, share: Share, workers: Workers, mailbox: Arc<Mailbox>) -> Serving {
+        let half = rings.iter().map(Ring::half_bytes).min().expect("a frontend has a ring");
+        Serving {
+            rings,
+            session: Session::new(share, half),
+            workers,
+            mailbox,
+            flights: Vec::new(),
+            flushes: Vec::new(),
+            pool: Pool::default(),
+            patience: Patience::default(),
+            closing: false,
+            blocked: false,
+            body: Box::new([0; BODY_BYTES_MAX]),
+            answer: Box::new([0; ANSWER_BYTES]),
+        }
+    }
+
+    /// Sends what is done and serves what is asked, for a while. False when there was nothing.
+    pub fn turn(&mut self) -> Result<bool, Fault> {
+        let mut worked = false;
+        while let Some(done) = self.mailbox.take() {
+            self.finish(done)?;
+            worked = true;
+        }
+        for ring in &mut self.rings {
+            ring.send()?;
+        }
+        self.answer_flushes()?;
+        self.closing = false;
+        self.blocked = self.rings.iter().any(Ring::is_full);
+        for index in 0..self.rings.len() {
+            worked |= self.serve(index)?;
+        }
+        self.patience.judge();
+        Ok(worked)
+    }
+
+    /// The ports of rings that have news for the frontend, each told once. A frontend that
+    /// speaks platter's dialect looks at all its rings whenever one rings.
+    pub fn bells(&mut self) -> impl Iterator<Item = u32> {
+        let one_is_enough = self.session.is_platter;
+        let mut rung = false;
+        self.rings.iter_mut().filter_map(move |ring| {
+            let news = std::mem::take(&mut ring.notify) && !(rung && one_is_enough);
+            rung |= news;
+            news.then_some(ring.port)
+        })
+    }
+
+    /// Something waits for a frontend that might not say that it made room.
+    pub fn waits_for_room(&self) -> bool {
+        self.blocked
+    }
+
+    fn serve(&mut self, index: usize) -> Result<bool, Fault> {
+        let mut bytes = 0;
+        for served in 0..TURN_REQUESTS {
+            if bytes >= TURN_BYTES {
+                return Ok(true);
+            }
+            match self.step(index)? {
+                Step::Served(more) => bytes += more,
+                Step::Nothing => return Ok(served > 0),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Serves the request at the front of a ring.
+    fn step(&mut self, index: usize) -> Result<Step, Fault> {
+        let under_way = self.flights.iter().filter(|flight| flight.ring == index).count()
+            + self.flushes.iter().filter(|flush| flush.ring == index).count();
+        let bytes: usize = self.flights.iter().map(|flight| flight.bytes).sum();
+        let is_busy = under_way >= PLATTER_IN_FLIGHT as usize || bytes >= IN_FLIGHT_BYTES_MAX;
+        let ring = &mut self.rings[index];
+        if self.closing || is_busy {
+            return Ok(Step::Nothing);
+        }
+        if ring.room()? < ANSWER_BYTES as u32 {
+            self.blocked = true;
+            return Ok(Step::Nothing);
+        }
+        let Some(head) = ring.peek(self.session.msize)? else { return Ok(Step::Nothing) };
+        if head.id == id::TVERSION && !(self.flights.is_empty() && self.flushes.is_empty()) {
+            self.closing = true;
+            return Ok(Step::Nothing);
+        }
+        let body = ring.fields(head, &mut self.body)?;
+        let tag = head.tag;
+        let mut moved = 0;
+        let job = match self.session.handle(head, body, &mut self.answer[..]) {
+            Outcome::Answer(len) => {
+                ring.publish(&self.answer[..len], 0);
+                None
+            }
+            Outcome::Listing(len, data) => {
+                ring.answer(tag, &self.answer[..len], &data)?;
+                None
+            }
+            Outcome::Flush { oldtag } => {
+                self.flushes.push(Flush { ring: index, tag, oldtag });
+                None
+            }
+            Outcome::Work(job) => Some(job),
+            Outcome::Move(order) => {
+                if !order.is_write && ring.room()? < RREAD_BYTES + order.count {
+                    self.blocked = true;
+                    return Ok(Step::Nothing);
+                }
+                moved = order.count;
+                match at_once(ring, &mut self.patience, order) {
+                    Ok(done) => {
+                        let placed = read_count(&done);
+                        let len = emit_outcome(tag, &done, &mut self.answer[..]);
+                        ring.publish(&self.answer[..len], placed);
+                        None
+                    }
+                    Err(order) => Some(for_a_worker(ring, &mut self.pool, &order)),
+                }
+            }
+        };
+        ring.consume(head.size);
+        if let Some(job) = job {
+            self.flights.push(Flight { ring: index, tag, bytes: job.bytes() });
+            let to = Arc::clone(&self.mailbox);
+            self.workers.run(Task { job, tag, ring: index, to });
+        } else if !self.flushes.is_empty() {
+            self.answer_flushes()?;
+        }
+        Ok(Step::Served(moved))
+    }
+
+    /// A worker's answer.
+    fn finish(&mut self, done: Done) -> Result<(), Fault> {
+        let Done { outcome, buffer, tag, ring } = done;
+        let flight =
+            self.flights.iter().position(|flight| (flight.ring, flight.tag) == (ring, tag));
+        self.flights.swap_remove(flight.expect("a worker answers what it was given, once"));
+        let len = emit_outcome(tag, &outcome, &mut self.answer[..]);
+        let data = buffer.as_ref().map_or(&[][..], |b| b.slice(read_count(&outcome) as usize));
+        self.rings[ring].answer(tag, &self.answer[..len], data)?;
+        if let Some(buffer) = buffer {
+            self.pool.give(buffer);
+        }
+        Ok(())
+    }
+
+    /// Answers each Tflush whose request is answered, its answer in the ring (9P flush(5)).
+    fn answer_flushes(&mut self) -> Result<(), Fault> {
+        let mut index = 0;
+        while let Some(&Flush { ring, tag, oldtag }) = self.flushes.get(index) {
+            let owed = self.flights.iter().any(|flight| flight.tag == oldtag)
+                || self.rings.iter().any(|ring| ring.owes(oldtag));
+            if owed {
+                index += 1;
+                continue;
+            }
+            self.flushes.swap_remove(index);
+            let len = emit(tag, &Answer::Flush, &mut self.answer[..]);
+            self.rings[ring].answer(tag, &self.answer[..len], &[])?;
+        }
+        Ok(())
+    }
+}
+
+/// Moves an order's data, unless that has to wait.
+fn at_once<'a>(
+    ring: &Ring,
+    patience: &mut Patience,
+    order: Move<'a>,
+) -> Result<job::Outcome, Move<'a>> {
+    let Move { ref open, offset, count, is_write } = order;
+    let transfer = Transfer { file: &open.file, offset, count };
+    let mut foretells = if is_write { open.foretells.write } else { open.foretells.read };
+    let done = patience.at_once(&mut foretells, count, |now| {
+        if is_write { ring.write_file(&transfer, now) } else { ring.read_file(&transfer, now) }
+    });
+    let field = &mut order.open.foretells;
+    *if is_write { &mut field.write } else { &mut field.read } = foretells;
+    let answer = |len: usize| match (is_write, len as u32) {
+        (true, count) => Answer::Write { count },
+        (false, count) => Answer::Read { count },
+    };
+    done.map(|done| done.map(answer)).ok_or(order)
+}
+
+/// The same, with a buffer of its own, for which a write's data is copied.
+fn for_a_worker(ring: &Ring, pool: &mut Pool, order: &Move) -> Job {
+    let Move { ref open, offset, count, is_write } = *order;
+    let file = Arc::clone(&open.file);
+    let mut buffer = pool.take(count as usize);
+    if !is_write {
+        return Job::Read { file, offset, count, buffer };
+    }
+    ring.copy_data(buffer.slice_mut(count as usize));
+    Job::Write { file, offset, count, buffer }
+}
+
+/// Bytes of data that follow an answer.
+fn read_count(outcome: &job::Outcome) -> u32 {
+    match outcome {
+        Ok(Answer::Read { count }) => *count,
+        _ => 0,
+    }
+}
+
+fn emit_outcome(tag: u16, outcome: &job::Outcome, out: &mut [u8]) -> usize {
+    match outcome {
+        Ok(answer) => emit(tag, answer, out),
+        Err(errno) => error(tag, *errno, out),
+    }
+}
+
+#[cfg(test)]
+#[path = "serving_tests.rs"]
+mod tests;
