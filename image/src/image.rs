@@ -21,7 +21,7 @@ use crate::types::{
     BlockRef, DiscardPlan, Extent, FileNo, FlushStep, Place, Prepared, ResizePlan, SectorRange,
     Step, Stop, WritePlan,
 };
-use crate::unpack::Unpacker;
+use crate::unpack::{Apart, PackedCluster, Unpacker};
 
 /// Writes prepared and not yet committed, per image.
 pub const PLANS_MAX: usize = 64;
@@ -67,6 +67,13 @@ struct Plan {
 struct Walk {
     range: SectorRange,
     layer: u16,
+}
+
+/// How far the index of a chain answers a question.
+enum Located {
+    Known(Extent),
+    /// No layer above this one has anything in this range.
+    Search(SectorRange, u16),
 }
 
 /// What layers work with, borrowed field by field so that the layers themselves stay free.
@@ -320,24 +327,68 @@ impl Image {
 
     /// The first piece of `range`, as the image reads now.
     pub fn map_read(&mut self, range: SectorRange) -> Step<Extent> {
+        match self.locate(range)? {
+            Located::Known(extent) => Ok(extent),
+            Located::Search(range, layer) => self.walk(range, layer),
+        }
+    }
+
+    /// Like [`Image::map_read`], but compressed clusters are left to the caller, who may unpack
+    /// many at once. Nothing may be written to the image until they are read.
+    pub fn map_apart(&mut self, range: SectorRange) -> Step<Apart> {
+        let (range, layer) = match self.locate(range)? {
+            Located::Known(extent) => return Ok(Apart::Extent(extent)),
+            Located::Search(range, layer) => (range, layer),
+        };
+        let (found, sectors, at) = self.search(range, layer)?;
+        self.walks[at] = None;
+        Ok(match found {
+            Found::Packed(packed) => Apart::Packed { sectors, cluster: PackedCluster::new(packed) },
+            Found::Data { file, offset } => {
+                Apart::Extent(Extent { sectors, place: Place::File { file, offset } })
+            }
+            Found::Zero | Found::Absent => Apart::Extent(Extent { sectors, place: Place::Zero }),
+        })
+    }
+
+    /// What the index of the chain knows of the start of `range`.
+    fn locate(&mut self, range: SectorRange) -> Step<Located> {
         self.check_range(range)?;
         if self.layers.len() == 1 {
-            return self.walk(range, 0);
+            return Ok(Located::Search(range, 0));
         }
-        if self.resolved.find(range).is_none() {
+        let mut hit = self.resolved.find(range);
+        if hit.is_none() {
             let mut ctx = ctx!(self);
             // If a walk for others is under way, this one goes alone.
             self.resolved.resolve(&mut ctx, &mut self.layers, range.start)?;
+            hit = self.resolved.find(range);
         }
-        match self.resolved.find(range) {
-            Some(Hit::Extent(extent)) => Ok(extent),
-            Some(Hit::Layer(layer, range)) => self.walk(range, layer),
-            None => self.walk(range, 0),
-        }
+        Ok(match hit {
+            Some(Hit::Extent(extent)) => Located::Known(extent),
+            Some(Hit::Layer(layer, range)) => Located::Search(range, layer),
+            None => Located::Search(range, 0),
+        })
     }
 
     /// The first piece of `range`, given that no layer above `from` has anything in it.
     fn walk(&mut self, range: SectorRange, from: u16) -> Step<Extent> {
+        let (found, sectors, at) = self.search(range, from)?;
+        let place = match found {
+            Found::Data { file, offset } => Place::File { file, offset },
+            Found::Zero | Found::Absent => Place::Zero,
+            Found::Packed(packed) => {
+                let start = self.unpacker.get(&packed)?;
+                Place::Memory { offset: start + packed.skip as usize }
+            }
+        };
+        self.walks[at] = None;
+        Ok(Extent { sectors, place })
+    }
+
+    /// What the first layer from `from` on has that has anything, so many sectors of it, and
+    /// the walk that is kept until the caller has got its answer.
+    fn search(&mut self, range: SectorRange, from: u16) -> Step<(Found, u64, usize)> {
         let (mut walk, at) = self.walk_for(range);
         walk.layer = walk.layer.max(from);
         loop {
@@ -345,37 +396,19 @@ impl Image {
             let layer = self.layers[walk.layer as usize].get();
             let mut ctx = ctx!(self);
             let visible = layer.sectors().saturating_sub(walk.range.start);
-            let (found, sectors) = if visible == 0 {
+            let found = if visible == 0 {
                 // A layer shorter than the one above reads as zeros past its end.
-                (Found::Zero, walk.range.count)
+                Ok((Found::Zero, walk.range.count))
             } else {
-                match layer.map(&mut ctx, walk.range.prefix(visible)) {
-                    Ok(found) => found,
-                    Err(stop) => {
-                        self.walks[at] = Some(walk);
-                        return Err(stop);
-                    }
-                }
+                layer.map(&mut ctx, walk.range.prefix(visible))
             };
+            self.walks[at] = Some(walk);
+            let (found, sectors) = found?;
             assert!(sectors > 0 && sectors <= walk.range.count);
-            let place = match found {
-                Found::Data { file, offset } => Place::File { file, offset },
-                Found::Zero => Place::Zero,
-                Found::Absent if (walk.layer as usize) + 1 < depth => {
-                    walk = Walk { range: walk.range.prefix(sectors), layer: walk.layer + 1 };
-                    continue;
-                }
-                Found::Absent => Place::Zero,
-                Found::Packed(packed) => match self.unpacker.get(&packed) {
-                    Ok(at) => Place::Memory { offset: at + packed.skip as usize },
-                    Err(stop) => {
-                        self.walks[at] = Some(walk);
-                        return Err(stop);
-                    }
-                },
-            };
-            self.walks[at] = None;
-            return Ok(Extent { sectors, place });
+            if found != Found::Absent || walk.layer as usize + 1 >= depth {
+                return Ok((found, sectors, at));
+            }
+            walk = Walk { range: walk.range.prefix(sectors), layer: walk.layer + 1 };
         }
     }
 

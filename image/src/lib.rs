@@ -46,4 +46,5 @@ pub use types::{
     BlockRef, DiscardPlan, Extent, FileNo, FlushStep, PRELUDES_MAX, Place, Prelude, Prepared,
     ResizePlan, SECTOR_BYTES, SectorRange, Step, Stop, WritePlan,
 };
+pub use unpack::{Apart, Decoders, PackedCluster};
 pub use vmdk::VmdkStream;

@@ -16,7 +16,7 @@ use ruzstd::decoding::FrameDecoder;
 
 use crate::fault::ImageFault;
 use crate::format::{Codec, Packed};
-use crate::types::{BlockRef, FileNo, Step, Stop};
+use crate::types::{BlockRef, Extent, FileNo, Step, Stop};
 
 /// Most bytes that one `Miss` for packed bytes asks for.
 const PIECE_BYTES: u64 = 64 << 10;
@@ -48,12 +48,75 @@ struct Slot {
     used_at: u64,
 }
 
+/// The decoders' own memory, for one thread.
+pub struct Decoders {
+    deflate: Box<DecompressorOxide>,
+    zstd: FrameDecoder,
+}
+
+impl Default for Decoders {
+    fn default() -> Decoders {
+        Decoders { deflate: Box::default(), zstd: FrameDecoder::new() }
+    }
+}
+
+/// A compressed cluster that the caller reads and unpacks itself, on a thread of its choice.
+#[derive(Clone, Copy, Debug)]
+pub struct PackedCluster(Packed);
+
+/// What [`Image::map_apart`](crate::Image::map_apart) answers.
+#[derive(Clone, Copy, Debug)]
+pub enum Apart {
+    Extent(Extent),
+    /// So many guest sectors lie in this cluster, from its `skip` on.
+    Packed {
+        sectors: u64,
+        cluster: PackedCluster,
+    },
+}
+
+impl PackedCluster {
+    pub(crate) fn new(packed: Packed) -> PackedCluster {
+        PackedCluster(packed)
+    }
+
+    pub fn file(&self) -> FileNo {
+        self.0.file
+    }
+
+    /// The stretch of the file to read: offset and bytes. What lies past the end of the file
+    /// counts as zeros.
+    pub fn stretch(&self) -> (u64, usize) {
+        let (start, end) = span(&self.0);
+        (start, (end - start) as usize)
+    }
+
+    /// Bytes of the whole cluster.
+    pub fn unpacked_bytes(&self) -> usize {
+        self.0.unpacked_bytes as usize
+    }
+
+    /// Where in them the guest range starts.
+    pub fn skip(&self) -> usize {
+        self.0.skip as usize
+    }
+
+    /// Unpacks the bytes of the stretch into the whole cluster.
+    pub fn unpack(
+        &self,
+        decoders: &mut Decoders,
+        stretch: &[u8],
+        cluster: &mut [u8],
+    ) -> Result<(), ImageFault> {
+        unpack(decoders, &self.0, stretch, cluster)
+    }
+}
+
 /// The cache of unpacked clusters of one image.
 pub(crate) struct Unpacker {
     slots: Vec<Slot>,
     unpacked_max: usize,
-    deflate: Option<Box<DecompressorOxide>>,
-    zstd: FrameDecoder,
+    decoders: Option<Decoders>,
     clock: u64,
 }
 
@@ -76,8 +139,7 @@ impl Unpacker {
         Unpacker {
             slots: (0..count).map(|_| slot()).collect(),
             unpacked_max,
-            deflate: (count > 0).then(Box::default),
-            zstd: FrameDecoder::new(),
+            decoders: (count > 0).then(Decoders::default),
             clock: 0,
         }
     }
@@ -168,25 +230,36 @@ impl Unpacker {
     fn unpack(&mut self, index: usize, packed: &Packed) -> Result<(), ImageFault> {
         let slot = &mut self.slots[index];
         let (start, end) = span(packed);
-        let input = &slot.packed[(packed.offset - start) as usize..(end - start) as usize];
-        let output = &mut slot.unpacked[..packed.unpacked_bytes as usize];
-        let deflate = self.deflate.as_mut().expect("made with the slots");
-        let done = match packed.codec {
-            Codec::Deflate => inflate(deflate, input, output, 0),
-            Codec::Zlib => inflate(deflate, input, output, flags::TINFL_FLAG_PARSE_ZLIB_HEADER),
-            Codec::Zstd => unzstd(&mut self.zstd, input, output),
-        };
-        match done {
-            Some(len) if len == output.len() => Ok(()),
-            Some(len) if packed.codec == Codec::Zlib => {
-                output[len..].fill(0);
-                Ok(())
-            }
-            short => {
-                let value = short.unwrap_or(0) as u64;
-                let what = "the unpacked length of a compressed cluster";
-                Err(ImageFault::corrupt(packed.file, what, packed.offset, value))
-            }
+        let stretch = &slot.packed[..(end - start) as usize];
+        let cluster = &mut slot.unpacked[..packed.unpacked_bytes as usize];
+        let decoders = self.decoders.as_mut().expect("made with the slots");
+        unpack(decoders, packed, stretch, cluster)
+    }
+}
+
+fn unpack(
+    decoders: &mut Decoders,
+    packed: &Packed,
+    stretch: &[u8],
+    cluster: &mut [u8],
+) -> Result<(), ImageFault> {
+    let input = &stretch[(packed.offset - span(packed).0) as usize..];
+    let Decoders { deflate, zstd } = decoders;
+    let done = match packed.codec {
+        Codec::Deflate => inflate(deflate, input, cluster, 0),
+        Codec::Zlib => inflate(deflate, input, cluster, flags::TINFL_FLAG_PARSE_ZLIB_HEADER),
+        Codec::Zstd => unzstd(zstd, input, cluster),
+    };
+    match done {
+        Some(len) if len == cluster.len() => Ok(()),
+        Some(len) if packed.codec == Codec::Zlib => {
+            cluster[len..].fill(0);
+            Ok(())
+        }
+        short => {
+            let value = short.unwrap_or(0) as u64;
+            let what = "the unpacked length of a compressed cluster";
+            Err(ImageFault::corrupt(packed.file, what, packed.offset, value))
         }
     }
 }

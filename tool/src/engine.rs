@@ -27,7 +27,7 @@ const STOPS_MAX: usize = 1 << 20;
 pub struct Engine {
     image: Image,
     media: Media,
-    /// Head, guest bytes and tail of a plan, to be written at once.
+    /// A buffer for head, guest bytes and tail of a plan, to be used again.
     bounce: Vec<u8>,
 }
 
@@ -360,34 +360,58 @@ impl Engine {
 
     /// Preludes, then head, guest bytes and tail in one write.
     fn carry_out(&mut self, plan: &WritePlan, start: u64, bytes: &[u8]) -> Result<(), Fault> {
+        match self.carry(plan, start, bytes)? {
+            Carried::Plain { offset } => self.media.write(plan.file, offset, bytes),
+            Carried::Whole { offset, bytes } => {
+                let result = self.media.write(plan.file, offset, &bytes);
+                self.bounce = bytes;
+                result
+            }
+        }
+    }
+
+    /// All of a plan but its one write, which is to be done before its commit: the preludes,
+    /// and what stands around the guest's bytes.
+    pub(crate) fn carry(
+        &mut self,
+        plan: &WritePlan,
+        start: u64,
+        bytes: &[u8],
+    ) -> Result<Carried, Fault> {
         for &prelude in &plan.preludes {
             self.media.prelude(prelude)?;
         }
         if plan.head.is_none() && plan.tail.is_none() {
-            return self.media.write(plan.file, plan.offset, bytes);
+            return Ok(Carried::Plain { offset: plan.offset });
         }
         let head = plan.head.map_or(0, |head| head.bytes() as usize);
         let tail = plan.tail.map_or(0, |tail| tail.bytes() as usize);
-        let mut bounce = std::mem::take(&mut self.bounce);
-        bounce.resize(head + bytes.len() + tail, 0);
+        let mut whole = std::mem::take(&mut self.bounce);
+        whole.resize(head + bytes.len() + tail, 0);
         if let Some(range) = plan.head {
             assert!(range.end() == start, "the head ends where the plan starts");
-            read(&mut self.image, &self.media, range.start, &mut bounce[..head])?;
+            read(&mut self.image, &self.media, range.start, &mut whole[..head])?;
         }
-        bounce[head..head + bytes.len()].copy_from_slice(bytes);
+        whole[head..head + bytes.len()].copy_from_slice(bytes);
         if let Some(range) = plan.tail {
             assert!(range.start == start + plan.sectors, "the tail starts where the plan ends");
-            read(&mut self.image, &self.media, range.start, &mut bounce[head + bytes.len()..])?;
+            read(&mut self.image, &self.media, range.start, &mut whole[head + bytes.len()..])?;
         }
-        let result = self.media.write(plan.file, plan.offset - head as u64, &bounce);
-        self.bounce = bounce;
-        result
+        Ok(Carried::Whole { offset: plan.offset - head as u64, bytes: whole })
     }
+}
+
+/// What is left of a plan: one write.
+pub(crate) enum Carried {
+    /// The guest's bytes.
+    Plain { offset: u64 },
+    /// These, with the guest's among them.
+    Whole { offset: u64, bytes: Vec<u8> },
 }
 
 /// The part of a buffer of `len` bytes for `sector` that is not done yet.
 fn range_of(sector: u64, len: usize, done: usize) -> SectorRange {
-    assert!(len % SECTOR_BYTES as usize == 0, "requests are whole sectors");
+    assert!(len.is_multiple_of(SECTOR_BYTES as usize), "requests are whole sectors");
     SectorRange::new(sector + done as u64 / SECTOR_BYTES, (len - done) as u64 / SECTOR_BYTES)
 }
 

@@ -1,12 +1,19 @@
-//! Reads a disk from start to end in large pieces, leaving out what is known to be zeros.
+//! Reads a disk from start to end in large pieces, some of them ahead, leaving out what is known
+//! to be zeros.
 
-use platter_image::{Place, SECTOR_BYTES, SectorRange};
+use std::collections::VecDeque;
 
+use platter_image::{Apart, Place, SECTOR_BYTES, SectorRange};
+
+use crate::buffer::Buffer;
 use crate::engine::Engine;
 use crate::fault::Fault;
+use crate::flight::Flight;
 
 /// Bytes of a piece: large enough that a system call costs nothing beside the copy.
 pub const PIECE_BYTES: usize = 2 << 20;
+/// Pieces read ahead.
+const AHEAD: usize = 4;
 /// Sectors of a stretch that is asked for at once.
 const ASK_SECTORS: u64 = (1 << 30) / SECTOR_BYTES;
 
@@ -15,30 +22,56 @@ pub struct Piece {
     pub sector: u64,
     pub count: u64,
     /// The bytes, or `None`: all zeros.
-    pub bytes: Option<Vec<u8>>,
+    pub bytes: Option<Buffer>,
+}
+
+/// A piece in its turn, whose bytes may still be under way.
+struct Awaited {
+    sector: u64,
+    count: u64,
+    bytes: Option<Buffer>,
+    under_way: bool,
 }
 
 /// The pieces of a disk, in order, without gaps.
 pub struct Flow {
-    engine: Engine,
+    flight: Flight,
+    /// What was asked for and not handed out, in order.
+    ahead: VecDeque<Awaited>,
     sector: u64,
     end: u64,
     /// Sectors from `sector` on that are known to be zeros.
     zeros: u64,
+    spares: Vec<Buffer>,
 }
 
 impl Flow {
     /// From the disk's start to `end` sectors.
     pub fn new(engine: Engine, end: u64) -> Flow {
-        Flow { engine, sector: 0, end, zeros: 0 }
+        let flight = Flight::new(engine, AHEAD);
+        let (ahead, spares) = (VecDeque::new(), Vec::new());
+        Flow { flight, ahead, sector: 0, end, zeros: 0, spares }
     }
 
     /// The next piece; `spare` is a buffer to use again. Pieces of data end at multiples of
     /// their size, so that they cover whole clusters.
-    pub fn next(&mut self, spare: Option<Vec<u8>>) -> Result<Option<Piece>, Fault> {
-        if self.sector == self.end {
-            return Ok(None);
+    pub fn next(&mut self, spare: Option<Buffer>) -> Result<Option<Piece>, Fault> {
+        self.spares.extend(spare);
+        while self.ahead.len() < AHEAD && self.sector < self.end {
+            self.ask()?;
         }
+        while self.ahead.front().is_some_and(|piece| piece.under_way) {
+            let read = self.flight.next_read()?.expect("the piece is under way");
+            let at = self.ahead.iter().position(|piece| piece.sector == read.tag);
+            let piece = &mut self.ahead[at.expect("it was asked for")];
+            (piece.bytes, piece.under_way) = (Some(read.bytes), false);
+        }
+        let piece = self.ahead.pop_front();
+        Ok(piece.map(|Awaited { sector, count, bytes, .. }| Piece { sector, count, bytes }))
+    }
+
+    /// Asks for one more piece.
+    fn ask(&mut self) -> Result<(), Fault> {
         if self.zeros == 0 {
             self.zeros = self.zero_run()?;
         }
@@ -46,15 +79,19 @@ impl Flow {
         if self.zeros > 0 {
             let count = std::mem::take(&mut self.zeros);
             self.sector += count;
-            return Ok(Some(Piece { sector, count, bytes: None }));
+            self.ahead.push_back(Awaited { sector, count, bytes: None, under_way: false });
+            return Ok(());
         }
         let whole = PIECE_BYTES as u64 / SECTOR_BYTES;
         let count = (whole - sector % whole).min(self.end - sector);
-        let mut bytes = spare.unwrap_or_default();
-        bytes.resize((count * SECTOR_BYTES) as usize, 0);
-        self.engine.read(sector, &mut bytes)?;
+        let len = (count * SECTOR_BYTES) as usize;
+        let spare = self.spares.pop().map(|spare| spare.with_len(len));
+        let buffer = spare.unwrap_or_else(|| Buffer::new(len));
+        let bytes = self.flight.read(sector, sector, buffer)?;
         self.sector += count;
-        Ok(Some(Piece { sector, count, bytes: Some(bytes) }))
+        let under_way = bytes.is_none();
+        self.ahead.push_back(Awaited { sector, count, bytes, under_way });
+        Ok(())
     }
 
     /// How many sectors from here on are zeros for certain, as far as maps and holes tell.
@@ -63,10 +100,13 @@ impl Flow {
         while self.sector + run < self.end {
             let at = self.sector + run;
             let range = SectorRange::new(at, (self.end - at).min(ASK_SECTORS));
-            let extent = self.engine.map(range)?;
+            let extent = match self.flight.engine().drive(|image| image.map_apart(range))? {
+                Apart::Extent(extent) => extent,
+                Apart::Packed { .. } => break,
+            };
             match extent.place {
                 Place::Zero => run += extent.sectors,
-                Place::Memory { .. } => break,
+                Place::Memory { .. } => panic!("clusters are left packed"),
                 Place::File { file, offset } => {
                     let hole = self.hole(file, offset, extent.sectors)?;
                     run += hole;
@@ -80,13 +120,19 @@ impl Flow {
     }
 
     /// Sectors of a hole at `offset`; stretches too short to gain by asking count as data.
-    fn hole(&self, file: platter_image::FileNo, offset: u64, sectors: u64) -> Result<u64, Fault> {
+    fn hole(
+        &mut self,
+        file: platter_image::FileNo,
+        offset: u64,
+        sectors: u64,
+    ) -> Result<u64, Fault> {
         let len = sectors * SECTOR_BYTES;
         if len < PIECE_BYTES as u64 {
             return Ok(0);
         }
-        let data = self.engine.medium(file).data_after(offset, offset + len);
-        let data = data.map_err(|e| Fault::io(self.engine.path(file), "look for holes", e))?;
+        let engine = self.flight.engine();
+        let data = engine.medium(file).data_after(offset, offset + len);
+        let data = data.map_err(|e| Fault::io(engine.path(file), "look for holes", e))?;
         Ok(data.map_or(sectors, |(start, _)| (start - offset) / SECTOR_BYTES))
     }
 }

@@ -2,11 +2,14 @@
 //! the `platter` command is made of. It holds no parser of its own.
 #![forbid(unsafe_code)]
 
+pub mod buffer;
 pub mod cli;
 pub mod create;
 pub mod engine;
 mod fault;
+pub mod flight;
 pub mod flow;
 pub mod medium;
+mod pool;
 
 pub use fault::{Cause, Fault};

@@ -6,18 +6,24 @@
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, IoSliceMut};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use platter_image::{Access, FileInfo};
 use rustix::fs::{FallocateFlags, SeekFrom};
+use rustix::io::{ReadWriteFlags, preadv2};
 
 /// One file of an image.
 pub trait Medium: Send + Sync {
     /// Reads `into.len()` bytes; what lies beyond the end of the file reads as zeros.
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()>;
+
+    /// Reads if that needs no waiting for a disk; false if it does, or none can tell.
+    fn read_cached(&self, _offset: u64, _into: &mut [u8]) -> bool {
+        false
+    }
 
     /// Writes all of `bytes`, growing the file when they end beyond it.
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
@@ -114,6 +120,13 @@ impl Medium for Disk {
         Ok(())
     }
 
+    fn read_cached(&self, offset: u64, into: &mut [u8]) -> bool {
+        let len = into.len();
+        let mut slices = [IoSliceMut::new(into)];
+        let read = preadv2(&self.file, &mut slices, offset, ReadWriteFlags::NOWAIT);
+        read.is_ok_and(|count| count == len)
+    }
+
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         self.file.write_all_at(bytes, offset)
     }
@@ -145,7 +158,8 @@ impl Medium for Disk {
         let old = self.len()?;
         let inside = old.saturating_sub(offset).min(len);
         if offset + len > old {
-            self.file.set_len(offset + len)?;
+            // Not by setting the length: another thread may have grown the file further.
+            self.write_at(offset + len - 1, &[0])?;
         }
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         if inside == 0 || rustix::fs::fallocate(&self.file, flags, offset, inside).is_ok() {

@@ -2,6 +2,7 @@
 //! takes is printed the same way.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args;
@@ -10,8 +11,10 @@ use serde_json::json;
 
 use super::common::{self, Failure, OpenFlags, Outcome, OutputFlags};
 use super::size;
+use crate::buffer::Buffer;
 use crate::engine::Engine;
 use crate::fault::Fault;
+use crate::flight::{DEPTH_MAX, Flight};
 
 /// Measure reads or writes of one size
 #[derive(Args)]
@@ -22,6 +25,9 @@ pub struct Bench {
     /// Requests to make
     #[arg(short, value_name = "COUNT", default_value = "75000")]
     count: u64,
+    /// Requests in flight at once
+    #[arg(short, long, value_name = "DEPTH", default_value = "64")]
+    depth: usize,
     /// Bytes in a request
     #[arg(short = 's', value_name = "SIZE", value_parser = size::parse, default_value = "4k")]
     buffer: u64,
@@ -57,19 +63,28 @@ impl Bench {
             common::open(&self.file, self.format.as_deref(), access, &self.open)?.engine;
         let step = self.step.unwrap_or(self.buffer);
         let bytes = common::disk_bytes(&mut engine);
-        let whole = |value: u64| value % SECTOR_BYTES == 0;
+        let whole = |value: u64| value.is_multiple_of(SECTOR_BYTES);
         if self.buffer == 0 || !whole(self.buffer) || !whole(step) || !whole(self.offset) {
             return Err(Failure::new("-s, -S and -o take multiples of 512"));
         }
         if self.buffer > 1 << 30 || self.buffer > bytes || self.offset > bytes - self.buffer {
             return Err(Failure::new("the first request would end beyond the disk"));
         }
+        if self.depth == 0 || self.depth > DEPTH_MAX {
+            return Err(Failure::new(format!("-d takes 1 to {DEPTH_MAX}")));
+        }
+        let told = |fault| common::in_folder(&self.file, fault);
+        let mut flight = Flight::new(engine, self.depth);
+        let places = self.places(step, bytes);
         let start = Instant::now();
-        let done = self.requests(&mut engine, step, bytes);
-        done.map_err(|fault| common::in_folder(&self.file, fault))?;
+        let done = match self.write {
+            true => self.writes(&mut flight, places),
+            false => self.reads(&mut flight, places),
+        };
+        done.map_err(told)?;
         let seconds = start.elapsed().as_secs_f64();
         if self.write {
-            engine.close().map_err(|fault| common::in_folder(&self.file, fault))?;
+            flight.settle().and_then(Engine::finish).map_err(told)?;
         }
         if self.output.json() {
             common::print_json(&json!({
@@ -84,32 +99,52 @@ impl Bench {
         Ok(0)
     }
 
-    fn requests(&self, engine: &mut Engine, step: u64, bytes: u64) -> Result<(), Fault> {
-        let mut buffer = vec![self.pattern; self.buffer as usize];
+    /// The places of the requests, in bytes.
+    fn places(&self, step: u64, bytes: u64) -> impl Iterator<Item = u64> {
         let places = (bytes - self.buffer) / self.buffer + 1;
-        let mut state = self.random.unwrap_or(0);
-        let mut at = self.offset;
-        for number in 1..=self.count {
-            if self.random.is_some() {
+        let (buffer, random) = (self.buffer, self.random);
+        let mut state = random.unwrap_or(0);
+        let mut next = self.offset;
+        (1..=self.count).map(move |number| {
+            if random.is_some() {
                 // xorshift-multiply steps: a place by chance is all that is wanted.
                 state = (state ^ number).wrapping_mul(0x9e37_79b9_7f4a_7c15);
                 state ^= state >> 29;
-                at = state % places * self.buffer;
+                return state % places * buffer;
             }
-            let sector = at / SECTOR_BYTES;
-            match self.write {
-                true => engine.write(sector, &buffer)?,
-                false => engine.read(sector, &mut buffer)?,
-            }
-            if self.write && self.flush_interval > 0 && number % self.flush_interval == 0 {
-                engine.flush()?;
-            }
+            let at = next;
             // As qemu-img bench goes on past the end: the rest counts from the start.
-            at = (at + step % bytes) % bytes;
-            if at > bytes - self.buffer {
-                at = 0;
+            next = (next + step % bytes) % bytes;
+            if next > bytes - buffer {
+                next = 0;
+            }
+            at
+        })
+    }
+
+    fn reads(&self, flight: &mut Flight, places: impl Iterator<Item = u64>) -> Result<(), Fault> {
+        let mut spares: Vec<Buffer> = Vec::new();
+        for (at, number) in places.zip(0..) {
+            while !flight.has_room() {
+                spares.extend(flight.next_read()?.map(|read| read.bytes));
+            }
+            let buffer = spares.pop().unwrap_or_else(|| Buffer::new(self.buffer as usize));
+            spares.extend(flight.read(number, at / SECTOR_BYTES, buffer)?);
+        }
+        while flight.next_read()?.is_some() {}
+        Ok(())
+    }
+
+    fn writes(&self, flight: &mut Flight, places: impl Iterator<Item = u64>) -> Result<(), Fault> {
+        let mut buffer = Buffer::new(self.buffer as usize);
+        buffer.fill(self.pattern);
+        let buffer = Arc::new(buffer);
+        for (at, number) in places.zip(1..) {
+            flight.write(at / SECTOR_BYTES, &buffer, (0, buffer.len()))?;
+            if self.flush_interval > 0 && number % self.flush_interval == 0 {
+                flight.settle()?.flush()?;
             }
         }
-        if self.write { engine.flush() } else { Ok(()) }
+        flight.settle()?.flush()
     }
 }

@@ -1,7 +1,9 @@
 //! `platter convert`: one image into another. A reader and a writer run side by side; zeros and
 //! holes are left out.
 
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 
@@ -12,12 +14,16 @@ use platter_image::{Access, CreateParams, Format, SECTOR_BYTES};
 use super::common::{self, Failure, OpenFlags, Outcome};
 use super::create::{Base, FormatOptions, NewImage};
 use super::{size, stream};
+use crate::buffer::Buffer;
 use crate::engine::Engine;
 use crate::fault::Fault;
+use crate::flight::Flight;
 use crate::flow::{Flow, Piece, data_runs};
 
 /// Pieces under way between reader and writer.
 const PIECES_MAX: usize = 4;
+/// Writes in flight.
+const WRITES_MAX: usize = 8;
 
 /// Turn an image into another
 #[derive(Args)]
@@ -138,13 +144,15 @@ impl Convert {
         let target = common::open(&self.target, format, Access::ReadWrite, &self.open)?;
         let mut writer = target.engine;
         writer.hurry();
+        let mut flight = Flight::new(writer, WRITES_MAX);
         let quiet = self.quiet && !self.progress;
         let bar = common::progress(sectors * SECTOR_BYTES, "converting", quiet);
         let (full_tx, full_rx) = sync_channel(PIECES_MAX);
         let (spare_tx, spare_rx) = sync_channel(PIECES_MAX);
         let result = thread::scope(|scope| {
             let reading = scope.spawn(move || read_all(reader, sectors, &full_tx, &spare_rx));
-            let mut sink = Sink { engine: &mut writer, grain: self.sparse, has_base, bar: &bar };
+            let (grain, used) = (self.sparse, VecDeque::new());
+            let mut sink = Sink { flight: &mut flight, grain, has_base, bar: &bar, used };
             let written = sink.write_all(&full_rx, &spare_tx);
             drop((full_rx, spare_tx));
             let read = reading.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
@@ -153,7 +161,8 @@ impl Convert {
         });
         bar.finish_and_clear();
         result?;
-        writer.close().map_err(|fault| common::in_folder(&self.target, fault))?;
+        let closed = flight.settle().and_then(Engine::finish);
+        closed.map_err(|fault| common::in_folder(&self.target, fault))?;
         Ok(0)
     }
 }
@@ -170,7 +179,7 @@ fn read_all(
     engine: Engine,
     sectors: u64,
     pieces: &SyncSender<Piece>,
-    spares: &Receiver<Vec<u8>>,
+    spares: &Receiver<Buffer>,
 ) -> Result<(), Fault> {
     let mut flow = Flow::new(engine, sectors);
     while let Some(piece) = flow.next(spares.try_recv().ok())? {
@@ -182,52 +191,61 @@ fn read_all(
 }
 
 struct Sink<'a> {
-    engine: &'a mut Engine,
+    flight: &'a mut Flight,
     /// Zeros at least so long are left out; 0: none.
     grain: u64,
     /// The target shows a base where it holds nothing: zeros must be written.
     has_base: bool,
     bar: &'a ProgressBar,
+    /// Buffers that are being written, the oldest first.
+    used: VecDeque<Arc<Buffer>>,
 }
 
 impl Sink<'_> {
     fn write_all(
         &mut self,
         pieces: &Receiver<Piece>,
-        spares: &SyncSender<Vec<u8>>,
+        spares: &SyncSender<Buffer>,
     ) -> Result<(), Fault> {
         while let Ok(piece) = pieces.recv() {
             let count = piece.count;
-            if let Some(bytes) = self.write(piece)? {
-                // A full pool is as good.
-                let _ = spares.try_send(bytes);
+            self.write(piece)?;
+            while let Some(buffer) = self.used.pop_front() {
+                match Arc::try_unwrap(buffer) {
+                    // A full pool is as good.
+                    Ok(buffer) => drop(spares.try_send(buffer)),
+                    Err(busy) => {
+                        self.used.push_front(busy);
+                        break;
+                    }
+                }
             }
             self.bar.inc(count * SECTOR_BYTES);
         }
         Ok(())
     }
 
-    fn write(&mut self, piece: Piece) -> Result<Option<Vec<u8>>, Fault> {
+    fn write(&mut self, piece: Piece) -> Result<(), Fault> {
         let Piece { sector, count, bytes } = piece;
         let Some(bytes) = bytes else {
             if self.has_base || self.grain == 0 {
-                self.engine.write_zeroes(sector, count)?;
+                self.flight.settle()?.write_zeroes(sector, count)?;
             }
-            return Ok(None);
+            return Ok(());
         };
+        let bytes = Arc::new(bytes);
+        self.used.push_back(Arc::clone(&bytes));
         if self.grain == 0 {
-            self.engine.write(sector, &bytes)?;
-            return Ok(Some(bytes));
+            return self.flight.write(sector, &bytes, (0, bytes.len()));
         }
         let mut done = 0;
         for (start, len) in data_runs(&bytes, self.grain as usize) {
             self.gap(sector, done, start)?;
             let at = sector + start as u64 / SECTOR_BYTES;
-            self.engine.write(at, &bytes[start..start + len])?;
+            self.flight.write(at, &bytes, (start, start + len))?;
             done = start + len;
         }
-        self.gap(sector, done, bytes.len())?;
-        Ok(Some(bytes))
+        self.gap(sector, done, bytes.len())
     }
 
     /// Zeros from byte `from` to `to` of a piece.
@@ -236,6 +254,6 @@ impl Sink<'_> {
             return Ok(());
         }
         let at = sector + from as u64 / SECTOR_BYTES;
-        self.engine.write_zeroes(at, (to - from) as u64 / SECTOR_BYTES)
+        self.flight.settle()?.write_zeroes(at, (to - from) as u64 / SECTOR_BYTES)
     }
 }

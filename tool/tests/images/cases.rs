@@ -217,7 +217,8 @@ impl Case {
 
     /// The case's image, made once in this process.
     pub fn build(&self) -> Arc<Built> {
-        static CACHE: OnceLock<Mutex<HashMap<&str, Arc<OnceLock<Arc<Built>>>>>> = OnceLock::new();
+        type Slot = Arc<OnceLock<Arc<Built>>>;
+        static CACHE: OnceLock<Mutex<HashMap<&str, Slot>>> = OnceLock::new();
         let cache = CACHE.get_or_init(Mutex::default);
         let slot = {
             let mut cache = cache.lock().expect("nothing can fail while it is held");

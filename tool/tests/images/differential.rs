@@ -6,9 +6,12 @@
 //! write: see the second-opinion scripts), and crashes (see powercut).
 
 use std::panic::catch_unwind;
+use std::sync::Arc;
 
 use platter_image::Access;
+use platter_tool::buffer::Buffer;
 use platter_tool::engine::Engine;
+use platter_tool::flight::Flight;
 use platter_tool::medium::DiskFolder;
 
 use crate::cases::{Built, Case, Check, Scratch, chosen};
@@ -39,23 +42,30 @@ fn pick_steps(rng: &mut Rng, case: &Case, sectors: u64, first_pattern: u8) -> Ve
     steps.collect()
 }
 
-/// By platter.
+/// By platter, every second seed with several writes in flight.
 fn by_platter(case: &Case, scratch: &Scratch, top: &str, steps: &[Step], seed: u64) {
     let folder = DiskFolder::new(&scratch.path);
     let options = seed_options(case, seed, Access::ReadWrite);
     let engine = Engine::open(&folder, top, options);
-    let mut engine = engine.unwrap_or_else(|fault| panic!("opening: {fault}"));
+    let engine = engine.unwrap_or_else(|fault| panic!("opening: {fault}"));
+    let mut flight = Flight::new(engine, if seed.is_multiple_of(2) { 5 } else { 1 });
     for step in steps {
         let Step { kind, sector, count, pattern } = *step;
         let result = match kind {
-            Kind::Write => engine.write(sector, &vec![pattern; count as usize * SECTOR]),
-            Kind::Zero => engine.write_zeroes(sector, count),
-            Kind::Discard => engine.discard(sector, count),
-            Kind::Flush | Kind::Reopen => engine.flush(),
+            Kind::Write => {
+                let mut bytes = Buffer::new(count as usize * SECTOR);
+                bytes.fill(pattern);
+                let len = bytes.len();
+                flight.write(sector, &Arc::new(bytes), (0, len))
+            }
+            Kind::Zero => flight.settle().and_then(|engine| engine.write_zeroes(sector, count)),
+            Kind::Discard => flight.settle().and_then(|engine| engine.discard(sector, count)),
+            Kind::Flush | Kind::Reopen => flight.settle().and_then(Engine::flush),
         };
         result.unwrap_or_else(|fault| panic!("{kind:?} {sector}+{count}: {fault}"));
     }
-    engine.close().unwrap_or_else(|fault| panic!("closing: {fault}"));
+    let closed = flight.settle().and_then(Engine::finish);
+    closed.unwrap_or_else(|fault| panic!("closing: {fault}"));
 }
 
 /// By QEMU, in one process.
@@ -76,7 +86,7 @@ fn by_qemu(case: &Case, scratch: &Scratch, top: &str, steps: &[Step]) {
     scratch.qemu_io(case.qemu, top, &commands);
 }
 
-/// The disk's bytes as platter reads them.
+/// The disk's bytes as platter reads them, one request at a time and many at once.
 fn read_by_platter(case: &Case, scratch: &Scratch, top: &str) -> Vec<u8> {
     let folder = DiskFolder::new(&scratch.path);
     let engine = Engine::open(&folder, top, seed_options(case, 1, Access::ReadOnly));
@@ -84,6 +94,27 @@ fn read_by_platter(case: &Case, scratch: &Scratch, top: &str) -> Vec<u8> {
     let mut bytes = vec![0xee; engine.sectors() as usize * SECTOR];
     engine.read(0, &mut bytes).unwrap_or_else(|fault| panic!("reading: {fault}"));
     check(&mut engine, false, "of a closed image");
+    // Not a multiple of any cluster, so that most requests cover parts of several.
+    let piece = 75 * SECTOR;
+    let mut flight = Flight::new(engine, 8);
+    let hold = |tag: u64, read: &[u8]| {
+        let at = tag as usize * piece;
+        assert!(bytes[at..at + read.len()] == *read, "piece {tag} reads differently in flight");
+    };
+    for (tag, wanted) in bytes.chunks(piece).enumerate() {
+        while !flight.has_room() {
+            let read = flight.next_read().expect("reading").expect("there is no room");
+            hold(read.tag, &read.bytes);
+        }
+        let (tag, sector) = (tag as u64, (tag * piece / SECTOR) as u64);
+        let read = flight.read(tag, sector, Buffer::new(wanted.len()));
+        if let Some(read) = read.expect("reading") {
+            hold(tag, &read);
+        }
+    }
+    while let Some(read) = flight.next_read().expect("reading") {
+        hold(read.tag, &read.bytes);
+    }
     bytes
 }
 

@@ -1,0 +1,309 @@
+//! Many requests of one image in flight: this thread alone asks the planner, a pool moves and
+//! unpacks the bytes.
+//!
+//! Order guarded: a plan's preludes are done before its bytes go out, and it is committed after
+//! they are written; a flush covers what was written before it, since all answers are taken
+//! first. Reads and writes are never in flight together (asserted): a mapping that was read
+//! would have to be held against what is written meanwhile.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use platter_image::{
+    Apart, Decoders, FileNo, Image, PLANS_MAX, PackedCluster, Place, Prepared, SECTOR_BYTES,
+    SectorRange, Step, Stop,
+};
+
+use crate::buffer::Buffer;
+use crate::engine::{Carried, Engine};
+use crate::fault::{Cause, Fault};
+use crate::medium::Medium;
+use crate::pool::Pool;
+
+/// Requests in flight at most: the plans that an image has room for.
+pub const DEPTH_MAX: usize = PLANS_MAX;
+/// Threads at most: a few for each processor, and room for those that wait for a disk.
+const THREADS_MAX: usize = 16;
+/// Up to so many bytes are read at once when the page cache has them: less than it costs to
+/// have another thread do it.
+const AT_ONCE_BYTES: usize = 64 << 10;
+
+/// A read that is done, by the tag it was asked with.
+pub struct Read {
+    pub tag: u64,
+    pub bytes: Buffer,
+}
+
+enum Answer {
+    Read { tag: u64, bytes: Buffer, result: Result<(), (FileNo, Cause)> },
+    Wrote { prepared: Prepared, file: FileNo, result: std::io::Result<()> },
+}
+
+/// A part of a read: where so many bytes come from.
+enum Part {
+    Zero,
+    File {
+        file: FileNo,
+        medium: Arc<dyn Medium>,
+        offset: u64,
+    },
+    Packed {
+        medium: Arc<dyn Medium>,
+        cluster: PackedCluster,
+    },
+    /// They are in the buffer already.
+    There,
+}
+
+pub struct Flight {
+    engine: Engine,
+    pool: Pool<Answer>,
+    depth: usize,
+    reads: VecDeque<Read>,
+    /// The first write that failed since the last time one was told.
+    failed: Option<Fault>,
+    writing: bool,
+    /// Where a read would go on from the one before.
+    next_sector: u64,
+}
+
+impl Flight {
+    /// Up to `depth` requests of `engine` in flight.
+    pub fn new(engine: Engine, depth: usize) -> Flight {
+        let depth = depth.clamp(1, DEPTH_MAX);
+        let pool = Pool::new(depth.min(THREADS_MAX));
+        let (reads, failed) = (VecDeque::new(), None);
+        Flight { engine, pool, depth, reads, failed, writing: false, next_sector: 0 }
+    }
+
+    /// The engine, with nothing in flight.
+    pub fn settle(&mut self) -> Result<&mut Engine, Fault> {
+        while self.pool.out() > 0 {
+            self.collect(self.pool.out())?;
+        }
+        match self.failed.take() {
+            Some(fault) => Err(fault),
+            None => Ok(&mut self.engine),
+        }
+    }
+
+    /// The engine for questions that change nothing.
+    pub fn engine(&mut self) -> &mut Engine {
+        &mut self.engine
+    }
+
+    /// Room for another request?
+    pub fn has_room(&self) -> bool {
+        self.pool.out() < self.depth
+    }
+
+    /// Reads from `sector` on. The bytes come back at once if that is quick, else later by
+    /// [`Flight::next_read`].
+    pub fn read(
+        &mut self,
+        tag: u64,
+        sector: u64,
+        mut bytes: Buffer,
+    ) -> Result<Option<Buffer>, Fault> {
+        assert!(!self.writing || self.pool.out() == 0, "reads and writes do not mix");
+        self.writing = false;
+        let mut parts = Vec::new();
+        let sequential = sector == self.next_sector;
+        let mut at = 0;
+        while at < bytes.len() {
+            let start = sector + at as u64 / SECTOR_BYTES;
+            let range = SectorRange::new(start, (bytes.len() - at) as u64 / SECTOR_BYTES);
+            let apart = self.engine.drive(|image| image.map_apart(range))?;
+            let (len, part) = self.part(apart);
+            let cluster = match &part {
+                Part::Packed { cluster, .. } => cluster.unpacked_bytes(),
+                _ => 0,
+            };
+            let part = if sequential && len < cluster {
+                // The engine keeps the cluster for the requests that want the rest of it.
+                self.engine.read(start, &mut bytes[at..at + len])?;
+                Part::There
+            } else {
+                part
+            };
+            parts.push((len, part));
+            at += len;
+        }
+        self.next_sector = sector + bytes.len() as u64 / SECTOR_BYTES;
+        if bytes.len() <= AT_ONCE_BYTES && read_at_once(&parts, &mut bytes) {
+            return Ok(Some(bytes));
+        }
+        self.pool.submit(move |decoders| {
+            let result = read_parts(&parts, decoders, &mut bytes);
+            Answer::Read { tag, bytes, result }
+        });
+        Ok(None)
+    }
+
+    fn part(&self, apart: Apart) -> (usize, Part) {
+        match apart {
+            Apart::Extent(extent) => {
+                let part = match extent.place {
+                    Place::File { file, offset } => {
+                        Part::File { file, medium: self.engine.medium(file), offset }
+                    }
+                    Place::Zero => Part::Zero,
+                    Place::Memory { .. } => panic!("clusters are left packed"),
+                };
+                ((extent.sectors * SECTOR_BYTES) as usize, part)
+            }
+            Apart::Packed { sectors, cluster } => {
+                let medium = self.engine.medium(cluster.file());
+                ((sectors * SECTOR_BYTES) as usize, Part::Packed { medium, cluster })
+            }
+        }
+    }
+
+    /// The next read that is done, `None` when none is in flight.
+    pub fn next_read(&mut self) -> Result<Option<Read>, Fault> {
+        while self.reads.is_empty() && self.pool.out() > 0 {
+            self.collect(1)?;
+        }
+        Ok(self.reads.pop_front())
+    }
+
+    /// Writes bytes `from` to `to` of a buffer from `sector` on. A failure may be told by a
+    /// later call; [`Flight::settle`] tells the last.
+    pub fn write(
+        &mut self,
+        sector: u64,
+        bytes: &Arc<Buffer>,
+        (from, to): (usize, usize),
+    ) -> Result<(), Fault> {
+        assert!(self.writing || self.pool.out() == 0, "reads and writes do not mix");
+        self.writing = true;
+        let mut at = from;
+        while at < to {
+            while !self.has_room() {
+                // Woken for several at once: each wake costs as much as a small write.
+                self.collect(1 + self.depth / 4)?;
+            }
+            if let Some(fault) = self.failed.take() {
+                return Err(fault);
+            }
+            let start = sector + (at - from) as u64 / SECTOR_BYTES;
+            let range = SectorRange::new(start, (to - at) as u64 / SECTOR_BYTES);
+            let plan = self.ask(|image| image.prepare_write(range))?;
+            let end = at + (plan.sectors * SECTOR_BYTES) as usize;
+            let carried = match self.engine.carry(&plan, start, &bytes[at..end]) {
+                Ok(carried) => carried,
+                Err(fault) => {
+                    self.engine.image().abandon(plan.prepared);
+                    return Err(fault);
+                }
+            };
+            let (prepared, file) = (plan.prepared, plan.file);
+            let (medium, bytes, span) = (self.engine.medium(file), Arc::clone(bytes), at..end);
+            self.pool.submit(move |_| {
+                let result = match &carried {
+                    Carried::Plain { offset } => medium.write_at(*offset, &bytes[span]),
+                    Carried::Whole { offset, bytes } => medium.write_at(*offset, bytes),
+                };
+                Answer::Wrote { prepared, file, result }
+            });
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Calls a planner until it answers; what it waits for are our own plans.
+    fn ask<T>(&mut self, mut call: impl FnMut(&mut Image) -> Step<T>) -> Result<T, Fault> {
+        loop {
+            let answer = self.engine.drive(|image| match call(image) {
+                Err(Stop::Busy) => Ok(None),
+                Err(stop) => Err(stop),
+                Ok(answer) => Ok(Some(answer)),
+            });
+            match answer? {
+                Some(answer) => return Ok(answer),
+                None => {
+                    assert!(self.pool.out() > 0, "a planner waits, with nothing in flight");
+                    self.collect(1)?;
+                }
+            }
+        }
+    }
+
+    /// Takes answers: at least so many, or all that are out.
+    fn collect(&mut self, at_least: usize) -> Result<(), Fault> {
+        let mut failed = None;
+        for answer in self.pool.take(at_least.min(self.pool.out())) {
+            match answer {
+                Answer::Read { tag, bytes, result: Ok(()) } => {
+                    self.reads.push_back(Read { tag, bytes });
+                }
+                Answer::Read { result: Err((file, cause)), .. } => {
+                    let file = String::from(self.engine.path(file));
+                    failed = Some(Fault { file, cause });
+                }
+                Answer::Wrote { prepared, result: Ok(()), .. } => {
+                    self.engine.image().commit(prepared);
+                }
+                Answer::Wrote { prepared, file, result: Err(error) } => {
+                    self.engine.image().abandon(prepared);
+                    let fault = Fault::io(self.engine.path(file), "write", error);
+                    self.failed.get_or_insert(fault);
+                }
+            }
+        }
+        failed.map_or(Ok(()), Err)
+    }
+}
+
+/// Reads what needs no waiting; false if something does.
+fn read_at_once(parts: &[(usize, Part)], bytes: &mut [u8]) -> bool {
+    let mut at = 0;
+    for (len, part) in parts {
+        let into = &mut bytes[at..at + len];
+        match part {
+            Part::Zero => into.fill(0),
+            Part::There => {}
+            Part::File { medium, offset, .. } if medium.read_cached(*offset, into) => {}
+            _ => return false,
+        }
+        at += len;
+    }
+    true
+}
+
+fn read_parts(
+    parts: &[(usize, Part)],
+    decoders: &mut Decoders,
+    bytes: &mut [u8],
+) -> Result<(), (FileNo, Cause)> {
+    let io = |error| Cause::Io { doing: "read", error };
+    let mut at = 0;
+    for (len, part) in parts {
+        let into = &mut bytes[at..at + len];
+        match part {
+            Part::Zero => into.fill(0),
+            Part::There => {}
+            Part::File { file, medium, offset } => {
+                medium.read_at(*offset, into).map_err(|error| (*file, io(error)))?;
+            }
+            Part::Packed { medium, cluster } => {
+                let file = cluster.file();
+                let (offset, len) = cluster.stretch();
+                let mut stretch = vec![0; len];
+                medium.read_at(offset, &mut stretch).map_err(|error| (file, io(error)))?;
+                let whole = into.len() == cluster.unpacked_bytes();
+                let unpacked = if whole {
+                    cluster.unpack(decoders, &stretch, into)
+                } else {
+                    let mut all = vec![0; cluster.unpacked_bytes()];
+                    let unpacked = cluster.unpack(decoders, &stretch, &mut all);
+                    into.copy_from_slice(&all[cluster.skip()..][..into.len()]);
+                    unpacked
+                };
+                unpacked.map_err(|fault| (file, Cause::Image(fault)))?;
+            }
+        }
+        at += len;
+    }
+    Ok(())
+}
