@@ -294,8 +294,20 @@ fn writes(folder: &RamFolder) -> usize {
     folder.events().iter().filter(|e| matches!(e, Event::Write { .. })).count()
 }
 
+/// Nothing was written but the corrupt bit in the header, durable at once.
+fn marked(folder: &RamFolder, before: &[u8]) {
+    let mut header = before[..512].to_vec();
+    header[79] |= 2;
+    let events = folder.events();
+    let good = |e: &Event| matches!(e, Event::Write { offset: 0, bytes, .. } if *bytes == header);
+    let written = events.iter().position(|e| matches!(e, Event::Write { .. })).expect("a mark");
+    assert!(good(&events[written]) && writes(folder) == 1, "{events:?}");
+    assert!(matches!(events[written + 1..], [Event::Sync { .. }, ..]));
+}
+
 /// CVE-2008-0928 and overlapping metadata: entries that name the header, tables, or space far
-/// beyond the file. Reads give an error or zeros; writes and discards change nothing.
+/// beyond the file. Reads give an error or zeros; writes and discards change nothing, but that
+/// the image is marked corrupt.
 #[test]
 fn entries_that_name_metadata_or_nowhere_do_no_harm() {
     let image = known();
@@ -305,26 +317,27 @@ fn entries_that_name_metadata_or_nowhere_do_no_harm() {
         let mut bytes = image.bytes.clone();
         // Offset 0 with the flag means nothing without a data file: the next entry then.
         put64(&mut bytes, image.l2, if target == copied { target | 0x1 } else { target });
-        let (folder, mut engine) = served(bytes);
+        let (folder, mut engine) = served(bytes.clone());
         let mut sector = [0; 512];
         engine.read(0, &mut sector).unwrap();
         if target != copied {
             let fault = engine.write(0, &[9; 512]).unwrap_err().to_string();
             assert!(fault.contains("names metadata or space beyond the file"), "{fault}");
             assert!(engine.discard(0, 128).is_err());
-            assert_eq!(writes(&folder), 0);
+            marked(&folder, &bytes);
+            engine.read(0, &mut sector).unwrap();
         }
     }
     for word in [copied | 0x50200, 1 << 62, copied | 1 << 54] {
         let mut bytes = image.bytes.clone();
         put64(&mut bytes, image.l1, word);
-        let (folder, mut engine) = served(bytes);
+        let (folder, mut engine) = served(bytes.clone());
         let fault = engine.read(0, &mut [0; 512]);
         // An entry whose offset bits are 0 is an absent table.
         assert_eq!(fault.is_err(), word != 1 << 62);
         if word != 1 << 62 {
             assert!(engine.write(0, &[1; 512]).is_err());
-            assert_eq!(writes(&folder), 0);
+            marked(&folder, &bytes);
         }
     }
 }
@@ -353,9 +366,10 @@ fn refused_to_write(bytes: Vec<u8>, image: &Known) {
     let _ = engine.flush();
     let after = folder.bytes("a.qcow2").unwrap();
     let reftable = get64(&image.bytes, 48) as usize;
-    for table in [0..65536, l1..l1 + 8, reftable..reftable + 8] {
+    for table in [0..79, 80..65536, l1..l1 + 8, reftable..reftable + 8] {
         assert!(after[table.clone()] == image.bytes[table]);
     }
+    assert_eq!(after[79], image.bytes[79] | 2, "and it is marked corrupt");
     // The entry of the data written before is still in its place.
     assert_eq!(get64(&after, image.l2), get64(&image.bytes, image.l2));
 }
@@ -372,9 +386,86 @@ fn refcount_tables_that_lie_are_refused_when_they_are_used() {
         engine.write(0, &[8; 512]).unwrap();
         let fault = engine.write(1024, &[9; 512]).unwrap_err().to_string();
         assert!(fault.contains("a refcount table entry"), "{fault}");
-        let tables = |e: &Event| matches!(e, Event::Write { offset, .. } if *offset < 0x40000);
+        let tables = |e: &Event| matches!(e, Event::Write { offset: 512..0x40000, .. });
         assert!(!folder.events().iter().any(tables));
+        assert_eq!(folder.bytes("a.qcow2").unwrap()[79], 2, "marked corrupt");
     }
+}
+
+/// QEMU's overlap checks: a table that another one names, or an entry for guest data that names a
+/// table, is seen before it is written; the image is marked corrupt, as QEMU does, and says so
+/// to QEMU too.
+#[test]
+fn tables_are_not_written_over_by_data_or_each_other() {
+    let image = known();
+    let reftable = get64(&image.bytes, 48);
+    let copied = 1 << 63;
+    let (l2, block) = (image.l2 as u64, image.block as u64);
+    let data = get64(&image.bytes, image.l2) & !copied;
+    // (where, what is put there, the write that meets it, what it says)
+    let cases = [
+        (image.l2, copied | l2, 3, "names a table"),
+        (image.l2, copied | block, 3, "names a table"),
+        (image.l2 + 8, copied | l2, 130, "names a table"),
+        (image.l1, copied | reftable, 3, "an L1 entry that names metadata"),
+        (image.l1, copied | image.l1 as u64, 3, "an L1 entry that names metadata"),
+        (reftable as usize, reftable, 1024, "a refcount table entry that names metadata"),
+        (reftable as usize, image.l1 as u64, 1024, "a refcount table entry that names metadata"),
+    ];
+    for (at, word, sector, says) in cases {
+        let mut bytes = image.bytes.clone();
+        put64(&mut bytes, at, word);
+        let (folder, mut engine) = served(bytes.clone());
+        let fault = engine.write(sector, &[9; 512]).unwrap_err().to_string();
+        assert!(fault.contains(says), "{at:#x} {word:#x}: {fault}");
+        marked(&folder, &bytes);
+        let fault = engine.write(sector, &[9; 512]).unwrap_err().to_string();
+        assert!(fault.contains("marked corrupt"), "{fault}");
+        engine.close().unwrap();
+        marked(&folder, &bytes);
+        assert!(open(&folder, "a.qcow2", ro(Q)).image().info()[0].details.corrupt);
+    }
+    // A write of many clusters stops before the bad one.
+    let mut bytes = image.bytes.clone();
+    bytes.resize(data as usize + 3 * 65536, 0);
+    put64(&mut bytes, image.l2 + 8, copied | (data + 65536));
+    put64(&mut bytes, image.l2 + 16, copied | block);
+    let (folder, mut engine) = served(bytes);
+    assert!(engine.write(0, &[9; 3 * 65536]).is_err());
+    let after = folder.bytes("a.qcow2").unwrap();
+    assert!(after[data as usize..][..2 * 65536].iter().all(|&b| b == 9));
+    assert!(after[image.block..][..65536] == image.bytes[image.block..][..65536]);
+    let scratch = Scratch::new("qcow2-marked");
+    scratch.put("a.qcow2", &after);
+    assert!(scratch.ok("qemu-img", &["info", "a.qcow2"]).contains("corrupt: true"));
+    // Version 2 has no such bit: the refusal holds while it is open, and no field is touched.
+    let folder = RamFolder::new();
+    folder.put("a.qcow2", new(&[("compat", "0.10")], 20480));
+    let mut engine = open(&folder, "a.qcow2", rw(Q));
+    engine.write(0, &[7; 65536]).unwrap();
+    engine.close().unwrap();
+    let mut bytes = folder.bytes("a.qcow2").unwrap();
+    let l1 = get64(&bytes, 40) as usize;
+    put64(&mut bytes, l1, copied | reftable);
+    let (folder, mut engine) = served(bytes);
+    assert!(engine.write(0, &[9; 512]).unwrap_err().to_string().contains("names metadata"));
+    assert!(engine.write(0, &[9; 512]).unwrap_err().to_string().contains("marked corrupt"));
+    engine.close().unwrap();
+    assert_eq!(writes(&folder), 0);
+}
+
+/// A read that meets damage goes on refusing; the image is marked by the time it is closed.
+#[test]
+fn damage_that_a_read_met_is_marked_at_the_end() {
+    let image = known();
+    let mut bytes = image.bytes.clone();
+    put64(&mut bytes, image.l2, 1 << 63 | 0x50200);
+    let (folder, mut engine) = served(bytes.clone());
+    assert!(engine.read(0, &mut [0; 512]).is_err());
+    assert_eq!(writes(&folder), 0);
+    engine.read(1024, &mut [0; 512]).unwrap();
+    engine.close().unwrap();
+    marked(&folder, &bytes);
 }
 
 /// All L1 entries share one L2 table, and that table one cluster: work stays bounded by the

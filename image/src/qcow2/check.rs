@@ -552,7 +552,9 @@ impl Qcow2 {
         if c.params.repair == Repair::All && c.report.is_sound() && marked {
             let cleared = self.header.incompatible & !marks;
             let bytes = cleared.to_be_bytes();
-            ctx.meta.set(self.file, field::INCOMPATIBLE, &bytes, Phase::HEADER)?;
+            if self.kind.v3 {
+                ctx.meta.set(self.file, field::INCOMPATIBLE, &bytes, Phase::HEADER)?;
+            }
             self.header.incompatible = cleared;
         }
         Ok(())

@@ -30,6 +30,7 @@ impl Qcow2 {
         let unit = if self.kind.extended { self.subcluster_bytes() } else { self.cluster_bytes() };
         let l2 = self.l2(ctx, start)?;
         self.wait_for_l2(start, l2)?;
+        self.check_l2(start, l2)?;
         let Some(l2) = l2 else {
             // Nothing here: zeros already, unless a layer below says otherwise.
             let done = !zero || !self.has_backing();
@@ -53,7 +54,7 @@ impl Qcow2 {
                 break;
             }
             let before = punch;
-            let next = match self.discard_piece(ctx, at, done, end, zero, &mut punch) {
+            let next = match self.discard_piece(ctx, at, (start, done, end), zero, &mut punch) {
                 Ok(next) => next,
                 Err(_) if done > start => break,
                 Err(stop) => return Err(stop),
@@ -72,13 +73,12 @@ impl Qcow2 {
     }
 
     /// Lets go of guest bytes `done` to at most `end` within one cluster; gives where it got
-    /// to, `done` for nowhere.
+    /// to, `done` for nowhere. It reads nothing unless it is the first piece, at `start`.
     fn discard_piece(
         &mut self,
         ctx: &mut Ctx,
         at: u64,
-        done: u64,
-        end: u64,
+        (start, done, end): (u64, u64, u64),
         zero: bool,
         punch: &mut Punch,
     ) -> Step<u64> {
@@ -109,6 +109,12 @@ impl Qcow2 {
         };
         if let Cluster::Data { host, copied: true } = found {
             self.check_host(ctx, at, host, size)?;
+            if self.may_be_table(host) {
+                if done > start {
+                    return Ok(done);
+                }
+                self.check_data(ctx, host, 1)?;
+            }
             match punch {
                 Some((_, offset, len)) if *offset + *len == host => *len += size,
                 Some(_) => return Ok(done),

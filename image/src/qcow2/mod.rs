@@ -12,6 +12,7 @@ mod discard;
 mod entry;
 mod header;
 mod map;
+mod overlap;
 mod refcount;
 mod resize;
 mod snapshot;
@@ -25,7 +26,9 @@ use crate::fault::{FaultKind, ImageFault};
 use crate::files::Access;
 use crate::format::{AnyLayer, Ctx, Found, Layer, OpenedLayer, Parent};
 use crate::info::{Details, SnapshotInfo};
-use crate::types::{DiscardPlan, FileNo, ResizePlan, SECTOR_BYTES, SectorRange, Step, WritePlan};
+use crate::types::{
+    DiscardPlan, FileNo, ResizePlan, SECTOR_BYTES, SectorRange, Step, Stop, WritePlan,
+};
 
 use check::Checker;
 pub(crate) use create::create;
@@ -133,11 +136,13 @@ impl Layer for Qcow2 {
     }
 
     fn map(&mut self, ctx: &mut Ctx, range: SectorRange) -> Step<(Found, u64)> {
-        self.map_range(ctx, range)
+        let found = self.map_range(ctx, range);
+        self.note_damage(found)
     }
 
     fn prepare(&mut self, ctx: &mut Ctx, slot: u16, range: SectorRange) -> Step<WritePlan> {
-        self.prepare_range(ctx, slot, range)
+        let plan = self.prepare_range(ctx, slot, range);
+        self.changed(ctx, plan)
     }
 
     fn commit(&mut self, ctx: &mut Ctx, slot: u16) {
@@ -149,7 +154,8 @@ impl Layer for Qcow2 {
     }
 
     fn discard(&mut self, ctx: &mut Ctx, range: SectorRange, zero: bool) -> Step<DiscardPlan> {
-        self.discard_range(ctx, range, zero)
+        let plan = self.discard_range(ctx, range, zero);
+        self.changed(ctx, plan)
     }
 
     fn ready(&mut self, ctx: &mut Ctx) -> Step<()> {
@@ -157,6 +163,7 @@ impl Layer for Qcow2 {
             self.measure_snapshots(ctx)?;
             self.guard_tables();
             self.rebuild(ctx)?;
+            self.fill_filter(ctx)?;
         }
         Ok(())
     }
@@ -186,7 +193,14 @@ impl Layer for Qcow2 {
     }
 
     fn finish(&mut self, ctx: &mut Ctx) -> Step<()> {
-        self.finish_frees(ctx)
+        match self.writer.as_ref().is_some_and(|writer| writer.damage.is_some()) {
+            // It was told to whoever met it.
+            true => match self.mark_damage(ctx) {
+                Err(Stop::Fault(_)) => Ok(()),
+                other => other,
+            },
+            false => self.finish_frees(ctx),
+        }
     }
 
     fn unpacked_bytes(&self) -> u32 {

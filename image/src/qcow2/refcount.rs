@@ -13,7 +13,6 @@ use crate::meta::{BLOCK_BYTES, Phase};
 use crate::types::{Step, Stop};
 
 use super::Qcow2;
-use super::entry::OFFSET;
 use super::header::{REFTABLE_BYTES_MAX, field};
 
 /// Stretches of clusters waiting to be freed, per image.
@@ -21,10 +20,6 @@ pub(super) const FREES_MAX: usize = 512;
 /// Counts lowered in one step, and entries looked through for a hole in one step.
 const FREES_AT_ONCE: usize = 32;
 const SCAN_AT_ONCE: u64 = 2048;
-/// Entries of the L1 and the refcount table compared with a hole before it is used (ours: the
-/// tables of 4 TiB with clusters of 64 KiB; what larger ones name beyond that is not compared).
-const OVERLAP_ENTRIES_MAX: u64 = 8192;
-
 /// Clusters that lose a reference.
 #[derive(Clone, Copy, Debug, Default)]
 struct Free {
@@ -112,8 +107,6 @@ pub(super) struct Space {
     end: u64,
     /// First cluster after the file as it was opened: from there on all is ours.
     old_end: u64,
-    /// The run that is being compared with live tables, and entries compared.
-    compared: (Option<Run>, u64),
     /// Next cluster to look at for a hole, below `end`.
     hole: u64,
     /// The store is full up to its end: every hole must be tried, from here on.
@@ -137,6 +130,11 @@ struct Lengths {
 }
 
 impl Run {
+    /// A cluster to be compared, whatever counts it.
+    pub fn one(cluster: u64) -> Run {
+        Run { first: cluster, count: 1, block: 0 }
+    }
+
     /// The first `count` clusters.
     pub fn prefix(self, count: u64) -> Run {
         assert!(count <= self.count, "a part of a run");
@@ -149,8 +147,7 @@ impl Space {
     /// use ends, so it is looked for from the start.
     pub fn new(end: u64, can_grow: bool) -> Space {
         let (end, old_end) = if can_grow { (end, end) } else { (1, u64::MAX) };
-        let compared = (None, 0);
-        Space { frees: Frees::new(), job: Job::None, end, old_end, compared, hole: 1, scan: None }
+        Space { frees: Frees::new(), job: Job::None, end, old_end, hole: 1, scan: None }
     }
 
     /// First cluster after all that is known to be used.
@@ -230,6 +227,7 @@ impl Qcow2 {
         if !good {
             return Err(ImageFault::corrupt(self.file, "a refcount table entry", at, word).into());
         }
+        self.check_table("a refcount table entry that names metadata", at, word)?;
         Ok(Some(word))
     }
 
@@ -320,38 +318,10 @@ impl Qcow2 {
         let run = self.find_any(ctx, Lengths { want, least })?;
         self.check_run(run)?;
         if run.first < self.writer().space.old_end {
-            self.check_unused(ctx, run)?;
+            let what = "the refcount of a cluster that holds a table: its place";
+            self.compare_tables(ctx, run, what)?;
         }
         Ok(run)
-    }
-
-    /// Does a live L2 table or refcount block lie in clusters that count as free? A damaged image
-    /// is better not written than lost (QEMU's overlap checks of the same names).
-    fn check_unused(&mut self, ctx: &mut Ctx, run: Run) -> Step<()> {
-        let bits = self.kind.cluster_bits;
-        let entries = u64::from(self.header.l1_entries).min(OVERLAP_ENTRIES_MAX);
-        let blocks = u64::from(self.header.reftable_clusters) << (bits - 3);
-        // Past the file's end the table has no blocks.
-        let blocks = blocks.min((self.writer().space.end >> self.block_counts_bits()) + 1);
-        let blocks = blocks.min(OVERLAP_ENTRIES_MAX);
-        // More blocks than the cache may hold: what was compared is not looked at again.
-        let (compared, done) = self.writer().space.compared;
-        let done = if compared == Some(run) { done } else { 0 };
-        for n in done..entries + blocks {
-            let at = match n.checked_sub(entries) {
-                None => self.header.l1_offset + n * 8,
-                Some(block) => self.header.reftable_offset + block * 8,
-            };
-            self.writer_mut().space.compared = (Some(run), n);
-            let word = ctx.meta.get_u64_be(self.file, at)?;
-            let cluster = (word & OFFSET) >> bits;
-            if word != 0 && cluster >= run.first && cluster - run.first < run.count {
-                let what = "the refcount of a cluster that holds a table";
-                return Err(ImageFault::corrupt(self.file, what, cluster << bits, 0).into());
-            }
-        }
-        self.writer_mut().space.compared = (Some(run), entries + blocks);
-        Ok(())
     }
 
     fn find_any(&mut self, ctx: &mut Ctx, want: Lengths) -> Step<Run> {
@@ -407,6 +377,7 @@ impl Qcow2 {
         ctx.meta.reserve(self.file, entry_at)?;
         ctx.meta.reserve(self.file, self.run_place(run))?;
         self.take_run(ctx, run);
+        self.writer_mut().tables.insert(run.first);
         ctx.meta.put(self.file, entry_at, &offset.to_be_bytes(), Phase::REACH);
         Ok(())
     }
@@ -488,7 +459,7 @@ impl Qcow2 {
 
     /// Counts a run as used. Its place is pinned or reserved in this step.
     pub(super) fn take_run(&mut self, ctx: &mut Ctx, run: Run) {
-        self.writer_mut().space.compared = (None, 0);
+        self.writer_mut().compared.forget();
         for cluster in run.first..run.first + run.count {
             self.put_count(ctx, run.block, cluster, 1);
         }
@@ -556,6 +527,7 @@ impl Qcow2 {
         self.put_count(ctx, offset, cluster, 1);
         ctx.meta.put(self.file, entry_at, &offset.to_be_bytes(), Phase::REACH);
         ctx.files.grow(self.file, offset + self.cluster_bytes());
+        self.writer_mut().tables.insert(cluster);
         self.writer_mut().space.job = Job::None;
         Ok(())
     }
@@ -625,6 +597,7 @@ impl Qcow2 {
         (self.header.reftable_offset, self.header.reftable_clusters) = (table, len);
         ctx.files.grow(self.file, base + end);
         let writer = self.writer_mut();
+        (first..first + blocks).for_each(|cluster| writer.tables.insert(cluster));
         writer.space.frees.push(old, old_len, false);
         writer.space.job = Job::None;
         writer.space.end = first + blocks + clusters;

@@ -20,6 +20,7 @@ use super::header::{
     AUTOCLEAR_DATA_FILE_RAW, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY, Stretch, field,
 };
 use super::map::{L2, Subcluster};
+use super::overlap::{Compared, Filter};
 use super::refcount::{Run, Space};
 use super::resize::Growth;
 
@@ -39,6 +40,11 @@ pub(super) struct Writer {
     /// Changes of the active L1 table so far, and a longer one that is being made.
     pub l1_changes: u64,
     pub growth: Option<Growth>,
+    /// Clusters that hold L2 tables and refcount blocks.
+    pub tables: Filter,
+    pub compared: Compared,
+    /// A break of the format that was met and is not marked yet.
+    pub damage: Option<ImageFault>,
 }
 
 /// What the commit of a plan will do.
@@ -107,7 +113,17 @@ impl Writer {
             awaits_flush: false,
             l1_changes: 0,
             growth: None,
+            tables: Filter::new(),
+            compared: Compared::default(),
+            damage: None,
         }
+    }
+
+    /// Do these bytes touch a table that the header names?
+    pub fn overlaps_guarded(&self, offset: u64, bytes: u64) -> bool {
+        let end = offset.saturating_add(bytes);
+        let hit = |s: &Stretch| offset < s.offset.saturating_add(s.bytes) && s.offset < end;
+        self.guarded.iter().any(hit)
     }
 
     fn mapping_plans(&self) -> impl Iterator<Item = &Plan> {
@@ -149,8 +165,7 @@ impl Qcow2 {
         }
         let end = offset.saturating_add(len);
         let size = ctx.files.size(self.file).next_multiple_of(self.cluster_bytes());
-        let hit = |s: &Stretch| offset < s.offset.saturating_add(s.bytes) && s.offset < end;
-        if end > size || self.writer().guarded.iter().any(hit) {
+        if end > size || self.writer().overlaps_guarded(offset, len) {
             let what = "an L2 entry that names metadata or space beyond the file";
             return Err(ImageFault::corrupt(self.file, what, at, offset).into());
         }
@@ -160,9 +175,8 @@ impl Qcow2 {
     /// Does a run of clusters that count as free hold a table of the header?
     pub(super) fn check_run(&self, run: Run) -> Step<()> {
         let bits = self.kind.cluster_bits;
-        let (start, end) = (run.first << bits, (run.first + run.count) << bits);
-        let hit = |s: &Stretch| start < s.offset.saturating_add(s.bytes) && s.offset < end;
-        if self.writer().guarded.iter().any(hit) {
+        let start = run.first << bits;
+        if self.writer().overlaps_guarded(start, run.count << bits) {
             let what = "the refcount of a cluster that holds metadata";
             return Err(ImageFault::corrupt(self.file, what, start, 0).into());
         }
@@ -185,9 +199,16 @@ impl Qcow2 {
     /// What must be in the file before the first change: no autoclear bit for what is not kept
     /// up to date here (bitmaps among them).
     pub(super) fn before_change(&mut self, ctx: &mut Ctx) -> Step<()> {
+        if self.writer.is_some() {
+            self.mark_damage(ctx)?;
+        }
         self.check_writable()?;
         let kept = self.header.autoclear & AUTOCLEAR_DATA_FILE_RAW;
         if self.header.autoclear != kept {
+            // A flush under way may be past the header: only one begun afterwards counts.
+            if ctx.meta.flushing() {
+                return Err(Stop::Busy);
+            }
             let bytes = kept.to_be_bytes();
             ctx.meta.set(self.file, field::AUTOCLEAR, &bytes, Phase::HEADER)?;
             self.header.autoclear = kept;
@@ -211,8 +232,17 @@ impl Qcow2 {
         let end = (start + range.bytes()).min(l2_end);
         let l2 = self.l2(ctx, start)?;
         self.wait_for_l2(start, l2)?;
+        self.check_l2(start, l2)?;
         let first = self.write_piece(ctx, l2, start, end)?;
-        let (pieces, last, frees) = self.join(ctx, l2, first, start, end)?;
+        let (mut pieces, mut last, frees) = self.join(ctx, l2, first, start, end)?;
+        if let Need::InPlace(host) | Need::Keep(host) = first.need {
+            let good = self.check_data(ctx, host, pieces)?;
+            if good < pieces {
+                // All of the last cluster is written now, unless it is the first one too.
+                last = if good == 1 { first } else { Piece { tail: 0, ..last } };
+                pieces = good;
+            }
+        }
         let cluster = start & !(self.cluster_bytes() - 1);
         let end = end.min(cluster + pieces * self.cluster_bytes());
         match first.need {
@@ -588,6 +618,9 @@ impl Qcow2 {
         let old_l2 = if new_l2 != 0 { l2.map_or(0, |old| old.offset) } else { 0 };
         let valid = (start - first.head, end + last.tail);
         let writer = self.writer_mut();
+        if new_l2 != 0 {
+            writer.tables.insert(new_l2 >> bits);
+        }
         writer.space.frees.reserve(want.places());
         writer.plans[slot as usize] = Plan {
             state: PlanState::Mapping,
