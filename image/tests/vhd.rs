@@ -80,6 +80,45 @@ fn what_is_written_reads_the_same_to_qemu_libvhdi_and_dissect() {
     }
 }
 
+/// Bitmaps of blocks above 16 MiB take more than one block of the cache.
+#[test]
+fn blocks_up_to_256_mib_are_written_and_read_the_same_elsewhere() {
+    let scratch = Scratch::new("vhd-large");
+    let sectors = 200_000;
+    for mib in [32, 64, 256] {
+        let folder = RamFolder::new();
+        let base = CreateParams { cluster_bytes: mib << 20, ..params(Format::Vhd, sectors) };
+        folder.put("p.vhd", made(&base));
+        let mut model = vec![0; sectors as usize * 512];
+        let mut rng = Rng(mib);
+        for name in ["p.vhd", "c.vhd"] {
+            if name == "c.vhd" {
+                let identity = identity(&folder, "p.vhd");
+                let backing = Backing { name: "p.vhd", format: Format::Vhd, identity, sectors };
+                folder.put(name, made(&CreateParams { backing: Some(backing), seed: 9, ..base }));
+            }
+            let mut engine = open(&folder, name, rw(Format::Vhd));
+            scribble(&mut engine, &mut model, &mut rng, 20, 400);
+            // Across the edge of what one cache block of a bitmap tells.
+            model[32_700 * 512..32_900 * 512].fill(0x77);
+            engine.write(32_700, &[0x77; 200 * 512]).unwrap();
+            engine.close().unwrap();
+            let mut engine = open(&folder, name, ro(Format::Vhd));
+            assert!(read_all(&mut engine) == model, "{name} of {mib} MiB");
+            let report = check_all(&mut engine);
+            assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:#?}");
+            scratch.put(name, &folder.bytes(name).unwrap());
+            if name == "p.vhd" {
+                assert!(scratch.by_qemu("vpc", name) == model, "QEMU reads {mib} MiB");
+            }
+            let chain = if name == "p.vhd" { &["p.vhd"][..] } else { &["c.vhd", "p.vhd"] };
+            if let Some(disk) = scratch.by_reader("libvhdi", chain) {
+                assert!(disk == model, "libvhdi reads {name} of {mib} MiB");
+            }
+        }
+    }
+}
+
 #[test]
 fn a_chain_keeps_every_sector_apart() {
     let scratch = Scratch::new("vhd-chain");

@@ -111,12 +111,16 @@ fn cut(durable: &[Vec<u8>], pending: &[Event], rng: &mut Rng) -> Vec<Vec<u8>> {
 }
 
 fn try_seed(format: Format, logical: &str, seed: u64) {
+    let cluster_bytes = if format == Format::Vhdx { 1 << 20 } else { 512 << 10 };
+    try_blocks(format, logical, cluster_bytes, seed);
+}
+
+fn try_blocks(format: Format, logical: &str, cluster_bytes: u64, seed: u64) {
     let suffix = format.name();
     let (parent, top) = (format!("p.{suffix}"), format!("c.{suffix}"));
     let options = [("logical_sector_size", logical)];
     let options = if format == Format::Vhdx { &options[..] } else { &[] };
     let sectors = 5 * 4096 + 40;
-    let cluster_bytes = if format == Format::Vhdx { 1 << 20 } else { 512 << 10 };
     let folder = RamFolder::new();
     let base = CreateParams { cluster_bytes, options, ..params(format, sectors) };
     folder.put(&parent, made(&base));
@@ -137,7 +141,8 @@ fn try_seed(format: Format, logical: &str, seed: u64) {
     let mut durable: Vec<_> = folder.names().iter().map(|n| folder.bytes(n).unwrap()).collect();
     folder.record();
     let mut engine = open(&folder, &top, options.clone());
-    let ops = workload(&mut engine, &folder, &mut rng, cluster_bytes / 512);
+    let unit = (cluster_bytes / 512).min(sectors / 4);
+    let ops = workload(&mut engine, &folder, &mut rng, unit);
     drop(engine);
     let events = folder.events();
     let mut pending = Vec::new();
@@ -188,6 +193,11 @@ fn seeds() -> std::ops::Range<u64> {
 #[test]
 fn a_differencing_vhd_survives() {
     seeds().for_each(|seed| try_seed(Format::Vhd, "512", seed));
+}
+
+#[test]
+fn a_differencing_vhd_of_large_blocks_survives() {
+    seeds().for_each(|seed| try_blocks(Format::Vhd, "512", 32 << 20, seed));
 }
 
 #[test]

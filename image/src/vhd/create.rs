@@ -11,15 +11,13 @@ use crate::format::Format;
 use crate::types::SECTOR_BYTES;
 
 use super::header::{
-    BAT_UNUSED, BLOCK_BYTES_USUAL, FOOTER_BYTES, Footer, Geometry, HEADER_BYTES, Header, Kind,
-    LOCATORS, Locator, NONE_U64, SECTORS_MAX,
+    BAT_UNUSED, BLOCK_BYTES_MAX, BLOCK_BYTES_USUAL, FOOTER_BYTES, Footer, Geometry, HEADER_BYTES,
+    Header, Kind, LOCATORS, Locator, NONE_U64, SECTORS_MAX,
 };
 use super::name::{MACX, W2RU, last};
 
 /// Seconds from 1970 to 2000, where VHD's time begins ("Time Stamp").
 const YEAR_2000: u64 = 946_684_800;
-/// Largest block that new blocks are written in (see `write`).
-const BLOCK_BYTES_MAX: u64 = 16 << 20;
 
 pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
     let mut wanted = Wanted::new(params.options);
@@ -66,8 +64,8 @@ pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
 fn dynamic(params: &CreateParams, footer: &Footer) -> Result<Create, CreateFault> {
     let block_bytes = match params.cluster_bytes {
         0 => BLOCK_BYTES_USUAL as u64,
-        bytes if (4096..=BLOCK_BYTES_MAX).contains(&bytes) => bytes,
-        _ => return Err(CreateFault::new("a VHD block has 4 KiB to 16 MiB")),
+        bytes if (4096..=BLOCK_BYTES_MAX.into()).contains(&bytes) => bytes,
+        _ => return Err(CreateFault::new("a VHD block has 4 KiB to 256 MiB")),
     };
     let entries = params.sectors.div_ceil(block_bytes / SECTOR_BYTES);
     let mut header = Header {

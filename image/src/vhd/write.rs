@@ -21,9 +21,11 @@ use super::header::{BAT_UNUSED, FOOTER_BYTES, Kind};
 use super::map::bit_run;
 use super::resize::Moving;
 
-/// Largest bitmap written whole on allocation: one cache block, for blocks of 16 MiB. Nobody is
-/// known to write larger blocks; in those only blocks that exist are written.
+/// Largest bitmap written whole on allocation: one cache block, for blocks of 16 MiB. That of a
+/// larger block is cleared by a prelude, and then gets only the bits of what is written.
 const BITMAP_BYTES_MAX: u64 = BLOCK_BYTES;
+/// Sectors whose bits lie in one cache block.
+const BLOCK_BITS: u64 = BLOCK_BYTES * 8;
 
 /// Sectors whose bits are set together, so that a bitmap holds only whole bytes: libvhdi reads
 /// it byte by byte, and Windows itself writes 4 KiB at least. What the guest did not write of
@@ -356,12 +358,11 @@ impl Vhd {
         slot: u16,
         span: Span,
     ) -> Step<WritePlan> {
-        let Span { block, first, count } = span;
-        if self.bitmap_bytes > BITMAP_BYTES_MAX {
-            let bytes = self.block_sectors * SECTOR_BYTES;
-            let field = "new blocks in a VHD with blocks above 16 MiB";
-            return Err(ImageFault::unsupported(self.file, field, bytes).into());
+        let Span { block, first, mut count } = span;
+        if self.is_large() {
+            count = count.min(BLOCK_BITS - first % BLOCK_BITS);
         }
+        let span = Span { count, ..span };
         // A flush under way may be writing the footer where the block would go.
         if writer.plans.iter().flatten().any(|plan| plan.block == block) || ctx.meta.flushing() {
             return Err(Stop::Busy);
@@ -378,12 +379,7 @@ impl Vhd {
             let limit = writer.fixed_footer.unwrap_or(0);
             return Err(ImageFault { value: end, limit, ..fault }.into());
         }
-        // The bitmap lies in one cache block, unless a spare place of an odd alignment.
-        pin_all(
-            ctx,
-            self.file,
-            [bitmap, bitmap + self.bitmap_bytes - 1, self.entry_offset(block)],
-        )?;
+        self.pin_new(ctx, block, bitmap, first)?;
         match spare {
             Some(_) => {
                 writer.spares.pop();
@@ -397,11 +393,19 @@ impl Vhd {
         let data = bitmap + self.bitmap_bytes;
         let mut plan = self.write_plan(slot, count, data + first * SECTOR_BYTES);
         let mut whole = span;
+        if self.is_large() {
+            // Never fresh: an earlier footer lies in it.
+            let (file, len) = (self.file, self.bitmap_bytes);
+            let zero = Prelude::Zero { file, offset: bitmap, len };
+            plan.preludes.push(zero).expect("room for three preludes");
+        }
+        if self.is_large() || self.kind == Kind::Differencing {
+            whole = self.group(span);
+        }
         if self.kind == Kind::Dynamic {
             let fresh = spare.is_none() && data >= writer.fresh_from;
             self.zero_around(&mut plan, data, fresh, span);
         } else {
-            whole = self.group(span);
             self.copy_around(&mut plan, span, whole);
         }
         let Span { first, count, .. } = whole;
@@ -410,8 +414,31 @@ impl Vhd {
         Ok(plan)
     }
 
-    /// All bits of a dynamic disk's new block are set (QEMU reads no bitmaps), so the rest of
-    /// the block must read as zeros. Fresh space does; its last sector is written so that the
+    /// Has a block's bitmap more than one cache block?
+    fn is_large(&self) -> bool {
+        self.bitmap_bytes > BITMAP_BYTES_MAX
+    }
+
+    /// Pins what the commit of a new block changes: its BAT entry, and its bitmap, or of a large
+    /// one the cache block with the bits from `first` on, as zeros.
+    fn pin_new(&self, ctx: &mut Ctx, block: u64, bitmap: u64, first: u64) -> Step<()> {
+        let entry = self.entry_offset(block);
+        if !self.is_large() {
+            // It lies in one cache block, unless at a spare place of an odd alignment.
+            return pin_all(ctx, self.file, [bitmap, bitmap + self.bitmap_bytes - 1, entry]);
+        }
+        ctx.meta.pin(self.file, entry)?;
+        ctx.meta.forget(self.file, bitmap, self.bitmap_bytes);
+        let bits = bitmap + first / BLOCK_BITS * BLOCK_BYTES;
+        let made = ctx.meta.create_pinned(self.file, bits, Phase::BEFORE);
+        if made.is_err() {
+            ctx.meta.unpin(self.file, entry);
+        }
+        made
+    }
+
+    /// QEMU reads no bitmaps of a dynamic disk, so the rest of a new block must read as zeros,
+    /// and its bits are set where that is cheap. Fresh space does; its last sector is written so that the
     /// file is as long as the block.
     fn zero_around(&self, plan: &mut WritePlan, data: u64, fresh: bool, span: Span) {
         let after = span.end();
@@ -445,13 +472,14 @@ impl Vhd {
                 ctx.meta.unpin(file, bitmap + first / 8);
             }
             Effect::Block => {
+                let fills = self.kind == Kind::Dynamic && !self.is_large();
                 self.fill_bitmap(ctx, bitmap);
-                if self.kind == Kind::Differencing {
+                if !fills {
                     set_bits(ctx, file, bitmap, first, count);
                 }
                 let entry = ((bitmap / SECTOR_BYTES) as u32).to_be_bytes();
                 ctx.meta.put(file, self.entry_offset(block), &entry, Phase::TABLE);
-                self.unpin_new(ctx, block, bitmap);
+                self.unpin_new(ctx, block, bitmap, first);
             }
         }
     }
@@ -462,7 +490,10 @@ impl Vhd {
             Effect::Nothing => {}
             Effect::Bits => ctx.meta.unpin(self.file, bitmap + first / 8),
             Effect::Block => {
-                self.unpin_new(ctx, block, bitmap);
+                self.unpin_new(ctx, block, bitmap, first);
+                if self.is_large() {
+                    ctx.meta.forget(self.file, bitmap, self.bitmap_bytes);
+                }
                 let writer = self.writer.as_mut().expect("a plan has a writer");
                 writer.spares.push(bitmap).expect("no more spares than plans in flight");
             }
@@ -474,14 +505,22 @@ impl Vhd {
         writer.plans[slot as usize].take().expect("a plan in flight")
     }
 
-    fn unpin_new(&self, ctx: &mut Ctx, block: u64, bitmap: u64) {
+    fn unpin_new(&self, ctx: &mut Ctx, block: u64, bitmap: u64, first: u64) {
+        if self.is_large() {
+            ctx.meta.unpin(self.file, bitmap + first / BLOCK_BITS * BLOCK_BYTES);
+            return ctx.meta.unpin(self.file, self.entry_offset(block));
+        }
         for offset in [bitmap, bitmap + self.bitmap_bytes - 1, self.entry_offset(block)] {
             ctx.meta.unpin(self.file, offset);
         }
     }
 
-    /// A new block's whole bitmap: all set for a dynamic disk, clear for a differencing one.
+    /// A new block's whole bitmap: all set for a dynamic disk, clear for a differencing one. A
+    /// large one is clear already.
     fn fill_bitmap(&self, ctx: &mut Ctx, bitmap: u64) {
+        if self.is_large() {
+            return;
+        }
         let byte = if self.kind == Kind::Dynamic { 0xff } else { 0 };
         for unit in (0..self.bitmap_bytes).step_by(SECTOR_BYTES as usize) {
             let bytes = [byte; SECTOR_BYTES as usize];
