@@ -498,4 +498,10 @@ fn check_finds_blocks_on_each_other_and_on_the_metadata() {
     put32(&mut bytes, at(7), u32::MAX);
     let report = check(&bytes);
     assert_eq!((report.corruptions, report.leaks), (0, 1));
+    // The last block's entry is gone, and one more block's room lies before the footer.
+    put32(&mut bytes, at(30), u32::MAX);
+    let end = bytes.len() - 512;
+    bytes.splice(end..end, vec![0; BLOCK + 512]);
+    let report = check(&bytes);
+    assert_eq!((report.corruptions, report.leaks), (0, 3), "{report:#?}");
 }

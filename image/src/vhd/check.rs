@@ -2,7 +2,8 @@
 //! each other. Bounded memory: the file is looked at window by window, as many blocks at a time
 //! as the budget holds.
 //!
-//! A place that no entry names cannot be given back inside a VHD, so leaks are only counted.
+//! A place that no entry names cannot be given back inside a VHD, so leaks are only counted:
+//! between blocks, and behind the last one where the file ends with its blocks.
 
 use alloc::vec::Vec;
 
@@ -12,7 +13,7 @@ use crate::format::Ctx;
 use crate::types::{SECTOR_BYTES, Step};
 
 use super::Vhd;
-use super::header::{BAT_UNUSED, Kind};
+use super::header::{BAT_UNUSED, FOOTER_BYTES, Kind};
 
 /// BAT entries looked at in one step.
 const ENTRIES_PER_STEP: u64 = 4096;
@@ -68,11 +69,24 @@ impl Vhd {
         let done =
             result.is_ok() && check.entry == self.entries as u64 && self.end_pass(&mut check);
         if done {
+            self.count_tail(ctx, &mut check);
             return Ok(CheckProgress::Done(check.report));
         }
         let progress = CheckProgress::More { done: check.done, total: self.entries as u64 };
         self.check = Some(check);
         result.map(|()| progress)
+    }
+
+    /// Blocks' room between the last block and the footer.
+    fn count_tail(&self, ctx: &Ctx, check: &mut Check) {
+        let info = ctx.files.info(self.file);
+        let end = info.size_bytes.saturating_sub(FOOTER_BYTES as u64);
+        let gap = end.saturating_sub(check.report.end_bytes) / self.block_bytes();
+        if info.can_grow && gap > 0 {
+            check.report.leaks += gap - 1;
+            let (field, at) = ("VHD space behind the last block", check.report.end_bytes);
+            check.report.leak(ImageFault::corrupt(self.file, field, at, gap));
+        }
     }
 
     fn check_entries(&self, ctx: &mut Ctx, check: &mut Check) -> Step<()> {
