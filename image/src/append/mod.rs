@@ -279,6 +279,28 @@ impl Space {
         Ok(offset)
     }
 
+    /// Takes `len` bytes that read as zeros and were never handed out; a store that cannot grow
+    /// has none.
+    pub fn take_fresh(&mut self, len: u64, align: u64) -> Result<u64, ImageFault> {
+        let start = self.next;
+        if !self.can_grow {
+            let fault = ImageFault::new(FaultKind::Full, self.file, "tables at the file's end");
+            return Err(ImageFault { value: len, limit: 0, ..fault });
+        }
+        self.next = self.fresh_from.max(start);
+        let from = self.aligned(self.next, align).filter(|&from| from < self.limit);
+        let end = from.and_then(|from| from.checked_add(len)).filter(|&end| end <= self.limit);
+        let (Some(from), Some(end)) = (from, end) else {
+            self.next = start;
+            let fault = ImageFault::new(FaultKind::Full, self.file, "tables at the file's end");
+            return Err(ImageFault { value: len, limit: self.limit, ..fault });
+        };
+        self.next = end;
+        self.give_back(Use::Clusters, start, from - start);
+        self.used();
+        Ok(from)
+    }
+
     /// Allocations of `unit` bytes at multiples of it that fit in a row now, an upper bound.
     fn room(&self, unit: u64) -> u64 {
         let (spot, start) = self.spot(Use::Clusters, unit, unit);
@@ -295,7 +317,7 @@ impl Space {
     }
 
     /// What was taken up to now is in use.
-    fn used(&mut self) {
+    pub fn used(&mut self) {
         self.fresh_from = self.fresh_from.max(self.next);
     }
 
@@ -334,6 +356,11 @@ impl FirstWrite {
     /// `needed` false: there is nothing to change.
     pub fn new(needed: bool) -> FirstWrite {
         if needed { FirstWrite::Todo } else { FirstWrite::Done }
+    }
+
+    /// Something was changed that a flush must carry before the next write.
+    pub fn ask(&mut self) {
+        *self = FirstWrite::Asked;
     }
 
     /// Lets a write pass once the change is durable. `change` makes it, all or nothing.

@@ -13,10 +13,11 @@ const VERSION: u32 = 1;
 const CLUSTER_BITS: core::ops::RangeInclusive<u8> = 9..=16;
 const L2_BITS: core::ops::RangeInclusive<u8> = 6..=13;
 /// Entries of an L1 table (QEMU: its bytes fit a C int).
-const L1_ENTRIES_MAX: u64 = i32::MAX as u64 / 8;
+pub(super) const L1_ENTRIES_MAX: u64 = i32::MAX as u64 / 8;
 
-/// Offset of the disk's size.
+/// Offsets of the disk's size and of where the L1 table lies.
 pub(super) const SIZE_AT: u64 = 24;
+pub(super) const L1_OFFSET_AT: u64 = 40;
 
 /// A header whose fields are valid, alone and together.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -12,7 +12,9 @@ use alloc::string::String;
 use alloc::vec;
 
 use self::header::{HEADER_BYTES, Header, SIZE_AT};
-use crate::append::{Added, Checker, Entry, NewTable, Part, Shape, Space, Table, Use, Writer};
+use crate::append::{
+    Added, Checker, Entry, FirstWrite, NewTable, Part, Shape, Space, Table, Use, Writer,
+};
 use crate::check::{CheckParams, CheckProgress};
 use crate::fault::{FaultKind, ImageFault};
 use crate::files::Access;
@@ -34,6 +36,17 @@ struct Tables {
 struct Writing {
     writer: Writer,
     space: Space,
+    /// Waits for the flush after an L1 table has moved.
+    first: FirstWrite,
+    growth: Option<Growth>,
+}
+
+/// A longer L1 table that is being made: its place, entries, and bytes written.
+#[derive(Clone, Copy)]
+struct Growth {
+    offset: u64,
+    entries: u64,
+    written: u64,
 }
 
 pub(crate) struct Qcow {
@@ -194,7 +207,8 @@ impl Qcow {
         };
         let writing = (access == Access::ReadWrite).then(|| {
             let space = Space::at_end(file, ctx.files.info(file), i64::MAX as u64);
-            Box::new(Writing { writer: Writer::new(), space })
+            let first = FirstWrite::new(false);
+            Box::new(Writing { writer: Writer::new(), space, first, growth: None })
         });
         let has_parent = parent.is_some();
         let tables = Tables { file, header };
@@ -206,12 +220,47 @@ impl Qcow {
         Part { unit: 0, base_sector: 0, has_parent: self.has_parent }
     }
 
-    fn writing(&mut self) -> Step<(&mut Tables, &mut Writing)> {
+    fn writing(&mut self, ctx: &mut Ctx) -> Step<(&mut Tables, &mut Writing)> {
         match &mut self.writing {
-            Some(writing) => Ok((&mut self.tables, writing)),
+            Some(writing) => {
+                writing.first.pass(ctx, |_| Ok(()))?;
+                Ok((&mut self.tables, writing))
+            }
             None => Err(read_only(self.tables.file, "the image is open read-only").into()),
         }
     }
+}
+
+/// Copies the L1 table to a longer one; gives its offset.
+fn move_l1(ctx: &mut Ctx, tables: &Tables, writing: &mut Writing, entries: u64) -> Step<u64> {
+    let bytes = (entries * 8).next_multiple_of(BLOCK_BYTES);
+    let mut growth = match writing.growth {
+        Some(growth) if growth.entries == entries => growth,
+        other => {
+            if let Some(old) = other {
+                // Another size was asked for meanwhile.
+                let len = (old.entries * 8).next_multiple_of(BLOCK_BYTES);
+                writing.space.give_back(Use::Table, old.offset, len);
+            }
+            let offset = writing.space.take(Use::Table, bytes, BLOCK_BYTES)?;
+            writing.space.used();
+            Growth { offset, entries, written: 0 }
+        }
+    };
+    let old_bytes = tables.header.l1_entries() * 8;
+    while growth.written < bytes {
+        writing.growth = Some(growth);
+        let mut block = [0; BLOCK_BYTES as usize];
+        let kept = old_bytes.saturating_sub(growth.written).min(BLOCK_BYTES) as usize;
+        ctx.read(tables.file, tables.header.l1_offset + growth.written, &mut block[..kept])?;
+        let to = growth.offset + growth.written;
+        ctx.meta.create(tables.file, to, Phase::BEFORE)?;
+        ctx.meta.put(tables.file, to, &block, Phase::BEFORE);
+        growth.written += BLOCK_BYTES;
+    }
+    writing.growth = Some(growth);
+    ctx.files.grow(tables.file, growth.offset + bytes);
+    Ok(growth.offset)
 }
 
 impl Layer for Qcow {
@@ -229,7 +278,7 @@ impl Layer for Qcow {
 
     fn prepare(&mut self, ctx: &mut Ctx, slot: u16, range: SectorRange) -> Step<WritePlan> {
         let part = self.part();
-        let (tables, writing) = self.writing()?;
+        let (tables, writing) = self.writing(ctx)?;
         writing.writer.prepare(ctx, (&*tables, &mut writing.space, part), slot, range)
     }
 
@@ -245,26 +294,42 @@ impl Layer for Qcow {
 
     fn discard(&mut self, ctx: &mut Ctx, range: SectorRange, zero: bool) -> Step<DiscardPlan> {
         let part = self.part();
-        let (tables, writing) = self.writing()?;
+        let (tables, writing) = self.writing(ctx)?;
         writing.writer.discard(ctx, (&*tables, part), range, zero)
     }
 
-    /// Grows while the L1 table has entries for it: the table cannot move.
+    /// A longer L1 table is written whole before the header, in one sector, names it and the new
+    /// size; the old one stays behind.
     fn resize(&mut self, ctx: &mut Ctx, sectors: u64) -> Step<ResizePlan> {
-        let (tables, _) = self.writing()?;
+        let (tables, writing) = self.writing(ctx)?;
         let file = tables.file;
-        let header = &tables.header;
-        let per_entry = header.l2_entries() * header.cluster_bytes() / SECTOR_BYTES;
-        // The disk may use up its last L1 entry; what follows the table may be anything.
-        let max = header.l1_entries().saturating_mul(per_entry);
-        if sectors > max {
-            let field = "sectors of a qcow whose L1 table cannot grow where it is";
-            return Err(ImageFault::limit(file, field, sectors, max).into());
+        let larger = Header { disk_bytes: sectors * SECTOR_BYTES, ..tables.header };
+        let (entries, max) = (larger.l1_entries(), header::L1_ENTRIES_MAX);
+        if entries > max {
+            let field = "entries of the L1 table of a qcow";
+            return Err(ImageFault::limit(file, field, entries, max).into());
         }
-        let bytes = sectors * SECTOR_BYTES;
-        ctx.meta.set(file, SIZE_AT, &bytes.to_be_bytes(), Phase::HEADER)?;
-        tables.header.disk_bytes = bytes;
+        let mut l1_offset = larger.l1_offset;
+        if entries > tables.header.l1_entries() {
+            l1_offset = move_l1(ctx, tables, writing, entries)?;
+        }
+        ctx.meta.reserve(file, 0)?;
+        let moved = l1_offset != tables.header.l1_offset;
+        tables.header = Header { l1_offset, ..larger };
+        ctx.meta.put(file, SIZE_AT, &larger.disk_bytes.to_be_bytes(), Phase::HEADER);
+        if moved {
+            ctx.meta.put(file, header::L1_OFFSET_AT, &l1_offset.to_be_bytes(), Phase::HEADER);
+            writing.growth = None;
+            // Entries of the new table come after the header that names it.
+            writing.first.ask();
+        }
         Ok(ResizePlan { grow: None })
+    }
+
+    fn flushed(&mut self, _ctx: &mut Ctx, ok: bool) {
+        if let Some(writing) = &mut self.writing {
+            writing.first.flushed(ok);
+        }
     }
 
     fn details(&self) -> Details {

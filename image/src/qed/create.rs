@@ -22,8 +22,9 @@ pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
     if !cluster_bytes.is_power_of_two() || !(4 << 10..=64 << 20).contains(&cluster_bytes) {
         return Err(CreateFault::new("cluster_size must be a power of two, 4 KiB to 64 MiB"));
     }
-    if !table_clusters.is_power_of_two() || table_clusters > 16 {
-        return Err(CreateFault::new("table_size must be 1, 2, 4, 8 or 16"));
+    // The specification allows 1 too, but QEMU, while it makes such images, opens none.
+    if !table_clusters.is_power_of_two() || !(2..=16).contains(&table_clusters) {
+        return Err(CreateFault::new("table_size must be 2, 4, 8 or 16"));
     }
     let name = params.backing.as_ref().map_or("", |backing| backing.name);
     if name.len() > NAME_BYTES_MAX {

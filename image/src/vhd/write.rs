@@ -438,8 +438,8 @@ impl Vhd {
     }
 
     /// QEMU reads no bitmaps of a dynamic disk, so the rest of a new block must read as zeros,
-    /// and its bits are set where that is cheap. Fresh space does; its last sector is written so that the
-    /// file is as long as the block.
+    /// and its bits are set where that is cheap. Fresh space does; its last sector is written so
+    /// that the file is as long as the block.
     fn zero_around(&self, plan: &mut WritePlan, data: u64, fresh: bool, span: Span) {
         let after = span.end();
         let end = self.block_sectors;

@@ -12,6 +12,11 @@ pub(super) const MAGIC_COWD: u32 = 0x4457_4f43;
 /// `gdOffset`: the real header is a footer at the end of the file.
 pub(super) const GD_AT_END: u64 = u64::MAX;
 
+/// Offsets of the fields of a hosted header that a longer disk changes.
+pub(super) const CAPACITY_AT: u64 = 12;
+pub(super) const REDUNDANT_AT: u64 = 48;
+pub(super) const DIRECTORY_AT: u64 = 56;
+
 /// `flags`.
 pub(super) const FLAG_NEWLINES: u32 = 1;
 pub(super) const FLAG_REDUNDANT: u32 = 1 << 1;

@@ -10,6 +10,7 @@ mod create;
 mod descriptor;
 mod extent;
 mod header;
+mod resize;
 mod sparse;
 mod stream;
 
@@ -20,6 +21,7 @@ use alloc::vec::Vec;
 use self::descriptor::{CidDigits, Descriptor, NO_PARENT, TEXT_BYTES_MAX};
 use self::extent::{Body, Extent};
 use self::header::HEADER_BYTES;
+use self::resize::{Edit, Growth};
 use crate::append::{Checker, FirstWrite, Part, Writer};
 use crate::check::{CheckParams, CheckProgress};
 use crate::create::random;
@@ -28,7 +30,7 @@ use crate::files::Access;
 use crate::format::{AnyLayer, Ctx, Format, Found, Layer, OpenedLayer, Own, Parent, read_only};
 use crate::info::Details;
 use crate::meta::Phase;
-use crate::types::{DiscardPlan, FileNo, Prepared, SectorRange, Step, WritePlan};
+use crate::types::{DiscardPlan, FileNo, Prepared, ResizePlan, SectorRange, Step, WritePlan};
 pub(crate) use create::create;
 pub use stream::VmdkStream;
 
@@ -40,12 +42,27 @@ struct Writing {
     digits: [u8; 8],
     is_waiting: bool,
     is_sent: bool,
+    /// The descriptor's text, once it was changed; the change that waits for the next flush; and
+    /// longer directories that are being made.
+    text: Option<Vec<u8>>,
+    edit: Option<Edit>,
+    growth: Option<Growth>,
+    /// What the flush was given last.
+    handed: Handed,
+}
+
+#[derive(Clone, Copy)]
+enum Handed {
+    Cid,
+    Edit,
 }
 
 pub(crate) struct Vmdk {
     file: FileNo,
     /// `None` for a bare sparse extent.
     cid: Option<(u32, CidDigits)>,
+    /// Where the descriptor's text stands.
+    text_at: Option<(u64, u64)>,
     parent_cid: u32,
     create_type: &'static str,
     tracks_changes: bool,
@@ -67,20 +84,21 @@ impl Vmdk {
             None if is_sparse => None,
             None => Some((0, ctx.files.size(file))),
         };
-        let (descriptor, extents) = match text {
+        let (text_at, descriptor, extents) = match text {
             Some(place) => {
                 let found = read_descriptor(ctx, file, place)?;
                 let extents = extent::open_all(ctx, file, access, &found)?;
-                (Some(found), extents)
+                (text, Some(found), extents)
             }
             None => {
                 let mut own = Extent::whole_file(file);
                 own.load(ctx, access)?;
-                let found = match own.descriptor() {
+                let place = own.descriptor();
+                let found = match place {
                     Some(place) => Some(read_descriptor(ctx, file, place)?),
                     None => None,
                 };
-                (found, vec![own])
+                (place, found, vec![own])
             }
         };
         let has_parent = descriptor.as_ref().is_some_and(|found| found.parent_cid != NO_PARENT);
@@ -91,11 +109,16 @@ impl Vmdk {
                 digits: [0; 8],
                 is_waiting: false,
                 is_sent: false,
+                text: None,
+                edit: None,
+                growth: None,
+                handed: Handed::Cid,
             })
         });
         let vmdk = Vmdk {
             file,
             cid: descriptor.as_ref().map(|found| (found.cid, found.cid_digits)),
+            text_at,
             parent_cid: descriptor.as_ref().map_or(NO_PARENT, |found| found.parent_cid),
             create_type: descriptor.as_ref().map_or("", |found| found.create_type),
             tracks_changes: descriptor.as_ref().is_some_and(|found| found.tracks_changes),
@@ -138,8 +161,8 @@ impl Vmdk {
         if self.tracks_changes {
             return Err(read_only(file, "changed blocks of this VMDK are tracked").into());
         }
-        let Some((cid, place)) = &mut self.cid else { return Ok(()) };
         let Writing { first, digits, is_waiting, .. } = &mut **writing;
+        let Some((cid, place)) = &mut self.cid else { return first.pass(ctx, |_| Ok(())) };
         first.pass(ctx, |ctx| {
             let seed = ctx.seed ^ u64::from(*cid);
             let mut fresh = (0..).map(|n| new_cid(random(seed, n), place.count));
@@ -159,6 +182,24 @@ impl Vmdk {
 fn new_cid(random: u64, digits: usize) -> u32 {
     assert!((1..=8).contains(&digits), "a CID was parsed");
     (random as u32) >> (32 - 4 * digits as u32)
+}
+
+/// The descriptor's text as it will stand after the next flush, and where.
+fn descriptor_text<'a>(
+    ctx: &mut Ctx,
+    file: FileNo,
+    place: Option<(u64, u64)>,
+    kept: &'a mut Option<Vec<u8>>,
+) -> Step<Option<(u64, &'a [u8])>> {
+    let Some((at, bytes)) = place else { return Ok(None) };
+    if kept.is_none() {
+        let mut text = vec![0; bytes as usize];
+        ctx.read(file, at, &mut text)?;
+        let end = text.iter().position(|&b| b == 0).unwrap_or(text.len());
+        text.truncate(end);
+        *kept = Some(text);
+    }
+    Ok(kept.as_deref().map(|text| (at, text)))
 }
 
 fn read_descriptor(ctx: &mut Ctx, file: FileNo, (at, bytes): (u64, u64)) -> Step<Descriptor> {
@@ -279,16 +320,22 @@ impl Layer for Vmdk {
     }
 
     fn is_dirty(&self) -> bool {
-        self.writing.as_ref().is_some_and(|writing| writing.is_waiting)
+        let waits = |writing: &Writing| writing.is_waiting || writing.edit.is_some();
+        self.writing.as_ref().is_some_and(|writing| waits(writing))
     }
 
     fn flush_own(&mut self, _ctx: &mut Ctx, phase: Phase) -> Own {
-        match (&mut self.writing, self.cid) {
-            (Some(writing), Some((_, place)))
-                if phase == Phase::HEADER && writing.is_waiting && !writing.is_sent =>
-            {
-                writing.is_sent = true;
-                Own::Write { file: self.file, offset: place.at }
+        let Some(writing) = self.writing.as_mut().filter(|_| phase == Phase::HEADER) else {
+            return Own::Nothing;
+        };
+        if let (Some((_, place)), true, false) = (self.cid, writing.is_waiting, writing.is_sent) {
+            (writing.is_sent, writing.handed) = (true, Handed::Cid);
+            return Own::Write { file: self.file, offset: place.at };
+        }
+        match &mut writing.edit {
+            Some(edit) if !edit.is_sent => {
+                (edit.is_sent, writing.handed) = (true, Handed::Edit);
+                Own::Write { file: self.file, offset: edit.at }
             }
             _ => Own::Nothing,
         }
@@ -296,7 +343,10 @@ impl Layer for Vmdk {
 
     fn own_bytes(&self) -> &[u8] {
         match (&self.writing, self.cid) {
-            (Some(writing), Some((_, place))) => &writing.digits[..place.count],
+            (Some(writing), Some((_, place))) => match (writing.handed, &writing.edit) {
+                (Handed::Edit, Some(edit)) => &edit.bytes,
+                _ => &writing.digits[..place.count],
+            },
             _ => &[],
         }
     }
@@ -306,7 +356,16 @@ impl Layer for Vmdk {
             writing.first.flushed(ok);
             writing.is_waiting &= !(ok && writing.is_sent);
             writing.is_sent = false;
+            match &mut writing.edit {
+                Some(edit) if ok && edit.is_sent => writing.edit = None,
+                Some(edit) => edit.is_sent = false,
+                None => {}
+            }
         }
+    }
+
+    fn resize(&mut self, ctx: &mut Ctx, sectors: u64) -> Step<ResizePlan> {
+        self.grow(ctx, sectors)
     }
 
     fn details(&self) -> Details {

@@ -171,14 +171,14 @@ fn nothing_of_an_abandoned_plan_shows_in_what_takes_its_place() {
 /// long as one that was written in peace.
 #[test]
 fn space_that_plans_gave_up_is_used_before_the_file_grows() {
-    let small = [("table_size", "1")];
+    let small = [("table_size", "2")];
     let of =
         |format, options| CreateParams { cluster_bytes: 4096, options, ..params(format, 40_000) };
     for params in [of(Format::Qed, &small[..]), of(Format::Qcow, &[]), of(Format::Vmdk, &[])] {
         let run = |give_up: bool| {
             let mut flight = Flight::new(&params);
             // Each of the first three has a table of its own (not in VMDK).
-            let starts = [0, 4096, 8192, 8 * 20, 8 * 40, 4096 + 16];
+            let starts = [0, 8192, 16384, 8 * 20, 8 * 40, 8192 + 16];
             let mut plans = starts.map(|start| flight.prepare(start, 16).ok()).map(Some);
             if give_up {
                 for index in [3, 0, 1, 4] {

@@ -1,0 +1,225 @@
+//! Growing a disk in every format that can: what was there stays, what is new reads zeros and
+//! takes writes, QEMU agrees, and a power cut after any write leaves the old size or the new one,
+//! with all that was flushed.
+//!
+//! Would miss: growing with guests at work (the simulator and the rig do that).
+
+mod foreign;
+
+use foreign::*;
+use platter_image::{Create, CreateParams, Format, Options};
+use platter_tool::engine::Engine;
+use platter_tool::medium::{Event, RamFolder, apply};
+
+struct Case {
+    format: Format,
+    options: &'static [(&'static str, &'static str)],
+    cluster_bytes: u64,
+    /// Sectors before and after: tables move, or grow where they are.
+    sizes: (u64, u64),
+}
+
+const fn case(
+    format: Format,
+    options: &'static [(&'static str, &'static str)],
+    cluster_bytes: u64,
+    sizes: (u64, u64),
+) -> Case {
+    Case { format, options, cluster_bytes, sizes }
+}
+
+const CASES: &[Case] = &[
+    case(Format::Raw, &[], 0, (3001, 9000)),
+    case(Format::Qcow2, &[], 512, (3001, 99_001)),
+    case(Format::Qcow2, &[("extended_l2", "on")], 0, (3001, 2_000_000)),
+    case(Format::Qcow, &[], 0, (3001, 4096)),
+    case(Format::Qcow, &[], 0, (3001, 99_001)),
+    case(Format::Qcow, &[], 0, (3001, 6_000_000)),
+    case(Format::Qed, &[("table_size", "2")], 4096, (3001, 99_001)),
+    case(Format::Vdi, &[], 0, (3001, 99_001)),
+    case(Format::Vhd, &[], 512 << 10, (3001, 99_001)),
+    case(Format::Vhd, &[("subformat", "fixed")], 0, (3001, 9000)),
+    case(Format::Vhdx, &[], 1 << 20, (4000, 99_000)),
+    case(Format::Vmdk, &[], 0, (3001, 60_000)),
+    case(Format::Vmdk, &[], 4096, (3001, 40_001)),
+    case(Format::Vmdk, &[], 0, (3001, 100_000_001)),
+    case(Format::Vmdk, &[("subformat", "monolithicFlat")], 0, (3001, 12_345)),
+];
+
+fn create(folder: &RamFolder, params: &CreateParams) {
+    let mut plan = Create::new(params).unwrap_or_else(|fault| panic!("create: {fault}"));
+    let names: Vec<_> = plan.files().iter().map(|file| file.name.clone()).collect();
+    let mut files: Vec<_> = plan.files().iter().map(|file| vec![0; file.bytes as usize]).collect();
+    while let Some(write) = plan.next_write() {
+        files[write.file][write.offset as usize..][..write.bytes.len()]
+            .copy_from_slice(write.bytes);
+    }
+    for (name, bytes) in names.into_iter().zip(files) {
+        folder.put(name.as_deref().unwrap_or(params.name), bytes);
+    }
+}
+
+/// An image with data all over, its folder and the disk.
+fn written(case: &Case, name: &str) -> (RamFolder, Vec<u8>) {
+    let folder = RamFolder::new();
+    let (options, cluster_bytes) = (case.options, case.cluster_bytes);
+    let base = params(case.format, case.sizes.0);
+    create(&folder, &CreateParams { name, options, cluster_bytes, ..base });
+    let mut model = vec![0; case.sizes.0 as usize * 512];
+    let mut engine = open(&folder, name, rw(case.format));
+    scribble(&mut engine, &mut model, &mut Rng(9), 25, 60);
+    let end = model.len() - 512;
+    model[end..].fill(0x33);
+    engine.write(case.sizes.0 - 1, &[0x33; 512]).unwrap();
+    engine.close().unwrap();
+    (folder, model)
+}
+
+/// Sectors that the tests look at: all of the old disk, some of the new end.
+fn looked_at(engine: &mut Engine, old: u64) -> Vec<u8> {
+    let sectors = engine.sectors();
+    let mut bytes = vec![0xee; old as usize * 512];
+    engine.read(0, &mut bytes).unwrap_or_else(|fault| panic!("read: {fault}"));
+    for start in [old, (old + sectors) / 2, sectors - 9] {
+        let mut tail = vec![0xee; 8 * 512];
+        let start = start.min(sectors - 8);
+        engine.read(start, &mut tail).unwrap_or_else(|fault| panic!("read: {fault}"));
+        bytes.extend(tail);
+    }
+    bytes
+}
+
+#[test]
+fn a_grown_disk_keeps_what_it_held_and_reads_zeros_behind() {
+    let scratch = Scratch::new("grow");
+    for case in CASES {
+        let what = format!("{} {:?} to {}", case.format.name(), case.options, case.sizes.1);
+        let name = "a.img";
+        let (folder, mut model) = written(case, name);
+        let (old, new) = case.sizes;
+        let mut engine = open(&folder, name, rw(case.format));
+        engine.resize(new).unwrap_or_else(|fault| panic!("{what}: {fault}"));
+        assert_eq!(engine.sectors(), new, "{what}");
+        model.resize((old as usize + 24) * 512, 0);
+        assert!(looked_at(&mut engine, old) == model, "{what}, grown");
+        engine.write(new - 1, &[7; 512]).unwrap();
+        engine.write(old - 1, &[8; 1024]).unwrap();
+        engine.close().unwrap();
+        let mut engine = open(&folder, name, rw(case.format));
+        // Once more, by so little that tables may stay.
+        engine.resize(new + 8).unwrap_or_else(|fault| panic!("{what}: {fault}"));
+        engine.close().unwrap();
+        let mut engine = open(&folder, name, ro(case.format));
+        assert_eq!(engine.sectors(), new + 8, "{what}");
+        let mut bytes = [0; 1024];
+        engine.read(new - 1, &mut bytes).unwrap();
+        assert!(bytes[..512] == [7; 512] && bytes[512..] == [0; 512], "{what}");
+        engine.read(old - 1, &mut bytes).unwrap();
+        assert!(bytes == [8; 1024], "{what}");
+        let report = check_all(&mut engine);
+        assert_eq!((report.corruptions, report.leaks), (0, 0), "{what}: {report:#?}");
+        for name in folder.names() {
+            scratch.put(&name, &folder.bytes(&name).unwrap());
+        }
+        let format = if case.format == Format::Vhd { "vpc" } else { case.format.name() };
+        let info = scratch.ok("qemu-img", &["info", "-f", format, name]);
+        assert!(info.contains(&format!("({} bytes)", (new + 8) * 512)), "{what}: {info}");
+        if ["qcow2", "qed", "vdi", "vhdx", "vmdk"].contains(&format) {
+            scratch.ok("qemu-img", &["check", "-q", "-f", format, name]);
+        }
+        let at = (new - 1) * 512;
+        let read = [format!("read -P 7 {at} 512"), format!("read -P 8 {} 1024", (old - 1) * 512)];
+        for read in read {
+            let said = scratch.ok("qemu-io", &["-r", "-f", format, "-c", &read, name]);
+            assert!(!said.contains("failed"), "{what}: {said}");
+        }
+        // QEMU writes where a table may be missing, and we read it.
+        let write = format!("write -P 9 {} 4096", ((old + new) / 2) / 8 * 4096);
+        scratch.ok("qemu-io", &["-f", format, "-c", &write, name]);
+        for name in folder.names() {
+            folder.put(&name, scratch.get(&name));
+        }
+        let mut engine = open(&folder, name, ro(case.format));
+        let mut bytes = [0; 512];
+        engine.read((old + new) / 2 / 8 * 8, &mut bytes).unwrap();
+        assert!(bytes == [9; 512], "{what}");
+        assert_eq!(check_all(&mut engine).corruptions, 0, "{what}, after QEMU's write");
+    }
+}
+
+fn cut(durable: &[Vec<u8>], pending: &[Event], rng: &mut Rng) -> Vec<Vec<u8>> {
+    let mut files = durable.to_vec();
+    let keep = [0, 30, 70, 100][rng.below(4) as usize];
+    for event in pending {
+        if rng.below(100) >= keep {
+            continue;
+        }
+        let Event::Write { file, offset, bytes } = event else {
+            apply(&mut files, event);
+            continue;
+        };
+        for (n, piece) in bytes.chunks(512).enumerate() {
+            if keep == 100 || rng.below(4) > 0 {
+                let offset = offset + n as u64 * 512;
+                apply(&mut files, &Event::Write { file: *file, offset, bytes: piece.to_vec() });
+            }
+        }
+    }
+    files
+}
+
+#[test]
+fn a_power_cut_while_it_grows_leaves_one_size_or_the_other() {
+    let small = CASES.iter().filter(|case| case.sizes.1 <= 100_000);
+    for (n, case) in small.enumerate() {
+        let (folder, model) = written(case, "a.img");
+        let (old, new) = case.sizes;
+        let mut rng = Rng(n as u64);
+        let mut durable: Vec<_> =
+            folder.names().iter().map(|name| folder.bytes(name).unwrap()).collect();
+        folder.record();
+        let options = Options { budget_bytes: 64 << 10, ..rw(case.format) };
+        let mut engine = open(&folder, "a.img", options.clone());
+        engine.resize(new).unwrap();
+        let grown = folder.events_len();
+        engine.write(new - 1, &[7; 512]).unwrap();
+        engine.write((old + new) / 2, &[7; 512]).unwrap();
+        engine.flush().unwrap();
+        engine.close().unwrap();
+        let events = folder.events();
+        let mut pending = Vec::new();
+        for at in 0..=events.len() {
+            for _ in 0..20 {
+                let files = cut(&durable, &pending, &mut rng);
+                let world = RamFolder::new();
+                for (name, bytes) in folder.names().iter().zip(files) {
+                    world.put(name, bytes);
+                }
+                let when = format!("{} {:?}, cut {at}", case.format.name(), case.options);
+                let opened = Engine::open(&world, "a.img", options.clone());
+                let mut engine = opened.unwrap_or_else(|fault| panic!("{when}: {fault}"));
+                let sectors = engine.sectors();
+                assert!(sectors == new || (sectors == old && at <= grown), "{when}: {sectors}");
+                assert!(looked_at(&mut engine, old)[..model.len()] == model, "{when}");
+                engine.write(sectors - 3, &[5; 512]).unwrap_or_else(|f| panic!("{when}: {f}"));
+                let report = check_all(&mut engine);
+                assert_eq!(report.corruptions, 0, "{when}: {:?}", report.problems);
+                engine.close().unwrap();
+            }
+            match events.get(at) {
+                Some(Event::Sync { file: synced }) => {
+                    let (done, kept): (Vec<_>, Vec<_>) = pending.drain(..).partition(|event| {
+                        let (Event::Write { file, .. }
+                        | Event::SetLen { file, .. }
+                        | Event::Sync { file }) = event;
+                        file == synced
+                    });
+                    done.iter().for_each(|event| apply(&mut durable, event));
+                    pending = kept;
+                }
+                Some(event) => pending.push(event.clone()),
+                None => {}
+            }
+        }
+    }
+}
