@@ -2,6 +2,8 @@
 //!
 //! Level-triggered, like platter's own backend: at each event both ends are read anew. After a
 //! restart of the server every frontend is offered the share again, whatever state it was in.
+//! Guards that a frontend that writes its nodes in a loop costs one look at a time and few lines
+//! of log.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -14,12 +16,14 @@ use platter_xen::xenbus::XenbusState;
 use crate::device::{Device, Devices};
 use crate::share::{Policy, Share};
 use crate::workers::Workers;
-use crate::xenstore::Xenstore;
+use crate::xenstore::{Event, TRUSTED, Xenstore};
 
 /// libxl's two names for a 9p backend: of QEMU, and of Xen's own server.
 pub const KINDS: [&str; 2] = ["9pfs", "xen_9pfs"];
 /// Shares served at once.
 const BACKENDS_MAX: usize = 1024;
+/// Lines of log that one share may cause: its frontend decides how many there would be.
+const LINES_MAX: u32 = 32;
 
 /// A directory that may be shared, and how.
 #[derive(Clone, Debug)]
@@ -29,15 +33,24 @@ pub struct Allowed {
 }
 
 struct Backend {
+    /// The frontend's directory, watched with this token.
+    fe: String,
+    token: u32,
+    /// Lines of log so far.
+    lines: u32,
     state: XenbusState,
     device: Option<Device>,
     /// Which of all devices that one is.
     number: u64,
 }
 
-/// A device's thread that ended by itself: its backend's directory, and which device it was of
-/// all that ever were.
-pub type Ended = (String, u64);
+/// A device's thread that ended by itself.
+pub struct Ended {
+    be: String,
+    /// Which of all devices it was.
+    number: u64,
+    why: String,
+}
 
 pub struct Backends {
     /// `/local/domain/N` of the domain that we run in.
@@ -47,8 +60,9 @@ pub struct Backends {
     workers: Workers,
     ended: Sender<Ended>,
     known: HashMap<String, Backend>,
-    /// Devices started so far.
+    /// Devices started, and shares seen, so far.
     started: u64,
+    seen: u32,
 }
 
 impl Backends {
@@ -60,49 +74,63 @@ impl Backends {
         ended: Sender<Ended>,
     ) -> Backends {
         let known = HashMap::new();
-        Backends { home, allowed, devices, workers, ended, known, started: 0 }
+        Backends { home, allowed, devices, workers, ended, known, started: 0, seen: 0 }
+    }
+
+    /// Something changed in xenstore.
+    pub fn heard(&mut self, xs: &mut Xenstore, (token, path): &Event) -> Result<()> {
+        let is_it = |(be, backend): &(&String, &Backend)| match *token {
+            TRUSTED => path.strip_prefix(be.as_str()).is_some_and(|rest| rest.starts_with('/')),
+            token => token == backend.token,
+        };
+        match self.known.iter().find(is_it).map(|(be, _)| be.clone()) {
+            Some(be) => self.look_at(xs, &be),
+            None if *token == TRUSTED => self.look(xs),
+            // Of a share that has gone.
+            None => Ok(()),
+        }
     }
 
     /// Looks at every share there is.
     pub fn look(&mut self, xs: &mut Xenstore) -> Result<()> {
-        let mut seen = Vec::new();
+        let mut there = Vec::new();
         for kind in KINDS {
             let tree = format!("{}/backend/{kind}", self.home);
             for domid in xs.list(&tree)? {
                 for number in xs.list(&format!("{tree}/{domid}"))? {
                     let be = format!("{tree}/{domid}/{number}");
-                    if let Ok(domid) = domid.parse() {
-                        self.look_at(xs, &be, domid)?;
-                        seen.push(be);
-                    }
+                    self.look_at(xs, &be)?;
+                    there.push(be);
                 }
             }
         }
-        self.known.retain(|be, _| seen.contains(be));
+        for (be, backend) in self.known.extract_if(|be, _| !there.contains(be)) {
+            xs.unwatch(&format!("{}/state", backend.fe), backend.token)?;
+            eprintln!("{be}: removed");
+        }
         Ok(())
     }
 
     /// A device's thread ended by itself: its frontend broke the protocol.
-    pub fn device_ended(&mut self, xs: &mut Xenstore, (be, number): &Ended) -> Result<()> {
-        let Some(backend) = self.known.get_mut(be) else { return Ok(()) };
-        if backend.device.take_if(|_| backend.number == *number).is_some() {
-            write_state(xs, be, backend, XenbusState::Closing)?;
+    pub fn device_ended(&mut self, xs: &mut Xenstore, ended: &Ended) -> Result<()> {
+        let Some(backend) = self.known.get_mut(&ended.be) else { return Ok(()) };
+        if backend.device.take_if(|_| backend.number == ended.number).is_some() {
+            backend.say(&ended.be, &ended.why);
+            write_state(xs, &ended.be, backend, XenbusState::Closing)?;
         }
         Ok(())
     }
 
-    fn look_at(&mut self, xs: &mut Xenstore, be: &str, domid: u16) -> Result<()> {
-        let Some(fe) = xs.read_text(&format!("{be}/frontend"))? else { return Ok(()) };
-        if !fe.starts_with(&format!("/local/domain/{domid}/")) {
+    fn look_at(&mut self, xs: &mut Xenstore, be: &str) -> Result<()> {
+        let Some(backend) = self.known.get(be) else { return self.offer_new(xs, be) };
+        let (fe, known) = (backend.fe.clone(), backend.state);
+        let own = state(xs, be)?;
+        if own == XenbusState::Unknown {
+            // Its directory is going.
             return Ok(());
         }
-        if !self.known.contains_key(be) {
-            return self.offer_new(xs, be);
-        }
         let front = state(xs, &fe)?;
-        let own = state(xs, be)?;
         let online = xs.read_text(&format!("{be}/online"))?.as_deref() != Some("0");
-        let known = self.known.get(be).map_or(XenbusState::Unknown, |backend| backend.state);
         let removed = !online || own == XenbusState::Closing && known != XenbusState::Closing;
         use XenbusState::{
             Closed, Closing, Connected, InitWait, Initialised, Initialising, Unknown,
@@ -110,7 +138,7 @@ impl Backends {
         let next = match (known, front) {
             (Closed, _) if removed => return Ok(()),
             _ if removed => Closed,
-            (InitWait, Initialised) => return self.connect(xs, be, &fe, domid),
+            (InitWait, Initialised) => return self.connect(xs, be, &fe),
             (Connected, Closing) => Closing,
             (Connected | Closing, Closed | Unknown) => Closed,
             (Connected | Closing | Closed, Initialising) => InitWait,
@@ -125,11 +153,15 @@ impl Backends {
 
     /// A share that we have not seen before, or one that another server left behind.
     fn offer_new(&mut self, xs: &mut Xenstore, be: &str) -> Result<()> {
-        if self.known.len() >= BACKENDS_MAX {
+        let Some(domid) = domid_of(be) else { return Ok(()) };
+        let Some(fe) = xs.read_text(&format!("{be}/frontend"))? else { return Ok(()) };
+        if !fe.starts_with(&format!("/local/domain/{domid}/")) || self.known.len() >= BACKENDS_MAX {
             return Ok(());
         }
         let path = xs.read_text(&format!("{be}/path"))?.unwrap_or_default();
-        let mut backend = Backend { state: XenbusState::Unknown, device: None, number: 0 };
+        self.seen += 1;
+        let (token, state) = (TRUSTED + self.seen, XenbusState::Unknown);
+        let mut backend = Backend { fe, token, lines: 0, state, device: None, number: 0 };
         let next = match self.share(&path) {
             Ok(_) => {
                 xs.write(&format!("{be}/versions"), VERSION)?;
@@ -138,11 +170,12 @@ impl Backends {
                 XenbusState::InitWait
             }
             Err(why) => {
-                eprintln!("{be}: {why}");
+                backend.say(be, &why);
                 XenbusState::Closed
             }
         };
         write_state(xs, be, &mut backend, next)?;
+        xs.watch(&format!("{}/state", backend.fe), token)?;
         self.known.insert(be.to_string(), backend);
         Ok(())
     }
@@ -160,41 +193,59 @@ impl Backends {
             .map_err(|fault| format!("'{}' cannot be shared: {fault}", path.display()))
     }
 
-    fn connect(&mut self, xs: &mut Xenstore, be: &str, fe: &str, domid: u16) -> Result<()> {
+    fn connect(&mut self, xs: &mut Xenstore, be: &str, fe: &str) -> Result<()> {
         let path = xs.read_text(&format!("{be}/path"))?.unwrap_or_default();
+        let domid = domid_of(be).expect("shares are known by a directory that says it");
         let rings = parse_front_nodes(
             |name| xs.read(&format!("{fe}/{name}")).ok().flatten(),
             RINGS_MAX as u32,
         );
+        self.started += 1;
+        let number = self.started;
         let started = rings
             .map_err(|fault| format!("its nodes are refused: {fault:?}"))
             .and_then(|rings| Ok((rings, self.share(&path)?)))
             .and_then(|(rings, share)| {
-                self.started += 1;
-                let (ended, name) = (self.ended.clone(), (be.to_string(), self.started));
+                let (ended, be) = (self.ended.clone(), be.to_string());
                 let on_end = move |why| {
-                    eprintln!("{why}");
                     // The main thread ends with the process.
-                    let _ = ended.send(name);
+                    let _ = ended.send(Ended { be, number, why });
                 };
                 let with = (&self.devices, &self.workers);
-                Device::start(be, domid, &rings, share, with, on_end)
-                    .map_err(|fault| format!("{fault:#}"))
+                Device::start(domid, &rings, share, with, on_end)
+                    .map_err(|fault| format!("cannot connect: {fault:#}"))
             });
         let Some(backend) = self.known.get_mut(be) else { return Ok(()) };
         let next = match started {
             Ok(device) => {
-                eprintln!("domain {domid} uses '{path}'");
-                (backend.device, backend.number) = (Some(device), self.started);
+                backend.say(be, &format!("domain {domid} uses '{path}'"));
+                (backend.device, backend.number) = (Some(device), number);
                 XenbusState::Connected
             }
             Err(why) => {
-                eprintln!("{be}: cannot connect: {why}");
+                backend.say(be, &why);
                 XenbusState::Closing
             }
         };
         write_state(xs, be, backend, next)
     }
+}
+
+impl Backend {
+    /// Tells people, unless its frontend has made us say too much already.
+    fn say(&mut self, be: &str, what: &str) {
+        self.lines = self.lines.saturating_add(1);
+        match self.lines {
+            ..LINES_MAX => eprintln!("{be}: {what}"),
+            LINES_MAX => eprintln!("{be}: {what}; no more will be said of this share"),
+            _ => {}
+        }
+    }
+}
+
+/// The frontend's domain: the last but one part of a backend's directory.
+fn domid_of(be: &str) -> Option<u16> {
+    be.rsplit('/').nth(1)?.parse().ok()
 }
 
 fn state(xs: &mut Xenstore, directory: &str) -> Result<XenbusState> {

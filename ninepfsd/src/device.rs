@@ -80,9 +80,8 @@ impl Drop for Lent {
 }
 
 impl Device {
-    /// Maps the rings and starts serving. `name` is for messages.
+    /// Maps the rings and starts serving. `on_end` is told why that ended by itself.
     pub fn start(
-        name: &str,
         domid: u16,
         rings: &[(Gref, Port)],
         share: Share,
@@ -99,7 +98,6 @@ impl Device {
         let mailbox = Arc::new(Mailbox::new()?);
         let mut serving = Serving::new(mapped, share, workers.clone(), Arc::clone(&mailbox));
         let theirs = Arc::clone(&mailbox);
-        let name = name.to_string();
         let (end, ended) = channel();
         std::thread::Builder::new().name("9pfs".to_string()).spawn(move || {
             let why = match run(&mut serving, lent.get(), &theirs) {
@@ -108,7 +106,7 @@ impl Device {
             };
             drop((serving, lent));
             drop(end);
-            on_end(format!("{name}: {why}"));
+            on_end(why);
         })?;
         Ok(Device { mailbox, ended })
     }

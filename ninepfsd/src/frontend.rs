@@ -28,10 +28,10 @@ impl Frontend {
         Ok((Frontend { interface, data, half, out_prod: 0, in_cons: 0 }, ring))
     }
 
-    /// Bytes that can be put now.
+    /// Bytes that can be put now; none where somebody has spoilt the indexes.
     pub fn room(&self) -> u32 {
         let room = self.half.room(self.out_prod, self.interface.load(OUT_CONS));
-        room.expect("the server's index is right")
+        room.unwrap_or(0)
     }
 
     /// Puts a message as it is and makes it visible. There is room.
@@ -84,6 +84,12 @@ impl Frontend {
         self.in_cons = self.in_cons.wrapping_add(head.size);
         self.interface.store(IN_CONS, self.in_cons);
         Some((head, len))
+    }
+
+    /// Takes all that was answered, whatever it is.
+    pub fn skip(&mut self) {
+        self.in_cons = self.interface.load(IN_PROD);
+        self.interface.store(IN_CONS, self.in_cons);
     }
 
     fn get(&self, at: u32, into: &mut [u8]) {

@@ -11,7 +11,7 @@ mod buffer;
 pub mod device;
 pub mod frontend;
 mod job;
-mod more;
+pub mod more;
 mod open;
 pub mod os;
 pub mod ring;

@@ -8,15 +8,15 @@ use std::path::PathBuf;
 use std::sync::mpsc::channel;
 
 use anyhow::{Context, Result, bail};
-use clap::{Parser, Subcommand};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-
+use clap::{Args, Parser, Subcommand};
 use platter_9pfsd::backends::{Allowed, Backends, KINDS};
 use platter_9pfsd::device::Devices;
+use platter_9pfsd::sandbox::{self, Identity};
 use platter_9pfsd::share::Policy;
 use platter_9pfsd::workers::Workers;
-use platter_9pfsd::xenstore::Xenstore;
-use platter_9pfsd::{attach, sandbox};
+use platter_9pfsd::xenstore::{TRUSTED, Xenstore};
+use platter_9pfsd::{attach, session};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// A small 9p server for Xen domains: serves directories of this domain over 9pfs.
 #[derive(Parser)]
@@ -29,26 +29,7 @@ struct Arguments {
 #[derive(Subcommand)]
 enum Action {
     /// Serve every 9p share of every domain, until stopped.
-    Serve {
-        /// A directory below which shares may lie; may be given several times.
-        #[arg(long, required = true, value_name = "DIRECTORY")]
-        allow: Vec<PathBuf>,
-        /// As --allow, and nothing there is ever changed.
-        #[arg(long, value_name = "DIRECTORY")]
-        allow_read_only: Vec<PathBuf>,
-        /// The largest size that a file may be given, in bytes.
-        #[arg(long, value_name = "BYTES", default_value_t = 0)]
-        file_bytes_max: u64,
-        /// Threads that read and write files.
-        #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=64))]
-        workers: u8,
-        /// Shares that may be in use at once.
-        #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=1024))]
-        shares: u16,
-        /// Keep the rights that the server does not need; for finding faults.
-        #[arg(long)]
-        no_sandbox: bool,
-    },
+    Serve(Serve),
     /// Give a share to a domain that is running, without a `p9=` line and without QEMU.
     Attach {
         /// Name or number of the domain.
@@ -60,19 +41,35 @@ enum Action {
     },
 }
 
+#[derive(Args)]
+struct Serve {
+    /// A directory below which shares may lie; may be given several times.
+    #[arg(long, required_unless_present = "allow_read_only", value_name = "DIRECTORY")]
+    allow: Vec<PathBuf>,
+    /// As --allow, and nothing there is ever changed.
+    #[arg(long, value_name = "DIRECTORY")]
+    allow_read_only: Vec<PathBuf>,
+    /// The largest size that a file may be given, in bytes.
+    #[arg(long, value_name = "BYTES", default_value_t = 0)]
+    file_bytes_max: u64,
+    /// The user that files are opened as, by name or number, when started as root. `root` stays
+    /// root and may open files of every owner below the directories.
+    #[arg(long, default_value = "platter-9pfsd")]
+    user: String,
+    /// Shares that may be in use at once.
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    shares: u16,
+    /// Threads that wait for disks.
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=64))]
+    workers: u8,
+    /// Keep the rights that the server does not need; for finding faults.
+    #[arg(long)]
+    no_sandbox: bool,
+}
+
 fn main() -> Result<()> {
     match Arguments::parse().command {
-        Action::Serve { allow, allow_read_only, file_bytes_max, workers, shares, no_sandbox } => {
-            let rights = |read_only| Policy { read_only, file_bytes_max };
-            let allowed = allow_read_only
-                .into_iter()
-                .map(|directory| Allowed { directory, policy: rights(true) })
-                .chain(
-                    allow.into_iter().map(|directory| Allowed { directory, policy: rights(false) }),
-                )
-                .collect();
-            serve(allowed, workers.into(), shares.into(), !no_sandbox)
-        }
+        Action::Serve(arguments) => serve(&arguments),
         Action::Attach { domain, tag, path } => {
             let mut xs = Xenstore::open()?;
             let home = home(&mut xs)?;
@@ -81,58 +78,78 @@ fn main() -> Result<()> {
     }
 }
 
-fn serve(allowed: Vec<Allowed>, workers: usize, shares: usize, sandboxed: bool) -> Result<()> {
-    for Allowed { directory, .. } in &allowed {
-        if !directory.is_absolute() || !directory.is_dir() {
-            bail!("--allow wants the absolute path of a directory, not '{}'", directory.display());
-        }
-    }
+fn serve(arguments: &Serve) -> Result<()> {
+    let allowed = allowed(arguments)?;
+    let identity = Identity::of(&arguments.user)?;
     let mut xs = Xenstore::open()?;
     let home = home(&mut xs)?;
-    // libxl (4.19 and later) takes a server that says it is running for type=xen_9pfsd.
-    xs.write(&format!("{home}/libxl/xen-9pfs/pid"), &std::process::id().to_string())?;
-    xs.write(&format!("{home}/libxl/xen-9pfs/state"), "running")?;
+    claim(&mut xs, &home)?;
+    sandbox::raise_descriptors(usize::from(arguments.shares) * session::OPEN_MAX)?;
+    let devices = Devices::open(arguments.shares.into())?;
+    if !arguments.no_sandbox {
+        let open: Vec<_> =
+            allowed.iter().map(|one| (one.directory.as_path(), one.policy.read_only)).collect();
+        sandbox::enter(&open, &identity)?;
+    }
     for kind in KINDS {
-        xs.watch(&format!("{home}/backend/{kind}"))?;
+        xs.watch(&format!("{home}/backend/{kind}"), TRUSTED)?;
     }
-    xs.watch("/local/domain")?;
-    let devices = Devices::open(shares)?;
-    if sandboxed {
-        let open: Vec<_> = allowed.iter().map(|allowed| allowed.directory.as_path()).collect();
-        sandbox::enter(&open)?;
-    }
-    let workers = Workers::start(workers).context("cannot start the worker threads")?;
+    let workers = Workers::start(arguments.workers.into()).context("cannot start threads")?;
     let (ended, ends) = channel();
     let mut backends = Backends::new(home, allowed, devices, workers, ended);
+    backends.look(&mut xs)?;
     eprintln!("serving");
     loop {
-        backends.look(&mut xs)?;
+        while let Some(event) = xs.event() {
+            backends.heard(&mut xs, &event)?;
+        }
         while let Ok(ended) = ends.try_recv() {
             backends.device_ended(&mut xs, &ended)?;
         }
-        wait(&mut xs)?;
+        // A second at most, for threads that ended.
+        let patience = Timespec { tv_sec: 1, tv_nsec: 0 };
+        let mut fds = [PollFd::new(&xs, PollFlags::IN)];
+        match poll(&mut fds, Some(&patience)) {
+            Ok(0) | Err(rustix::io::Errno::INTR) => {}
+            Ok(_) => xs.hear()?,
+            Err(errno) => return Err(errno).context("cannot wait for xenstored"),
+        }
     }
 }
 
-/// Until something of interest changes in xenstore, and nothing more is told at once; a second
-/// at most, for threads that ended.
-fn wait(xs: &mut Xenstore) -> Result<()> {
-    let mut patience = Timespec { tv_sec: 1, tv_nsec: 0 };
-    loop {
-        if !xs.has_event() {
-            let mut fds = [PollFd::new(&*xs, PollFlags::IN)];
-            match poll(&mut fds, Some(&patience)) {
-                Ok(0) => return Ok(()),
-                Ok(_) => {}
-                Err(rustix::io::Errno::INTR) => continue,
-                Err(errno) => return Err(errno).context("cannot wait for xenstored"),
+fn allowed(arguments: &Serve) -> Result<Vec<Allowed>> {
+    let file_bytes_max = arguments.file_bytes_max;
+    // Where both are given for a directory, read-only counts.
+    let both = [(&arguments.allow_read_only, true), (&arguments.allow, false)];
+    let mut allowed = Vec::new();
+    for (directories, read_only) in both {
+        for directory in directories {
+            if !directory.is_absolute() || !directory.is_dir() {
+                let what = directory.display();
+                bail!("--allow wants the absolute path of a directory, not '{what}'");
             }
-        }
-        // Everything of every domain changes all the time; only 9p shares matter.
-        if xs.event()?.contains("9pfs") {
-            patience = Timespec { tv_sec: 0, tv_nsec: 0 };
+            let policy = Policy { read_only, file_bytes_max };
+            allowed.push(Allowed { directory: directory.clone(), policy });
         }
     }
+    Ok(allowed)
+}
+
+/// Becomes the one server of this domain's shares. libxl (4.19 and later) takes it for
+/// type=xen_9pfsd then.
+fn claim(xs: &mut Xenstore, home: &str) -> Result<()> {
+    let node = |name| format!("{home}/libxl/xen-9pfs/{name}");
+    let pid = xs.read_text(&node("pid"))?.unwrap_or_default();
+    if !xs.claim()? {
+        bail!("another platter-9pfsd, process {pid}, serves this domain's shares already");
+    }
+    let program = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    if pid.parse::<u32>().is_ok() && program.trim() == "xen-9pfsd" {
+        bail!("Xen's own xen-9pfsd, process {pid}, serves this domain's shares already");
+    }
+    xs.write(&node("pid"), &std::process::id().to_string())?;
+    xs.write(&node("state"), "running")?;
+    Ok(())
 }
 
 /// `/local/domain/N` of the domain that we run in.

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
+use rustix::time::{ClockId, clock_gettime};
 
 use crate::os::memory::How;
 
@@ -54,7 +55,8 @@ impl Open {
     }
 }
 
-/// What one request may take at once, on average.
+/// What one request may take at once, on average; and mostly asleep, for a host or hypervisor
+/// that takes the processor away is no reason to have others do the work.
 const SLOW: Duration = Duration::from_millis(1);
 /// Requests that go to workers once it took longer.
 const WORKERS_TURNS: u32 = 64;
@@ -65,7 +67,7 @@ pub struct Patience {
     /// Requests that still go to workers.
     workers: u32,
     /// Since when one was tried in this turn, and how many were served.
-    since: Option<Instant>,
+    since: Option<(Instant, Duration)>,
     served: u32,
 }
 
@@ -92,7 +94,7 @@ impl Patience {
             self.workers -= 1;
             return None;
         }
-        self.since.get_or_insert_with(Instant::now);
+        self.since.get_or_insert_with(|| (Instant::now(), processor()));
         match transfer(false) {
             Err(Errno::INTR | Errno::FAULT) => None,
             result => Some(result),
@@ -108,10 +110,18 @@ impl Patience {
     /// A turn is over: was trying worth it?
     pub fn judge(&mut self) {
         let served = std::mem::take(&mut self.served);
-        if self.since.take().is_some_and(|since| since.elapsed() > SLOW * served) {
+        let Some((since, used)) = self.since.take() else { return };
+        let elapsed = since.elapsed();
+        if elapsed > SLOW * served && (processor() - used) * 2 < elapsed {
             self.workers = WORKERS_TURNS;
         }
     }
+}
+
+/// What this thread has used.
+fn processor() -> Duration {
+    let now = clock_gettime(ClockId::ThreadCPUTime);
+    Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
 }
 
 /// Would miss: whether a millisecond is the right measure for a disk.

@@ -178,6 +178,11 @@ impl Ring {
         !self.waiting.is_empty()
     }
 
+    /// What waits for room takes so much memory.
+    pub fn waiting_bytes(&self) -> usize {
+        self.waiting.iter().map(|answer| answer.bytes.len()).sum()
+    }
+
     /// An answer with this tag waits for room.
     pub fn owes(&self, tag: u16) -> bool {
         self.waiting.iter().any(|answer| answer.tag == tag)

@@ -138,7 +138,8 @@ impl Serving {
     fn step(&mut self, index: usize) -> Result<Step, Fault> {
         let under_way = self.flights.iter().filter(|flight| flight.ring == index).count()
             + self.flushes.iter().filter(|flush| flush.ring == index).count();
-        let bytes: usize = self.flights.iter().map(|flight| flight.bytes).sum();
+        let bytes = self.flights.iter().map(|flight| flight.bytes).sum::<usize>()
+            + self.rings.iter().map(Ring::waiting_bytes).sum::<usize>();
         let is_busy = under_way >= PLATTER_IN_FLIGHT as usize || bytes >= IN_FLIGHT_BYTES_MAX;
         let ring = &mut self.rings[index];
         if self.closing || is_busy {

@@ -4,11 +4,11 @@
 //! Guards that a frontend's thread is woken once for many answers, and only when it sleeps.
 
 use std::collections::VecDeque;
-use std::io::{Read, Write};
-use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::net::UnixStream;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
+
+use rustix::event::{EventfdFlags, eventfd};
 
 use crate::buffer::Buffer;
 use crate::job::{Job, Outcome};
@@ -34,8 +34,8 @@ pub struct Mailbox {
     done: Mutex<VecDeque<Done>>,
     sleeping: AtomicBool,
     stop: AtomicBool,
-    wake: UnixStream,
-    woken: UnixStream,
+    /// An eventfd.
+    bell: OwnedFd,
 }
 
 /// The way to the threads.
@@ -53,11 +53,9 @@ const FREE: &str = "nobody panics with it in hand";
 
 impl Mailbox {
     pub fn new() -> std::io::Result<Mailbox> {
-        let (wake, woken) = UnixStream::pair()?;
-        wake.set_nonblocking(true)?;
-        woken.set_nonblocking(true)?;
+        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let (sleeping, stop) = (AtomicBool::new(false), AtomicBool::new(false));
-        Ok(Mailbox { done: Mutex::default(), sleeping, stop, wake, woken })
+        Ok(Mailbox { done: Mutex::default(), sleeping, stop, bell })
     }
 
     fn put(&self, done: Done) {
@@ -81,8 +79,8 @@ impl Mailbox {
 
     fn ring(&self) {
         if self.sleeping.swap(false, Ordering::SeqCst) {
-            // Full means that it will wake anyway; gone, that nobody waits.
-            let _ = (&self.wake).write_all(b"w");
+            // It fails only when it has counted for centuries.
+            let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
         }
     }
 
@@ -100,7 +98,7 @@ impl Mailbox {
     pub fn wake_up(&self, rang: bool) {
         self.sleeping.store(false, Ordering::SeqCst);
         if rang {
-            let _ = (&self.woken).read(&mut [0; 64]);
+            let _ = rustix::io::read(&self.bell, &mut [0; 8]);
         }
     }
 }
@@ -108,7 +106,7 @@ impl Mailbox {
 /// Readable once somebody rang.
 impl AsFd for Mailbox {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.woken.as_fd()
+        self.bell.as_fd()
     }
 }
 

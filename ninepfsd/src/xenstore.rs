@@ -1,22 +1,31 @@
 //! dom0's xenstore by /dev/xen/xenbus: requests answered one by one, watch events kept apart.
 //!
-//! The messages are those of xs_wire.h; the kernel forwards them as they are.
+//! The messages are those of xs_wire.h; the kernel forwards them as they are. Guards that what
+//! a frontend writes in a loop is remembered once: its events carry no path.
 
-use std::collections::VecDeque;
+use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 
 use anyhow::{Context, Result, bail};
-use platter_xen::xenstore::{kind, names, parse_watch_event};
+use platter_xen::xenstore::{Token, kind, names, parse_watch_event};
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 
 const HEADER_BYTES: usize = 16;
 const PAYLOAD_BYTES_MAX: usize = 4096;
 
+/// The token of watches on what only toolstacks and we write: their events keep their paths.
+pub const TRUSTED: u32 = 0;
+
+/// Something changed below a watch: its token, and for [`TRUSTED`] where.
+pub type Event = (u32, String);
+
 /// A connection to xenstored.
 pub struct Xenstore {
     file: File,
-    events: VecDeque<String>,
+    events: BTreeSet<Event>,
 }
 
 struct Message {
@@ -31,7 +40,7 @@ impl Xenstore {
             .write(true)
             .open("/dev/xen/xenbus")
             .context("cannot open /dev/xen/xenbus: is this a Xen domain with xenstored up?")?;
-        Ok(Xenstore { file, events: VecDeque::new() })
+        Ok(Xenstore { file, events: BTreeSet::new() })
     }
 
     /// The value of a node; `None` when it is missing or may not be read.
@@ -62,27 +71,38 @@ impl Xenstore {
         Ok(self.optional(kind::SET_PERMS, &payload)?.is_some())
     }
 
-    pub fn watch(&mut self, path: &str) -> Result<()> {
-        let mut payload = nul(path);
-        payload.extend_from_slice(&nul("0"));
-        match self.optional(kind::WATCH, &payload)? {
+    pub fn watch(&mut self, path: &str, token: u32) -> Result<()> {
+        match self.optional(kind::WATCH, &watch(path, token))? {
             Some(_) => Ok(()),
             None => bail!("xenstored refuses a watch on {path}"),
         }
     }
 
-    /// The next watch event; waits for it.
-    pub fn event(&mut self) -> Result<String> {
-        while self.events.is_empty() {
-            let message = self.receive()?;
-            self.keep_event(&message);
-        }
-        Ok(self.events.pop_front().unwrap_or_default())
+    /// Ends a watch; there may be none.
+    pub fn unwatch(&mut self, path: &str, token: u32) -> Result<()> {
+        self.optional(kind::UNWATCH, &watch(path, token)).map(|_| ())
     }
 
-    /// Events that came with answers and need no waiting.
-    pub fn has_event(&self) -> bool {
-        !self.events.is_empty()
+    /// Takes an event that came with an answer.
+    pub fn event(&mut self) -> Option<Event> {
+        self.events.pop_first()
+    }
+
+    /// Waits for an event and keeps it. Called when the connection is readable.
+    pub fn hear(&mut self) -> Result<()> {
+        let message = self.receive()?;
+        self.keep_event(&message);
+        Ok(())
+    }
+
+    /// Only one process may serve a domain's shares; false when another does. It ends with the
+    /// process.
+    pub fn claim(&self) -> Result<bool> {
+        match flock(&self.file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(true),
+            Err(Errno::AGAIN) => Ok(false),
+            Err(errno) => Err(errno).context("cannot lock /dev/xen/xenbus"),
+        }
     }
 
     fn optional(&mut self, request: u32, payload: &[u8]) -> Result<Option<Vec<u8>>> {
@@ -106,9 +126,10 @@ impl Xenstore {
 
     fn keep_event(&mut self, message: &Message) {
         if message.kind == kind::WATCH_EVENT
-            && let Some(path) = event_path(&message.payload)
+            && let Some((path, Token(token))) = parse_watch_event(&message.payload)
         {
-            self.events.push_back(path);
+            let path = if token == TRUSTED { path.to_string() } else { String::new() };
+            self.events.insert((token, path));
         }
     }
 
@@ -136,8 +157,10 @@ impl AsFd for Xenstore {
     }
 }
 
-fn event_path(payload: &[u8]) -> Option<String> {
-    parse_watch_event(payload).map(|(path, _)| path.to_string())
+fn watch(path: &str, token: u32) -> Vec<u8> {
+    let mut payload = nul(path);
+    payload.extend_from_slice(&nul(&token.to_string()));
+    payload
 }
 
 fn nul(text: &str) -> Vec<u8> {

@@ -158,8 +158,8 @@ start_9p_server() {
     platter)
         # One serves all domains; two would fight over each share.
         if ! pgrep -x platter-9pfsd >/dev/null; then
-            /usr/lib/platter/platter-9pfsd serve --allow "$IMAGES" </dev/null \
-                >"$RUN/9p-$1.log" 2>&1 &
+            /usr/lib/platter/platter-9pfsd serve --allow "$IMAGES" --user "${NINEP_USER:-root}" \
+                </dev/null >"$RUN/9p-$1.log" 2>&1 &
         fi
         # There is no p9= line where libxl would start QEMU for it.
         [ "$SUITE" != bookworm ] ||

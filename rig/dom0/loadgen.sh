@@ -52,6 +52,31 @@ job_wait() {
 # field NAME: the value of a word NAME=VALUE of the result line on standard input.
 field() { tr ' ' '\n' | sed -n "s/^$1=//p" | head -n1; }
 
+# measure_idle: what measuring itself costs, a line of the table.
+measure_idle() {
+    step "what measuring itself costs"
+    before=$(cpu_seconds)
+    sleep $((RUNTIME_SECONDS + 1))
+    echo "idle 0 3 0 $(cpu_since "$before")" >>"$table"
+}
+
+# measure ROUND OP,BLOCK,DEPTH BACKEND VDEV: the disk under load, by job $number of `guest`; dom0
+# keeps still meanwhile. Adds a line to the table:
+# BACKEND ROUND WORK BLOCK KIBIBYTES MILLISECONDS CPU_DOM0 CPU_STORAGE (seconds).
+measure() {
+    op=${2%%,*} depth=${2##*,} block=${2#*,}
+    block=${block%,*}
+    before=$(cpu_seconds)
+    job guest "$number" "disk=$4 op=$op bs=$block depth=$depth order=2 secs=$RUNTIME_SECONDS"
+    sleep $((RUNTIME_SECONDS + 1))
+    cpu=$(cpu_since "$before")
+    said=$(job_wait guest "$number")
+    number=$((number + 1))
+    echo "$said" | sed "s/.* ms=/    $3 $2 ms=/; s/reads=.*//"
+    ios=$(echo "$said" | field ios)
+    echo "$3 $1 $op/$depth $block $((ios * ${block%k})) $(echo "$said" | field ms) $cpu" >>"$table"
+}
+
 # disk_counters GUEST_ID VDEV_NUMBER: platter's counters of a disk, as one line.
 disk_counters() {
     xenstore-read "/local/domain/$(xl domid storage)/data/disk/vbd-$1-$2" 2>/dev/null || true

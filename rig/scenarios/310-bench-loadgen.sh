@@ -32,14 +32,13 @@ scenario() {
         job_wait guest "$number" >/dev/null
         number=$((number + 1))
     done
-    step "what measuring itself costs"
-    before=$(cpu_seconds)
-    sleep $((RUNTIME_SECONDS + 1))
-    echo "idle 0 3 0 $(cpu_since "$before")" >>"$table"
+    measure_idle
     for round in $(seq "$ROUNDS"); do
         for work in $WORKS; do
             step "round $round of $ROUNDS: $work"
-            for backend in $BACKENDS; do measure "$round" "$work" "$backend"; done
+            for backend in $BACKENDS; do
+                measure "$round" "$work" "$backend" "$(vdev_of "$backend")"
+            done
         done
     done
     job guest 0 quit
@@ -54,28 +53,3 @@ vdev_of() {
     blkback) echo xvdc ;;
     esac
 }
-
-# measure ROUND OP,BLOCK,DEPTH BACKEND: dom0 keeps still meanwhile. Adds a line to the table:
-# BACKEND ROUND WORK BLOCK KIBIBYTES MILLISECONDS CPU_DOM0 CPU_STORAGE (seconds).
-measure() {
-    op=${2%%,*} depth=${2##*,} block=${2#*,}
-    block=${block%,*}
-    before=$(cpu_seconds)
-    job guest "$number" "disk=$(vdev_of "$3") op=$op bs=$block depth=$depth order=2 \
-secs=$RUNTIME_SECONDS"
-    sleep $((RUNTIME_SECONDS + 1))
-    cpu=$(cpu_since "$before")
-    said=$(job_wait guest "$number")
-    number=$((number + 1))
-    echo "$said" | sed "s/.* ms=/    $3 $2 ms=/; s/reads=.*//"
-    ios=$(echo "$said" | field ios)
-    echo "$3 $1 $op/$depth $block $((ios * ${block%k})) $(echo "$said" | field ms) $cpu" >>"$table"
-}
-
-# cpu_seconds: what dom0 and the storage domain have used so far, to 0.1 s.
-cpu_seconds() {
-    xl list | awk '$1 == "Domain-0" { d = $6 } $1 == "storage" { s = $6 }
-        END { print d + 0, s + 0 }'
-}
-
-cpu_since() { echo "$1 $(cpu_seconds)" | awk '{ printf "%.1f %.1f", $3 - $1, $4 - $2 }'; }

@@ -2,15 +2,23 @@
 #: needs platter-9pfsd
 #: suites trixie
 #: timeout 300
+# The server runs as a user without any right but to the share.
 # Would miss: a server that hangs without dying. No storage domain here: the server alone.
 
 scenario() {
     mkdir -p "$IMAGES/share"
+    echo secret >"$IMAGES/share/root-only"
+    chmod 600 "$IMAGES/share/root-only"
+    chown nobody "$IMAGES/share"
+    NINEP_USER=nobody
     GUEST_SETTINGS='p9=["tag=share,path='$IMAGES/share',security_model=none"]
         extra="console=hvc0 quiet loglevel=3 rig.modules=9p"'
     FIO=1 create_guest_only guest
     start_9p_server guest
     wait_guest guest
+    rights=$(cat "/proc/$(pgrep -x platter-9pfsd)/status")
+    expect_match "the server's user" "^Uid:.65534.65534.65534.65534" "$rights"
+    expect_match "the server's capabilities" "^CapPrm:.0+$" "$rights"
     step "mount, names, verified random I/O"
     guest_must guest '
         set -e
@@ -20,8 +28,13 @@ scenario() {
         mv /mnt/folder/a /mnt/b
         rmdir /mnt/folder
         [ "$(cat /mnt/b)" = one ]
-        [ "$(ls /mnt)" = b ]
+        [ "$(echo $(ls /mnt))" = "b root-only" ]
+        ! cat /mnt/root-only 2>/dev/null
         rm /mnt/b
+        for name in $(seq 80); do echo "$name" >"/mnt/a-name-that-is-rather-long-$name"; done
+        [ "$(ls /mnt | wc -l)" = 81 ]
+        [ "$(cat /mnt/a-name* | sort -n | tail -n1)" = 80 ]
+        rm /mnt/a-name*
         fio --name=verify --directory=/mnt --size=8m --rw=randwrite --bsrange=512-64k \
             --fsync=32 --verify=crc32c --verify_fatal=1 --randrepeat=1 >/tmp/fio 2>&1 ||
             { cat /tmp/fio; exit 1; }

@@ -89,14 +89,14 @@ fn report(samples: &[Sample]) -> String {
         summary(group.iter().map(|sample| value(sample)).collect())
     };
     let rate = |sample: &Sample| sample.requests / sample.seconds;
-    let dom0 = |sample: &Sample| sample.cpu_dom0_seconds * 1000.0 / sample.requests;
-    let storage = |sample: &Sample| sample.cpu_storage_seconds * 1000.0 / sample.requests;
+    let dom0 = |sample: &Sample| sample.cpu_dom0_seconds * 1e6 / sample.requests;
+    let storage = |sample: &Sample| sample.cpu_storage_seconds * 1e6 / sample.requests;
     let both = |sample: &Sample| {
-        (sample.cpu_dom0_seconds + sample.cpu_storage_seconds) * 1000.0 / sample.requests
+        (sample.cpu_dom0_seconds + sample.cpu_storage_seconds) * 1e6 / sample.requests
     };
     let mut text = format!(
         "{:16} {:9} {:>16} {:>24} {:>7} {:>8} {:>7} {:>7}\n",
-        "work", "backend", "requests/s", "CPU s/1000 requests", "dom0", "storage", "rate", "CPU"
+        "work", "backend", "requests/s", "CPU s/million requests", "dom0", "storage", "rate", "CPU"
     );
     for (work, backend) in groups.keys() {
         let key = (*work, *backend);
@@ -107,9 +107,9 @@ fn report(samples: &[Sample]) -> String {
             if base > 0.0 { format!("{:.2}", value / base) } else { "-".to_owned() }
         };
         text.push_str(&format!(
-            "{work:16} {backend:9} {:>16} {:>24} {:>7.3} {:>8.3} {:>7} {:>7}\n",
+            "{work:16} {backend:9} {:>16} {:>24} {:>7.0} {:>8.0} {:>7} {:>7}\n",
             spread_of(rate_median, rate_spread, groups[&key].len(), 0),
-            spread_of(cpu_median, cpu_spread, groups[&key].len(), 3),
+            spread_of(cpu_median, cpu_spread, groups[&key].len(), 0),
             over(key, dom0).0,
             over(key, storage).0,
             ratio(rate_median, over(base, rate).0),
@@ -174,8 +174,8 @@ mod tests {
         assert_eq!(samples[0].cpu_dom0_seconds, 1.0);
         let text = report(&samples);
         let qdisk = text.lines().find(|line| line.contains("qdisk")).unwrap();
-        // 1000/s against 2000/s; 0.4 s per 1000 requests against 0.15 s.
-        assert!(qdisk.contains("1000 (once)") && qdisk.contains("0.400 (once)"), "{qdisk}");
+        // 1000/s against 2000/s; 400 s per million requests against 150 s.
+        assert!(qdisk.contains("1000 (once)") && qdisk.contains("400 (once)"), "{qdisk}");
         assert_eq!(spread_of(2.0, 0.5, 3, 1), "2.0 ± 0.5");
         assert!(qdisk.contains("0.50") && qdisk.contains("2.67"), "{qdisk}");
         assert!(parse_table("nonsense\n").is_err());

@@ -13,6 +13,8 @@ const BIND_INTERDOMAIN: libc::c_ulong = request(b'E', 1, 8);
 const UNBIND: libc::c_ulong = request(b'E', 3, 4);
 const NOTIFY: libc::c_ulong = request(b'E', 4, 4);
 
+pub(super) const REQUESTS: [libc::c_ulong; 3] = [BIND_INTERDOMAIN, UNBIND, NOTIFY];
+
 /// Ports of one frontend: no more can ring at once.
 const PORTS_MAX: usize = platter_xen::ninepfs::RINGS_MAX;
 

@@ -16,6 +16,8 @@ pub const PAGES_MAX: usize = 512;
 const MAP_GRANT_REF: libc::c_ulong = request(b'G', 0, 24);
 const UNMAP_GRANT_REF: libc::c_ulong = request(b'G', 1, 16);
 
+pub(super) const REQUESTS: [libc::c_ulong; 2] = [MAP_GRANT_REF, UNMAP_GRANT_REF];
+
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct GrantRef {

@@ -21,3 +21,10 @@ fn ioctl<T>(fd: &OwnedFd, request: libc::c_ulong, argument: &mut T) -> io::Resul
 const fn request(group: u8, number: u8, size: usize) -> libc::c_ulong {
     ((size as libc::c_ulong) << 16) | ((group as libc::c_ulong) << 8) | number as libc::c_ulong
 }
+
+/// Every request that is made of Xen's devices, for the list of what is allowed.
+pub fn requests() -> [u64; 5] {
+    let [bind, unbind, notify] = evtchn::REQUESTS;
+    let [map, unmap] = gntdev::REQUESTS;
+    [bind, unbind, notify, map, unmap]
+}
