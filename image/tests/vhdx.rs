@@ -627,3 +627,90 @@ fn growing_survives_a_power_cut_at_any_write() {
         assert!(disk[..model.len()] == model && disk[disk.len() - 1] == 9);
     }
 }
+
+/// What a workload of several flushes writes, event by event, with the file as it was before.
+fn recorded(options: &[(&str, &str)]) -> (Vec<u8>, Vec<Event>, Vec<u8>) {
+    let folder = RamFolder::new();
+    folder.put("a.vhdx", new(12 * 4096, 1 << 20, options));
+    let before = folder.bytes("a.vhdx").unwrap();
+    folder.record();
+    let mut engine = open(&folder, "a.vhdx", rw(Format::Vhdx));
+    let mut model = vec![0; 12 * 4096 * 512];
+    for block in [3u64, 0, 7, 9] {
+        let at = block * 2048;
+        model[at as usize * 512..][..8192].fill(block as u8 + 1);
+        engine.write(at, &[block as u8 + 1; 8192]).unwrap();
+        engine.flush().unwrap();
+    }
+    engine.close().unwrap();
+    (before, folder.events(), model)
+}
+
+/// Nothing relies on a log entry that is not durable: neither the header that opens the log, nor
+/// a table that is changed in place. Other readers refuse a file whose header names a log without
+/// an entry.
+#[test]
+fn a_log_entry_is_durable_before_the_header_or_a_table_relies_on_it() {
+    let (_, events, _) = recorded(&[]);
+    let (mut entry_open, mut entries, mut in_place, mut opened) = (false, 0, 0, 0);
+    let log = MIB..METADATA;
+    for event in &events {
+        match event {
+            Event::Sync { .. } => entry_open = false,
+            Event::Write { offset, .. } if log.contains(&(*offset as usize)) => {
+                entries += u64::from(!entry_open);
+                entry_open = true;
+            }
+            Event::Write { offset, bytes, .. } => {
+                let at = *offset as usize;
+                let names_log = HEADERS.contains(&at) && bytes[48..64] != [0; 16];
+                let table = (BAT..BAT + MIB).contains(&at);
+                assert!(!(entry_open && (names_log || table)), "{at:#x} before a sync");
+                assert!(!table || entries > 0, "a table in place without a log entry");
+                in_place += u64::from(table);
+                opened += u64::from(names_log);
+            }
+            Event::SetLen { .. } => {}
+        }
+    }
+    assert!(entries == 4 && in_place >= 4 && opened >= 2, "{entries} {in_place} {opened}");
+}
+
+/// The header that is not written is good and enough: each write of one may be torn into anything.
+#[test]
+fn a_torn_header_update_leaves_the_other_header() {
+    let (before, events, model) = recorded(&[]);
+    let (mut durable, mut pending) = (vec![before], Vec::<Event>::new());
+    let mut headers = 0;
+    for event in &events {
+        if let Event::Sync { .. } = event {
+            pending.drain(..).for_each(|event| apply(&mut durable, &event));
+            continue;
+        }
+        if let Event::Write { offset, bytes, .. } = event
+            && HEADERS.contains(&(*offset as usize))
+        {
+            headers += 1;
+            let is_header = |event: &Event| match event {
+                Event::Write { offset, .. } => HEADERS.contains(&(*offset as usize)),
+                _ => false,
+            };
+            assert!(!pending.iter().any(is_header), "one header at a time");
+            let mut files = durable.clone();
+            pending.iter().for_each(|event| apply(&mut files, event));
+            assert_ne!(current(&files[0]), *offset as usize, "the older header is written");
+            let torn = [&bytes[..100], &vec![0xff; bytes.len() - 100]].concat();
+            apply(&mut files, &Event::Write { file: 0, offset: *offset, bytes: torn });
+            let folder = RamFolder::new();
+            folder.put("a.vhdx", files.remove(0));
+            let mut engine = open(&folder, "a.vhdx", rw(Format::Vhdx));
+            let disk = read_all(&mut engine);
+            let whole = |(a, b): (&[u8], &[u8])| a == b || a.iter().all(|&byte| byte == 0);
+            assert!(disk.chunks(512).zip(model.chunks(512)).all(whole), "header {headers}");
+            assert_eq!(check_all(&mut engine).corruptions, 0);
+            engine.close().unwrap();
+        }
+        pending.push(event.clone());
+    }
+    assert!(headers >= 6, "GUIDs, the log opened, the log empty, each in both: {headers}");
+}
