@@ -101,7 +101,7 @@ impl Control {
 
     /// All devices of ours are known: a store that is not among them will not come.
     pub fn knows_fronts(&self) -> bool {
-        self.unlisted == 0
+        self.unlisted == 0 && self.fronts.iter().all(FrontSlot::is_settled)
     }
 
     /// The ending asked for, and whether its time is up.

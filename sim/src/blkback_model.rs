@@ -143,6 +143,16 @@ impl BlkbackModel {
         }
     }
 
+    /// It took requests that it has not answered.
+    pub fn is_busy(&self) -> bool {
+        !self.jobs.is_empty()
+    }
+
+    /// The domain that it ran in is gone, and its memory with it.
+    pub fn forget_domain(&mut self) {
+        self.page = None;
+    }
+
     fn limits(&self) -> Limits {
         Limits {
             capacity_sectors: self.nodes.sectors,
@@ -264,6 +274,9 @@ impl BlkbackModel {
                 if write {
                     hv.read(page, at, &mut bytes);
                     self.cache.insert(sector, bytes);
+                    if !(self.nodes.flush || self.nodes.barrier) {
+                        self.power_cut(&mut |_| true);
+                    }
                 } else {
                     let media = &self.media[sector as usize * 512..][..512];
                     hv.write(page, at, self.cache.get(&sector).map_or(media, |bytes| bytes));
@@ -279,6 +292,13 @@ impl BlkbackModel {
     fn store(&mut self, sector: u64, bytes: &[u8]) {
         let at = sector as usize * 512;
         self.media[at..at + 512].copy_from_slice(bytes);
+    }
+}
+
+impl Drop for BlkbackModel {
+    /// A backend that ends in the middle of its work owes nobody an answer.
+    fn drop(&mut self) {
+        self.jobs.drain(..).for_each(|(permit, _)| permit.abandon());
     }
 }
 

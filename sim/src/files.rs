@@ -90,13 +90,15 @@ pub struct Files {
     changes: u64,
     /// Bytes that all files together may have.
     pub space_bytes: u64,
+    /// They cannot grow: they are partitions.
+    pub fixed: bool,
 }
 
 const MODE_REGULAR: u32 = 0o100_600;
 
 impl Files {
     pub fn new() -> Files {
-        Files { files: BTreeMap::new(), changes: 1, space_bytes: u64::MAX }
+        Files { files: BTreeMap::new(), changes: 1, space_bytes: u64::MAX, fixed: false }
     }
 
     /// Puts a file in place, durable.

@@ -5,12 +5,15 @@
 //! table: a failure is a seed, and the seed is the failure.
 #![forbid(unsafe_code)]
 
+pub mod blkback_model;
+pub mod disks;
 pub mod files;
 pub mod guest;
 pub mod hostile;
 pub mod images;
 pub mod machine;
 pub mod ninep;
+pub mod nvme_model;
 pub mod oracle;
 pub mod rng;
 pub mod swarm;

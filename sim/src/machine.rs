@@ -5,14 +5,20 @@
 //! hostile reads differently every time another domain looks (a guest that rewrites it between
 //! two reads). Must never: take the real time, lose count of a map or a port.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 
 use platter_xen::{
     Bus, Direction, DomId, GrantCopy, Gref, Hypervisor, Mmio, PAGE_BYTES, Port, Refusal, Region,
 };
 
+use crate::nvme_model::{Dma, NvmeModel};
 use crate::rng::mix;
+use crate::world::S;
+
+/// Machine address of the NVMe controller's registers, and where its doorbells begin.
+pub const BAR0: u64 = 0xFE_8000_4000;
+const DOORBELLS: usize = 0x1000;
 
 /// GNTST_bad_domain, GNTST_bad_gntref, GNTST_permission_denied (public/grant_table.h).
 const BAD_DOMAIN: i16 = -2;
@@ -117,6 +123,8 @@ pub struct Machine {
     frames: Vec<Option<Page>>,
     /// Frames that read differently each time.
     hostile: Vec<bool>,
+    /// Whose each frame is.
+    owners: Vec<u16>,
     free: Vec<u32>,
     domains: BTreeMap<u16, Domain>,
     /// Domains that an event has reached since the world looked.
@@ -128,6 +136,10 @@ pub struct Machine {
     noise: Cell<u64>,
     /// Of 1000 reads of a hostile page, so many are of something else.
     pub noise_per_mille: u64,
+    /// The controller that platter may have.
+    pub nvme: Option<RefCell<NvmeModel>>,
+    /// Something was submitted to it since the world looked.
+    pub doorbell: bool,
 }
 
 impl Machine {
@@ -135,6 +147,7 @@ impl Machine {
         Machine {
             frames: vec![],
             hostile: vec![],
+            owners: vec![],
             free: vec![],
             domains: BTreeMap::new(),
             woken: Vec::with_capacity(64),
@@ -142,6 +155,8 @@ impl Machine {
             copies_refused: 0,
             noise: Cell::new(mix(seed)),
             noise_per_mille: 0,
+            nvme: None,
+            doorbell: false,
         }
     }
 
@@ -175,6 +190,18 @@ impl Machine {
             grants: of.grants.iter().filter(|grant| grant.used).count(),
             ports: of.ports.iter().filter(|port| port.channel != Channel::Free).count(),
         }
+    }
+
+    /// Memory as a device of `domain` reaches it: its own frames and no others, by machine
+    /// address.
+    pub fn dma(&mut self, domain: u16) -> DeviceView<'_> {
+        DeviceView { machine: self, domain }
+    }
+
+    /// Grants of `domain` to domains below this number, and how many of them are mapped.
+    pub fn grants_below(&self, domain: u16, end: u16) -> (usize, usize) {
+        let used = || self.domains[&domain].grants.iter().filter(|g| g.used && g.peer < end);
+        (used().count(), used().filter(|grant| grant.maps > 0).count())
     }
 
     /// Grants of `domain` that somebody still maps.
@@ -257,13 +284,15 @@ impl Machine {
         }
     }
 
-    fn new_frame(&mut self) -> u32 {
+    fn new_frame(&mut self, owner: u16) -> u32 {
         let page = Box::new([0; PAGE_BYTES]);
         if let Some(frame) = self.free.pop() {
             self.frames[frame as usize] = Some(page);
+            self.owners[frame as usize] = owner;
             return frame;
         }
         self.frames.push(Some(page));
+        self.owners.push(owner);
         self.hostile.push(false);
         self.frames.len() as u32 - 1
     }
@@ -401,7 +430,7 @@ impl Hypervisor for View<'_> {
         }
         let first = self.own().free_run(pages);
         for index in first..first + pages {
-            let frame = self.machine.new_frame();
+            let frame = self.machine.new_frame(self.domain);
             self.own().slots[index] = Slot::Own(frame);
         }
         self.own().frames += pages;
@@ -586,24 +615,60 @@ impl Hypervisor for View<'_> {
     }
 }
 
-/// There are no devices: nothing can be mapped, so nothing else is ever called.
+/// See [`Machine::dma`].
+pub struct DeviceView<'a> {
+    machine: &'a mut Machine,
+    domain: u16,
+}
+
+impl DeviceView<'_> {
+    /// The frame behind an address, and the offset in it: what an IOMMU would let pass.
+    fn frame(&self, address: u64, len: usize) -> (u32, usize) {
+        let (frame, within) = ((address >> 12) as u32, (address & 0xFFF) as usize);
+        let owner = self.machine.owners.get(frame as usize);
+        assert!(owner == Some(&self.domain), "a device reaches a frame of domain {owner:?}");
+        assert!(within + len <= PAGE_BYTES, "a device access across a page");
+        (frame, within)
+    }
+}
+
+impl Dma for DeviceView<'_> {
+    fn read(&self, address: u64, into: &mut [u8]) {
+        let (frame, at) = self.frame(address, into.len());
+        into.copy_from_slice(&self.machine.page(frame)[at..at + into.len()]);
+    }
+    fn write(&mut self, address: u64, from: &[u8]) {
+        let (frame, at) = self.frame(address, from.len());
+        self.machine.page_mut(frame)[at..at + from.len()].copy_from_slice(from);
+    }
+}
+
+/// One device: the NVMe controller, if platter was given one.
 impl Bus for View<'_> {
-    fn map_mmio(&mut self, _: u64, _: usize) -> Result<Mmio, Refusal> {
-        Err(Refusal::Errno(-1))
+    fn map_mmio(&mut self, machine_address: u64, pages: usize) -> Result<Mmio, Refusal> {
+        let ours = self.domain == S && self.machine.nvme.is_some();
+        if !ours || machine_address != BAR0 {
+            return Err(Refusal::Errno(-1));
+        }
+        Ok(Mmio { first_page: 0, pages: pages as u32 })
     }
-    fn unmap_mmio(&mut self, _: Mmio) {
-        unreachable!("no registers are mapped")
+    fn unmap_mmio(&mut self, _: Mmio) {}
+    fn mmio_read_u32(&self, _: Mmio, offset: usize) -> u32 {
+        let nvme = self.machine.nvme.as_ref();
+        nvme.map_or(u32::MAX, |nvme| nvme.borrow().read_u32(offset))
     }
-    fn mmio_read_u32(&self, _: Mmio, _: usize) -> u32 {
-        unreachable!("no registers are mapped")
+    fn mmio_write_u32(&mut self, _: Mmio, offset: usize, value: u32) {
+        self.machine.doorbell |= offset >= DOORBELLS;
+        if let Some(nvme) = &self.machine.nvme {
+            nvme.borrow_mut().write_u32(offset, value);
+        }
     }
-    fn mmio_write_u32(&mut self, _: Mmio, _: usize, _: u32) {
-        unreachable!("no registers are mapped")
+    fn mmio_read_u64(&self, mmio: Mmio, offset: usize) -> u64 {
+        let low = u64::from(self.mmio_read_u32(mmio, offset));
+        u64::from(self.mmio_read_u32(mmio, offset + 4)) << 32 | low
     }
-    fn mmio_read_u64(&self, _: Mmio, _: usize) -> u64 {
-        unreachable!("no registers are mapped")
-    }
-    fn mmio_write_u64(&mut self, _: Mmio, _: usize, _: u64) {
-        unreachable!("no registers are mapped")
+    fn mmio_write_u64(&mut self, mmio: Mmio, offset: usize, value: u64) {
+        self.mmio_write_u32(mmio, offset, value as u32);
+        self.mmio_write_u32(mmio, offset + 4, (value >> 32) as u32);
     }
 }

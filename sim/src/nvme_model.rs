@@ -221,6 +221,24 @@ impl NvmeModel {
         self.fetched.clear();
     }
 
+    /// There are commands to fetch or to execute.
+    pub fn is_busy(&self) -> bool {
+        let able = self.fetched.iter().any(|command| !command.swallowed);
+        let new = self.sqs.values().any(|ring| ring.at != ring.doorbell);
+        self.ready && !self.faults.gone && !self.faults.fatal && (able || new)
+    }
+
+    /// An orderly shutdown was asked for.
+    pub fn was_shut_down(&self) -> bool {
+        self.cc >> 14 & 3 != 0
+    }
+
+    /// Put into its slot anew: reset, with what its cache held on its media.
+    pub fn plug_in(&mut self) {
+        self.power_cut(&mut |_| true);
+        self.faults = Faults::default();
+    }
+
     /// Tells the host that namespaces changed, if it asked to be told.
     pub fn notice_namespaces(&mut self, dma: &mut dyn Dma) {
         if let Some(cid) = self.event.take() {

@@ -49,6 +49,9 @@ struct Write {
     durable: bool,
     /// A discard: the sector may read as zeros from now on, or as before.
     advice: bool,
+    /// The store lost its cache with this write in it, or a part of it: the sector may hold
+    /// anything of this disk's. A flush that succeeds without an error before it says otherwise.
+    lost: bool,
 }
 
 /// One disk's history.
@@ -59,8 +62,13 @@ pub struct Oracle {
     version: u64,
     /// The store may stop in the middle of a sector: what is under way shows in any bytes.
     pub ragged: bool,
+    /// What was discarded may read as anything but another disk's bytes.
+    pub discards_are_wild: bool,
     /// Moments at which reads and flushes under way began.
     reads: Vec<u64>,
+    /// When the store last lost its cache, and whether the guest was told since.
+    lost_at: u64,
+    told: bool,
 }
 
 /// A write (or discard) under way.
@@ -74,10 +82,27 @@ pub struct Ticket {
 impl Oracle {
     /// A disk of zeros.
     pub fn new(disk: u32, sectors: u64) -> Oracle {
-        let base =
-            Write { version: 0, submitted: 0, done: 0, ok: true, durable: true, advice: false };
+        let base = Write {
+            version: 0,
+            submitted: 0,
+            done: 0,
+            ok: true,
+            durable: true,
+            advice: false,
+            lost: false,
+        };
         let sectors = vec![vec![base]; sectors as usize];
-        Oracle { disk, sectors, clock: 1, version: 0, ragged: false, reads: vec![] }
+        Oracle {
+            disk,
+            sectors,
+            clock: 1,
+            version: 0,
+            ragged: false,
+            discards_are_wild: false,
+            reads: vec![],
+            lost_at: 0,
+            told: true,
+        }
     }
 
     /// The disk is full of contents of its own instead of zeros: their bytes.
@@ -113,7 +138,15 @@ impl Oracle {
 
     fn enter(&mut self, sector: u64, sectors: u64, version: u64, advice: bool) -> Ticket {
         let submitted = self.tick();
-        let entry = Write { version, submitted, done: u64::MAX, ok: false, durable: false, advice };
+        let entry = Write {
+            version,
+            submitted,
+            done: u64::MAX,
+            ok: false,
+            durable: false,
+            advice,
+            lost: false,
+        };
         let oldest_read = self.reads.iter().min().copied().unwrap_or(u64::MAX);
         for history in &mut self.sectors[sector as usize..(sector + sectors) as usize] {
             prune(history, oldest_read);
@@ -148,14 +181,30 @@ impl Oracle {
 
     /// What was answered before the flush began is durable.
     pub fn flushed(&mut self, begun: u64) {
+        let untold = !self.told && begun > self.lost_at;
         for write in self.sectors.iter_mut().flatten() {
-            write.durable |= write.ok && write.done < begun;
+            write.lost &= !(untold && write.done < begun);
+            write.durable |= write.ok && !write.lost && write.done < begun;
+        }
+    }
+
+    /// A flush, or a write with one before it, failed: the guest knows that what it wrote since
+    /// the last good flush may be lost.
+    pub fn flush_failed(&mut self) {
+        self.told = true;
+    }
+
+    /// The store lost its cache: what was not flushed may be there or not.
+    pub fn cache_lost(&mut self) {
+        (self.lost_at, self.told) = (self.tick(), false);
+        for write in self.sectors.iter_mut().flatten() {
+            write.lost |= !write.durable;
         }
     }
 
     /// May a read that began at `begun` and ends now have got these bytes?
     pub fn check(&self, sector: u64, bytes: &[u8], begun: u64) -> Result<(), String> {
-        let covers = |y: &Write| y.ok && !y.advice && y.done <= begun;
+        let covers = |y: &Write| y.ok && !y.advice && !y.lost && y.done <= begun;
         self.judge(sector, bytes, covers, "read")
     }
 
@@ -181,6 +230,12 @@ impl Oracle {
         };
         // A discard lets zeros show whatever was below it.
         if shown.iter().any(|write| of(write) == *bytes) {
+            return Ok(());
+        }
+        let wild = |write: &&Write| write.lost || write.advice && self.discards_are_wild;
+        if shown.iter().copied().any(|write| wild(&write))
+            && owner(bytes).is_none_or(|it| it == self.disk)
+        {
             return Ok(());
         }
         // A failed or unanswered write may have left a part of its bytes.

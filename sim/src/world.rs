@@ -11,6 +11,10 @@ use platter_image::Format;
 use platter_kernel::{Ending, Server, Setup, Turn};
 use platter_xen::{DomId, Hypervisor, Port, Region};
 
+use crate::disks::blk::Blk;
+use crate::disks::pci::Pci;
+use crate::disks::{BACKENDS, DiskKind, Disks, PCIBACK, Partition, lose_cache, partitioned};
+use crate::files::Files;
 use crate::guest::{Guest, Habits};
 use crate::hostile::Hostile;
 use crate::images;
@@ -34,14 +38,17 @@ enum Agent {
     Xenstored,
     Host,
     Toolstack,
+    Disks,
     Guest(usize),
     Hostile(usize),
 }
 
-/// A disk image on the share and what is known of it.
+/// A disk image on the share, or in a partition, and what is known of it.
 pub struct Image {
     pub path: String,
     pub format: Format,
+    /// Not on the share.
+    pub partition: Option<Partition>,
 }
 
 pub struct World {
@@ -52,6 +59,8 @@ pub struct World {
     pub server: Option<Server>,
     pub host: ninep::Server,
     pub toolstack: Toolstack,
+    /// Platter's own.
+    pub disks: Disks,
     pub guests: Vec<Guest>,
     pub hostiles: Vec<Hostile>,
     /// Image of each guest's disk.
@@ -90,6 +99,7 @@ impl World {
         let mut host = ninep::Server::new(&mut xs, S, 0, "images", rng.fork());
         host.start(&mut xs);
         let toolstack = Toolstack::new(&mut xs);
+        let disks = Disks::new(rng.fork());
         let setup = setup(page, port);
         let mut world = World {
             seed,
@@ -99,6 +109,7 @@ impl World {
             server: None,
             host,
             toolstack,
+            disks,
             guests: vec![],
             hostiles: vec![],
             images: vec![],
@@ -158,6 +169,13 @@ impl World {
                 self.start_attached();
                 again
             }
+            Agent::Disks => {
+                let again = self.disks.run(machine, xs, now_ns);
+                if core::mem::take(&mut self.disks.lost) {
+                    self.guests.iter_mut().for_each(|guest| guest.oracle.cache_lost());
+                }
+                again
+            }
             Agent::Guest(index) => self.guests[index].run(machine, xs, now_ns),
             Agent::Hostile(index) => self.hostiles[index].run(machine, xs, now_ns),
         };
@@ -189,6 +207,9 @@ impl World {
                 self.ended = Some(ending);
                 self.stop_platter();
             }
+        }
+        if core::mem::take(&mut self.machine.doorbell) {
+            self.poke_disks();
         }
     }
 
@@ -228,6 +249,7 @@ impl World {
                 Agent::Platter
             }
             0 => Agent::Host,
+            domain if domain == PCIBACK || domain >= BACKENDS => Agent::Disks,
             XENSTORED => Agent::Xenstored,
             TOOLSTACK => {
                 let late = self.now_ns + self.rng.between(100_000, 4 * MS);
@@ -315,11 +337,88 @@ impl World {
         }
         let rng = self.rng.fork();
         self.guests.push(Guest::new(line.clone(), habits, oracle, rng));
-        self.images.push(Image { path: path.to_string(), format });
+        self.images.push(Image { path: path.to_string(), format, partition: None });
+        self.start_when_attached(line)
+    }
+
+    /// Attaches the disk of the guest that was added last; it starts when that is done.
+    fn start_when_attached(&mut self, line: DiskLine) -> usize {
         let index = self.guests.len() - 1;
         self.attach(&line);
         self.starting.push(index);
         index
+    }
+
+    /// Gives platter a disk with a partition for each of these images, and a guest before each;
+    /// to be called before the world runs.
+    pub fn add_disk(&mut self, kind: DiskKind, block_bytes: u32, guests: Vec<DiskGuest>) {
+        let images: Vec<Vec<u8>> = guests.iter().map(DiskGuest::image).collect();
+        let lengths: Vec<usize> = images.iter().map(Vec::len).collect();
+        let (mut media, firsts) = partitioned(&lengths, block_bytes as usize);
+        for (image, first) in images.iter().zip(&firsts) {
+            media[*first..first + image.len()].copy_from_slice(image);
+        }
+        let (machine, xs) = (&mut self.machine, &mut self.xs);
+        match kind {
+            DiskKind::Blk => self.disks.blk = Some(Blk::new(machine, xs, media, block_bytes)),
+            DiskKind::Nvme => self.disks.pci = Some(Pci::new(machine, xs, media, block_bytes)),
+        }
+        self.poke_disks();
+        for (index, guest) in guests.into_iter().enumerate() {
+            let DiskGuest { format, habits, options, .. } = guest;
+            let (disk, number) = (kind.name(), index + 1);
+            let name = format.name();
+            let line = self.line(&format!("/{disk}/p{number},format={name}{options}"));
+            let mut oracle = Oracle::new(self.new_disk(), guest.sectors);
+            oracle.discards_are_wild = true;
+            let rng = self.rng.fork();
+            self.guests.push(Guest::new(line.clone(), habits, oracle, rng));
+            let partition =
+                Partition { disk: kind, first_byte: firsts[index], bytes: lengths[index] };
+            let (path, partition) = (format!("{disk}-p{number}.{name}"), Some(partition));
+            self.images.push(Image { path, format, partition });
+            self.start_when_attached(line);
+        }
+    }
+
+    /// Lets platter's disks look at the world soon.
+    pub fn poke_disks(&mut self) {
+        let (low, high) = self.disks.pace.latency_ns;
+        let soon = self.now_ns + self.rng.between(low, high);
+        self.schedule(Agent::Disks, soon);
+    }
+
+    /// The backend domain of platter's disk dies; what it had not flushed may be lost.
+    pub fn kill_backend(&mut self) {
+        let Some(blk) = &mut self.disks.blk else { return };
+        blk.die(&mut self.machine, &mut self.xs, &mut self.disks.rng);
+        self.guests.iter_mut().for_each(|guest| guest.oracle.cache_lost());
+        self.pass_on_events();
+    }
+
+    /// The NVMe controller loses power for a moment, and its cache.
+    pub fn cut_controller(&mut self) {
+        let Some(nvme) = &self.machine.nvme else { return };
+        let rng = &mut self.disks.rng;
+        lose_cache(rng, |keep| nvme.borrow_mut().power_cut(keep));
+        self.guests.iter_mut().for_each(|guest| guest.oracle.cache_lost());
+    }
+
+    /// `xl block-detach` of platter's disk: its backend closes it in order.
+    pub fn detach_backend(&mut self) {
+        let Some(blk) = &mut self.disks.blk else { return };
+        blk.detach(&mut self.xs);
+        self.poke_disks();
+        self.pass_on_events();
+    }
+
+    /// The toolstack gives platter the disk again, from a new backend domain.
+    pub fn revive_backend(&mut self) {
+        let Some(blk) = &mut self.disks.blk else { return };
+        blk.unplug(&mut self.xs);
+        blk.plug(&mut self.machine, &mut self.xs);
+        self.poke_disks();
+        self.pass_on_events();
     }
 
     /// A disk line for a new domain.
@@ -349,7 +448,7 @@ impl World {
 
     fn start_attached(&mut self) {
         let (xs, now_ns) = (&mut self.xs, self.now_ns);
-        let mut started = vec![];
+        let (mut started, mut late) = (vec![], vec![]);
         for index in self.starting.clone() {
             let guest = &mut self.guests[index];
             let Some(verdict) = self.toolstack.verdict(&guest.line, true) else { continue };
@@ -359,12 +458,15 @@ impl World {
                 continue;
             }
             assert!(
-                guest.habits.errors_allowed && verdict.outcome == Outcome::Removed,
+                guest.habits.errors_allowed,
                 "the disk of guest {} is not attached: {verdict:?}",
                 guest.domain
             );
             guest.vanish();
+            late.extend((verdict.outcome == Outcome::TimedOut).then(|| guest.line.clone()));
         }
+        // A store that answers late makes libxl give up, and take the disk away.
+        late.iter().for_each(|line| self.detach(line, true));
         self.starting.retain(|index| !started.contains(index));
         for index in started {
             self.schedule(Agent::Guest(index), self.now_ns + 1000);
@@ -452,8 +554,9 @@ impl World {
         assert!(census == Default::default(), "seed {seed}: left behind: {census:?}");
         let held = self.holdings();
         assert!(held.maps == 0, "seed {seed}: {} pages are still mapped", held.maps);
-        let rings = self.machine.mapped_by_others(S);
-        assert!(held.grants == rings, "seed {seed}: {held:?}, the host maps {rings}");
+        // What serves its own disks keeps its grants from cycle to cycle.
+        let (granted, mapped) = self.machine.grants_below(S, XENSTORED);
+        assert!(granted == mapped, "seed {seed}: {granted} granted, the host maps {mapped}");
         for line in self.guests.iter().map(|g| &g.line) {
             let mapped = self.machine.mapped_by_others(line.guest);
             assert!(mapped == 0, "seed {seed}: pages of guest {} are mapped", line.guest);
@@ -478,8 +581,15 @@ impl World {
     /// Every image against its guest's history.
     pub fn verify_images(&self, after_cut: bool) {
         for (image, guest) in self.images.iter().zip(&self.guests) {
-            let files = &self.host.files;
-            images::verify(files, &image.path, image.format, &guest.oracle, after_cut);
+            let (path, format) = (&image.path, image.format);
+            let Some(partition) = image.partition else {
+                images::verify(&self.host.files, path, format, &guest.oracle, after_cut);
+                continue;
+            };
+            let mut files = Files::new();
+            files.fixed = true;
+            files.put(path, self.disks.bytes(&self.machine, partition));
+            images::verify(&files, path, format, &guest.oracle, after_cut);
         }
     }
 
@@ -489,6 +599,32 @@ impl World {
         let (machine, xs) = (&mut self.machine, &mut self.xs);
         self.host.die(machine, xs, false);
         self.host.files.cut(&mut self.rng);
+        self.disks.cut(&mut self.machine);
+    }
+}
+
+/// A guest whose image lies in a partition.
+pub struct DiskGuest {
+    pub format: Format,
+    pub sectors: u64,
+    pub habits: Habits,
+    pub options: String,
+}
+
+impl DiskGuest {
+    /// The partition's first contents, with room for the image to fill up.
+    fn image(&self) -> Vec<u8> {
+        let mut files = Files::new();
+        // The smallest block of a VHDX is 1 MiB.
+        let block_bytes = if self.format == Format::Vhdx { 1 << 20 } else { 0 };
+        images::create(&mut files, "image", self.format, self.sectors, block_bytes, None);
+        let mut bytes = files.get("image").expect("just made").live.clone();
+        let room = match self.format {
+            Format::Raw => bytes.len(),
+            _ => bytes.len() + self.sectors as usize * 512 * 2 + (4 << 20),
+        };
+        bytes.resize(room.next_multiple_of(4096), 0);
+        bytes
     }
 }
 

@@ -86,6 +86,11 @@ impl Pcifront {
         self.shared.as_ref().map(|shared| shared.port)
     }
 
+    /// Every function behind the backend was looked at.
+    pub fn is_settled(&self) -> bool {
+        self.own == XenbusState::Connected && !self.is_busy()
+    }
+
     /// An access is under way or due: call [`Pcifront::poll`] within milliseconds.
     pub fn is_busy(&self) -> bool {
         self.probe.is_some() || !self.waiting.is_empty()
@@ -296,7 +301,7 @@ mod tests {
         assert_eq!(found.len(), 2);
         assert!(matches!(found[0], PciFound::Nvme(Device { devfn: 0, .. }, _)));
         assert!(matches!(found[1], PciFound::Refused(_, PciRefusal::NotNvme)));
-        assert!(!front.is_busy());
+        assert!(!front.is_busy() && front.is_settled());
         // A function is added: 7 and 8, nothing is probed twice.
         let PciStep::Write(nodes) = front.update(&mut hv, Some(b"7"), &functions) else { panic!() };
         assert_eq!(nodes[0].1, "7");

@@ -257,6 +257,8 @@ struct World {
     log: Option<Vec<Event>>,
     /// Bytes that a file may have.
     limit: Option<u64>,
+    /// Files are as long as they are: partitions.
+    fixed: bool,
 }
 
 /// Files in RAM; a clone is the same folder.
@@ -299,6 +301,11 @@ impl RamFolder {
         names
     }
 
+    /// Files cannot grow, as partitions cannot.
+    pub fn fix(&self, fixed: bool) {
+        self.lock().fixed = fixed;
+    }
+
     /// Refuses to let a file grow beyond so many bytes, as a full disk does.
     pub fn limit(&self, bytes: u64) {
         self.lock().limit = Some(bytes);
@@ -331,7 +338,7 @@ impl Folder for RamFolder {
             return Err(io::Error::new(io::ErrorKind::NotFound, "no such RAM file"));
         };
         let size_bytes = world.files[file].len() as u64;
-        let info = FileInfo { size_bytes, can_grow: true, identity: file as u64 };
+        let info = FileInfo { size_bytes, can_grow: !world.fixed, identity: file as u64 };
         Ok((Arc::new(Ram { folder: self.clone(), file }), info))
     }
 

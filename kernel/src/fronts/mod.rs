@@ -189,6 +189,15 @@ impl FrontSlot {
         self.read(xs, busy, keys.iter().map(|key| key.to_string()));
     }
 
+    /// The names of the stores behind it are known.
+    pub fn is_settled(&self) -> bool {
+        match &self.drive {
+            Drive::Unread => false,
+            Drive::Share { .. } | Drive::Disk { .. } => true,
+            Drive::Pci(pci) => pci.front.is_settled(),
+        }
+    }
+
     /// Must it be looked after again soon, event or not?
     pub fn is_impatient(&self) -> bool {
         matches!(&self.drive, Drive::Pci(pci) if pci.is_busy())

@@ -104,6 +104,9 @@ impl Guest {
             }
             self.oracle.end(begun);
         }
+        if !ok && (request.flush || request.operation == op::WRITE_BARRIER) {
+            self.oracle.flush_failed();
+        }
         if ok {
             let sectors = request.segments.iter().map(|s| u64::from(s.sectors())).sum();
             self.largest = self.largest.max(sectors);

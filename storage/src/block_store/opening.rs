@@ -128,9 +128,8 @@ impl<D> BlockStore<D> {
                 Err(fault) => Err(fault),
                 Ok(()) => {
                     let geometry = geometries.get(usize::from(miss.disk)).copied().flatten();
-                    let capacity = geometry.map_or(0, |geometry| geometry.sectors);
                     self.opening = Some(opening);
-                    return self.read_meta(hv, miss, capacity);
+                    return self.read_meta(hv, miss, geometry);
                 }
             },
         };
@@ -138,16 +137,18 @@ impl<D> BlockStore<D> {
     }
 
     /// Starts reading a missing block, or leaves it for the next poll when there is no room.
-    fn read_meta<H: Hypervisor>(&mut self, hv: &mut H, miss: Miss, capacity: u64)
+    fn read_meta<H: Hypervisor>(&mut self, hv: &mut H, miss: Miss, disk: Option<Geometry>)
     where
         D: Device<H>,
     {
         let Some(opening) = &mut self.opening else { return };
+        let capacity = disk.map_or(0, |geometry| geometry.sectors);
+        let most = disk.map_or(0, |geometry| geometry.io_bytes_max / META_BLOCK_BYTES as u32);
         let Some((sector, mut sectors)) = block_sectors(miss, capacity) else {
             opening.fault = Some(StoreFault::BeyondEnd);
             return;
         };
-        for block in 1..AHEAD_BLOCKS {
+        for block in 1..AHEAD_BLOCKS.min(u64::from(most)) {
             let next = Miss { block: miss.block + block, ..miss };
             match block_sectors(next, capacity) {
                 Some((_, more)) if !opening.cache.has(miss.disk, next.block) => sectors += more,

@@ -24,6 +24,7 @@ struct Mem {
     fail: Rc<Cell<Option<StoreFault>>>,
     flushes: Rc<Cell<usize>>,
     losses: Rc<Cell<u32>>,
+    io_bytes_max: Rc<Cell<u32>>,
 }
 
 impl Mem {
@@ -38,6 +39,7 @@ impl Mem {
             fail: Rc::default(),
             flushes: Rc::default(),
             losses: Rc::default(),
+            io_bytes_max: Rc::new(Cell::new(64 * 1024)),
         }
     }
 
@@ -75,7 +77,7 @@ impl Device<Fake> for Mem {
         Some(Geometry {
             sectors: self.bytes.borrow().len() as u64 / 512,
             block_bytes: self.block_bytes,
-            io_bytes_max: 64 * 1024,
+            io_bytes_max: self.io_bytes_max.get(),
             read_only: false,
             discard_sectors_max: 64,
             discard_unit: 16,
@@ -101,6 +103,7 @@ impl Device<Fake> for Mem {
             "unaligned"
         );
         assert!(io.sector + u64::from(io.sectors) <= self.bytes.borrow().len() as u64 / 512);
+        assert!(io.sectors * 512 <= self.io_bytes_max.get(), "longer than the device takes");
         let mut queue = self.queue.borrow_mut();
         if queue.len() == self.room {
             return DiskSubmit::NoRoom;
@@ -621,4 +624,13 @@ fn a_discard_covers_whole_units_and_says_how_much_it_did() {
     assert_eq!(discard(8, 16), (16, 16));
     assert_eq!(discard(30, 12), (12, 16));
     assert_eq!(discard(20, 200), (68, 16 + 64));
+}
+
+#[test]
+fn what_an_opening_reads_ahead_keeps_to_the_transfer_limit() {
+    // It always read 32 KiB, which a controller with a small MDTS refuses.
+    let disk = Mem::new(alloc::vec![0; 1 << 20], 512);
+    disk.io_bytes_max.set(8192);
+    let mut world = World::one(disk);
+    assert_eq!(world.open("xvda/p1", Access::ReadOnly).map(|_| ()), Err(StoreFault::NotFound));
 }

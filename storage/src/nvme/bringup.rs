@@ -168,6 +168,11 @@ impl Nvme {
                 _ => self.background(hv, completion),
             }
         }
+        // Once it is ready `watch` looks, less often.
+        let bringup = !matches!(self.phase, Phase::Ready | Phase::Dead { .. });
+        if bringup && regs::Csts(hv.mmio_read_u32(self.mmio, regs::CSTS)).is_gone() {
+            return self.die(true);
+        }
         let now = self.now_ns;
         let late = |slot: &Slot| now.saturating_sub(slot.sent_ns) > ADMIN_TIMEOUT_NS;
         // An event request is answered when there is an event.

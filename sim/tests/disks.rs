@@ -1,0 +1,161 @@
+//! Named scenarios of platter's own disks. Would miss: what Linux's blkback, pciback and a real
+//! drive do; the rig is for that.
+
+use platter_image::Format;
+use platter_sim::disks::{DiskKind, Pace};
+use platter_sim::guest::Habits;
+use platter_sim::world::{DiskGuest, S, World};
+
+const MS: u64 = 1_000_000;
+
+fn busy() -> Habits {
+    Habits {
+        depth: 32,
+        segments_max: 64,
+        requests: 120,
+        writes: 700,
+        flushes: 60,
+        errors_allowed: true,
+        patience_ns: 200_000 * MS,
+        ..Habits::calm()
+    }
+}
+
+fn raw(sectors: u64, habits: Habits) -> DiskGuest {
+    DiskGuest { format: Format::Raw, sectors, habits, options: String::new() }
+}
+
+/// A world with one disk and a guest on each of these.
+fn world(seed: u64, kind: DiskKind, block_bytes: u32, guests: Vec<DiskGuest>) -> World {
+    let mut world = World::new(seed, 8192);
+    world.add_disk(kind, block_bytes, guests);
+    world
+}
+
+fn running(world: &World) -> bool {
+    world.guests.iter().all(|guest| guest.is_running() || guest.is_done())
+}
+
+#[test]
+fn a_guest_may_start_before_the_controller_was_found() {
+    // A disk on an NVMe controller that pciback had not shown yet was refused at once.
+    let mut world = world(1, DiskKind::Nvme, 512, vec![raw(512, Habits::calm())]);
+    world.disks.pace = Pace { latency_ns: (2 * MS, 9 * MS), ..Pace::CALM };
+    world.run_guests(60_000 * MS);
+    world.disks.pace = Pace::CALM;
+    world.wind_up(false);
+}
+
+#[test]
+fn small_writes_into_large_blocks_keep_their_neighbours_over_a_power_cut() {
+    // 512-byte guests on 4096-byte blocks: each write is a read-modify-write, many at once on
+    // the same blocks, two guests side by side; then the power goes.
+    for seed in 0..12 {
+        for kind in [DiskKind::Nvme, DiskKind::Blk] {
+            let habits = Habits { span: 48, segments_max: 3, writes: 900, ..busy() };
+            let guests = vec![raw(64, habits.clone()), raw(64, habits)];
+            let mut world = world(seed, kind, 4096, guests);
+            world.run_until("both", 60_000 * MS, running);
+            world.run_for((1 + seed * 2) * MS);
+            world.cut_power();
+            world.verify_images(true);
+        }
+    }
+}
+
+#[test]
+fn a_backend_that_dies_mid_write_and_its_successor_get_every_request() {
+    // Nobody hears of it but by a flush: requests are sent again.
+    for seed in 0..6 {
+        let habits = Habits { flushes: 0, ..busy() };
+        let habits = Habits { errors_allowed: false, ..habits };
+        let guests = vec![raw(2048, habits.clone()), raw(1024, habits)];
+        let mut world = world(seed, DiskKind::Blk, 512, guests);
+        world.run_until("both", 60_000 * MS, running);
+        for _ in 0..3 {
+            world.run_for(2 * MS);
+            world.kill_backend();
+            world.run_for((1 + seed) * 700 * MS);
+            world.revive_backend();
+            world.run_for(10 * MS);
+        }
+        world.run_guests(120_000 * MS);
+        world.wind_up(true);
+    }
+}
+
+#[test]
+fn a_flush_after_a_lost_cache_fails_for_each_guest() {
+    for (seed, kind) in [(1, DiskKind::Blk), (2, DiskKind::Nvme), (3, DiskKind::Blk)] {
+        let habits = Habits { flushes: 30, requests: 300, think_ns: 200_000, ..busy() };
+        let guests = (0..3).map(|_| raw(1024, habits.clone())).collect();
+        let mut world = world(seed, kind, 512, guests);
+        world.run_until("all", 60_000 * MS, running);
+        world.run_for(9 * MS);
+        match kind {
+            DiskKind::Blk => {
+                world.kill_backend();
+                world.revive_backend();
+            }
+            DiskKind::Nvme => world.cut_controller(),
+        }
+        world.run_guests(120_000 * MS);
+        let told = world.guests.iter().filter(|guest| guest.errors > 0).count();
+        assert_eq!(told, 3, "seed {seed}: a guest was not told");
+        world.wind_up(true);
+    }
+}
+
+#[test]
+fn an_end_in_order_closes_the_disk_and_shuts_the_drive_down() {
+    let mut world = World::new(5, 8192);
+    let habits = Habits { errors_allowed: false, ..busy() };
+    world.add_disk(DiskKind::Blk, 512, vec![raw(1024, habits.clone())]);
+    world.add_disk(DiskKind::Nvme, 4096, vec![raw(1024, habits)]);
+    world.run_until("both", 60_000 * MS, running);
+    world.run_for(5 * MS);
+    world.xs.write(0, "/local/domain/1/control/shutdown", b"poweroff").expect("dom0");
+    world.run_until("the shutdown", 15_000 * MS, |world| world.ended.is_some());
+    let state = world.xs.text(0, &format!("/local/domain/{S}/device/vbd/51712/state"));
+    assert_eq!(state.as_deref(), Some("6"));
+    assert!(world.machine.nvme.as_ref().expect("the drive").borrow().was_shut_down());
+    world.verify_images(false);
+}
+
+#[test]
+fn a_controller_that_is_taken_away_and_given_again_is_used_again() {
+    let habits = Habits { requests: 300, think_ns: 8 * MS, ..busy() };
+    let mut world = world(6, DiskKind::Nvme, 512, vec![raw(1024, habits)]);
+    world.run_until("the guest", 60_000 * MS, running);
+    world.run_for(20 * MS);
+    let before = world.guests[0].errors;
+    for attach in [false, true] {
+        world.guests[0].oracle.cache_lost();
+        world.disks.pci.as_ref().expect("a controller").reconfigure(&mut world.xs, attach);
+        world.poke_disks();
+        world.run_for(200 * MS);
+    }
+    assert!(world.guests[0].errors > before, "nothing works without it");
+    world.run_for(500 * MS);
+    let after = world.guests[0].errors;
+    world.run_guests(120_000 * MS);
+    assert_eq!(world.guests[0].errors, after, "it is back");
+    world.wind_up(true);
+}
+
+#[test]
+fn a_disk_taken_away_in_order_fails_and_one_that_comes_back_serves() {
+    let habits = Habits { requests: 400, think_ns: 8 * MS, ..busy() };
+    let mut world = world(7, DiskKind::Blk, 512, vec![raw(1024, habits)]);
+    world.run_until("the guest", 60_000 * MS, running);
+    world.run_for(20 * MS);
+    world.detach_backend();
+    world.run_for(300 * MS);
+    assert!(world.guests[0].errors > 0, "it was taken away on purpose");
+    world.revive_backend();
+    world.run_for(500 * MS);
+    let after = world.guests[0].errors;
+    world.run_guests(120_000 * MS);
+    assert_eq!(world.guests[0].errors, after, "it is back");
+    world.wind_up(true);
+}
