@@ -12,6 +12,7 @@ extern crate std;
 pub mod any;
 #[cfg(test)]
 #[path = "../../sim/src/blkback_model.rs"]
+#[allow(dead_code, reason = "the simulator calls more of it")]
 mod blkback_model;
 pub mod blkfront;
 pub mod block_store;
@@ -29,6 +30,7 @@ pub mod ninep;
 pub mod nvme;
 #[cfg(test)]
 #[path = "../../sim/src/nvme_model.rs"]
+#[allow(dead_code, reason = "the simulator calls more of it")]
 mod nvme_model;
 pub mod partition;
 pub mod pcifront;
