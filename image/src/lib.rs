@@ -31,6 +31,7 @@ mod vdi;
 mod vhd;
 mod vhdx;
 mod vmdk;
+mod zstd;
 
 pub use check::{CheckParams, CheckProgress, CheckReport, PROBLEMS_MAX, Repair};
 pub use create::{
