@@ -183,12 +183,11 @@ impl Table {
             left -= probability.abs();
             *probabilities[..self.symbols_max].get_mut(symbol)? = probability as i16;
             symbol += 1;
-            while probability == 0 {
-                let zeros = bits.take(2)?;
+            // After a zero comes how many more there are, three and on while it says three.
+            let mut zeros = if probability == 0 { 3 } else { 0 };
+            while zeros == 3 {
+                zeros = bits.take(2)?;
                 symbol += zeros as usize;
-                if zeros < 3 {
-                    break;
-                }
             }
         }
         if left != 0 || symbol > self.symbols_max {
