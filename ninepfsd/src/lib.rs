@@ -11,6 +11,7 @@ mod buffer;
 pub mod device;
 pub mod frontend;
 mod job;
+mod locks;
 pub mod more;
 mod open;
 pub mod os;

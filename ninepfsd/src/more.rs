@@ -27,12 +27,22 @@ pub enum More<'a> {
     Lcreate { fid: u32, name: &'a str, flags: u32, mode: u32 },
     Rename { fid: u32, dfid: u32, name: &'a str },
     Readdir { fid: u32, offset: u64, count: u32 },
-    Lock { start: u64, len: u64 },
-    Getlock { kind: u8, start: u64, len: u64, process: u32, client: &'a str },
+    Lock { fid: u32, lock: Lock<'a> },
+    Getlock { fid: u32, lock: Lock<'a> },
     Mkdir { dfid: u32, name: &'a str, mode: u32 },
     Renameat { from: u32, old: &'a str, to: u32, new: &'a str },
     Unlinkat { dfid: u32, name: &'a str, flags: u32 },
     Remove { fid: u32 },
+}
+
+/// What Tlock and Tgetlock say of a lock.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Lock<'a> {
+    pub kind: u8,
+    pub start: u64,
+    pub len: u64,
+    pub process: u32,
+    pub client: &'a str,
 }
 
 impl<'a> More<'a> {
@@ -49,15 +59,13 @@ impl<'a> More<'a> {
             id::TRENAME => More::Rename { fid: r.u32()?, dfid: r.u32()?, name: r.text()? },
             id::TREADDIR => More::Readdir { fid: r.u32()?, offset: r.u64()?, count: r.u32()? },
             id::TLOCK => {
-                let (_fid, _kind, _flags) = (r.u32()?, r.u8()?, r.u32()?);
-                let (start, len) = (r.u64()?, r.u64()?);
-                let (_process, _client) = (r.u32()?, r.text()?);
-                More::Lock { start, len }
+                let (fid, kind) = (r.u32()?, r.u8()?);
+                r.u32()?; // flags: to wait, which the client does, and to reclaim
+                More::Lock { fid, lock: lock(r, kind)? }
             }
             id::TGETLOCK => {
-                let (_fid, kind) = (r.u32()?, r.u8()?);
-                let (start, len, process) = (r.u64()?, r.u64()?, r.u32()?);
-                More::Getlock { kind, start, len, process, client: r.text()? }
+                let (fid, kind) = (r.u32()?, r.u8()?);
+                More::Getlock { fid, lock: lock(r, kind)? }
             }
             id::TMKDIR => {
                 let (dfid, name, mode) = (r.u32()?, r.text()?, r.u32()?);
@@ -73,6 +81,11 @@ impl<'a> More<'a> {
         };
         if r.rest.is_empty() { Ok(Some(request)) } else { Err(Malformed::Length) }
     }
+}
+
+fn lock<'a>(r: &mut Reader<'a>, kind: u8) -> Result<Lock<'a>, Malformed> {
+    let (start, len, process) = (r.u64()?, r.u64()?, r.u32()?);
+    Ok(Lock { kind, start, len, process, client: r.text()? })
 }
 
 /// Would miss: what is done about a request.

@@ -17,7 +17,8 @@ use rustix::fs::{FileType, RawDir, SeekFrom, Stat, seek};
 use rustix::io::Errno;
 
 use crate::job::Job;
-use crate::more::{More, REMOVE_DIRECTORY};
+use crate::locks;
+use crate::more::{self, More, REMOVE_DIRECTORY};
 use crate::open::{Move, Open};
 use crate::share::Share;
 
@@ -54,6 +55,8 @@ struct Fid {
 }
 
 pub struct Session {
+    /// Whose locks are whose.
+    number: u64,
     share: Share,
     fids: HashMap<u32, Fid>,
     pub msize: u32,
@@ -67,7 +70,8 @@ impl Session {
     pub fn new(share: Share, half_bytes: u32) -> Session {
         let msize_max = half_bytes.min(MSIZE_MAX);
         let fids = HashMap::new();
-        Session { share, fids, msize: msize_max, msize_max, is_platter: false }
+        let number = locks::new_session();
+        Session { number, share, fids, msize: msize_max, msize_max, is_platter: false }
     }
 
     /// What a request means; `out` takes an answer. `body` is what follows the head, of a Twrite
@@ -132,6 +136,7 @@ impl Session {
             }
             Request::Clunk { fid } => {
                 self.fids.remove(&fid).ok_or(Errno::BADF)?;
+                locks::release(self.number, Some(fid));
                 Answer::Clunk
             }
             Request::Flush { oldtag } => return Ok(Outcome::Flush { oldtag }),
@@ -165,16 +170,20 @@ impl Session {
                 self.share.make_directory(directory, name, mode)?;
                 w.qid(qid(&self.share.stat(&path)?));
             }
-            More::Getlock { start, len, process, client, .. } => {
-                // Nobody holds a lock: locks are advice among the threads of one client.
-                const UNLOCKED: u8 = 2;
-                w.u8(UNLOCKED);
-                w.u64(start);
-                w.u64(len);
-                w.u32(process);
-                w.text(client);
+            More::Lock { fid, lock } => {
+                const GRANTED: u8 = 0;
+                const BLOCKED: u8 = 1;
+                let granted = locks::set(self.lock(fid, &lock)?)?;
+                w.u8(if granted { GRANTED } else { BLOCKED });
             }
-            More::Lock { .. } => w.u8(0), // granted
+            More::Getlock { fid, lock } => {
+                let found = locks::conflict(&self.lock(fid, &lock)?);
+                w.u8(found.as_ref().map_or(locks::UNLOCK, |found| found.kind));
+                w.u64(found.as_ref().map_or(lock.start, |found| found.start));
+                w.u64(found.as_ref().map_or(lock.len, locks::Lock::len_bytes));
+                w.u32(found.as_ref().map_or(lock.process, |found| found.owner.process));
+                w.text(found.as_ref().map_or(lock.client, |found| &found.owner.client));
+            }
             More::Rename { fid, dfid, name } => {
                 let from = &self.fid(fid)?.path;
                 let to = &self.fid(dfid)?.path;
@@ -194,6 +203,7 @@ impl Session {
             }
             More::Remove { fid } => {
                 // The fid goes whatever happens to the file (9P2000, remove).
+                locks::release(self.number, Some(fid));
                 let fid = self.fids.remove(&fid).ok_or(Errno::BADF)?;
                 let (directory, name) = split(&fid.path);
                 let is_directory = qid(&self.share.stat(&fid.path)?).kind == QID_DIR;
@@ -204,9 +214,18 @@ impl Session {
         Ok(())
     }
 
+    fn lock(&self, fid: u32, lock: &more::Lock) -> Result<locks::Lock, Errno> {
+        let open = self.fid(fid)?.open.as_ref().ok_or(Errno::BADF)?;
+        let (process, client) = (lock.process, lock.client.to_string());
+        let owner = locks::Owner { session: self.number, process, client };
+        let stat = rustix::fs::fstat(&open.file)?;
+        locks::Lock::new(&stat, lock.kind, (lock.start, lock.len), owner, fid)
+    }
+
     /// Tversion begins a session anew: all fids are gone.
     fn version(&mut self, msize: u32, version: &str) -> Answer<'static> {
         self.fids.clear();
+        locks::release(self.number, None);
         let version = match version {
             VERSION_PLATTER => VERSION_PLATTER,
             VERSION_PLAIN => VERSION_PLAIN,
@@ -336,7 +355,7 @@ impl Session {
             data.extend_from_slice(&(name.len() as u16).to_le_bytes());
             data.extend_from_slice(name.as_bytes());
         }
-        let w = &mut Writer::new(out, crate::more::id::TREADDIR + 1, tag);
+        let w = &mut Writer::new(out, more::id::TREADDIR + 1, tag);
         w.u32(data.len() as u32);
         let len = w.finish(data.len() as u32).ok_or(Errno::INVAL)?;
         Ok((len, data))
@@ -380,6 +399,12 @@ impl Session {
     fn writable(&mut self, fid: u32) -> Result<&mut Open, Errno> {
         let open = self.open(fid)?;
         if open.writable { Ok(open) } else { Err(Errno::BADF) }
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        locks::release(self.number, None);
     }
 }
 

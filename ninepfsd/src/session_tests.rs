@@ -177,6 +177,38 @@ fn names_are_made_listed_renamed_and_removed() {
 }
 
 #[test]
+fn locks_are_kept_and_end_with_their_fid() {
+    let mut world = World::new(Policy::default());
+    world.open(true);
+    let lock = |process: u32| {
+        move |w: &mut Writer| {
+            w.u32(1);
+            w.u8(1); // for writing
+            w.u32(1); // flags
+            w.u64(10);
+            w.u64(20);
+            w.u32(process);
+            w.text("client");
+        }
+    };
+    assert_eq!(world.more(more::id::TLOCK, lock(1)).1, [0], "granted");
+    assert_eq!(world.more(more::id::TLOCK, lock(2)).1, [1], "blocked");
+    let (_, body) = world.more(more::id::TGETLOCK, |w| {
+        w.u32(1);
+        w.u8(0);
+        w.u64(0);
+        w.u64(0);
+        w.u32(2);
+        w.text("client");
+    });
+    let expected = [&[1][..], &10u64.to_le_bytes(), &20u64.to_le_bytes(), &1u32.to_le_bytes()];
+    assert_eq!(body[..21], expected.concat());
+    world.must(&Request::Clunk { fid: 1 }, &[]);
+    world.open(true);
+    assert_eq!(world.more(more::id::TLOCK, lock(2)).1, [0], "granted now");
+}
+
+#[test]
 fn what_is_not_allowed_is_refused() {
     let mut world = World::new(Policy { read_only: true, file_bytes_max: 0 });
     world.open(false);

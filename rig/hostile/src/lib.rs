@@ -15,6 +15,7 @@ mod ground;
 mod nodes;
 mod races;
 mod rings;
+pub mod share;
 
 pub use ground::{Ground, Tally};
 

@@ -4,7 +4,8 @@
 //! ever for so many seconds; `rounds=N` begins again, `linger=N` stays idle for so many seconds so
 //! that others can look at what is left, `die=1` ends with requests under way and no goodbye. One
 //! line for each attack, and a `done` line; a backend that did not stand it makes the domain end
-//! in a crash. A disk that may only be read can be given as a second one.
+//! in a crash. A disk that may only be read can be given as a second one. A guest that has a 9p
+//! share attacks its server instead.
 #![no_std]
 #![no_main]
 #![forbid(unsafe_code)]
@@ -16,6 +17,7 @@ use alloc::vec::Vec;
 
 use log::{error, info};
 use platter_arch::{BootInfo, Machine, Shutdown};
+use platter_hostile::share::{self, ShareGround};
 use platter_hostile::{ATTACKS, Ground, attack};
 use platter_loadgen::front::{Disk, Shape, connect, grant_all};
 use platter_loadgen::guest::SECOND_NS;
@@ -42,6 +44,9 @@ fn main(mut machine: Machine, boot: BootInfo) -> ! {
         Err(word) => panic!("`{word}` is not understood"),
     };
     let mut xs = XenStore::new(&machine, boot.xenstore_page, boot.xenstore_port);
+    if let Some(share) = share::find(&mut machine, &mut xs) {
+        attack_share(machine, xs, share, &options);
+    }
     let disks = Disk::all(&mut machine, &mut xs);
     info!("domain {}, {} disks", boot.domid.0, disks.len());
     let mut ground = Ground {
@@ -61,18 +66,60 @@ fn main(mut machine: Machine, boot: BootInfo) -> ! {
             made += 1;
         }
     }
-    info!("attacks made, idle for {} s", options.linger);
-    let until_ns = platter_arch::now_ns() + options.linger * SECOND_NS;
-    while platter_arch::now_ns() < until_ns {
-        ground.guest.poll(&[], until_ns);
-    }
-    let status = if bad == 0 { "ok" } else { "wrong" };
-    info!("done job=0 attacks={made} bad={bad} status={status}");
-    assert!(bad == 0, "the backend did not stand {bad} attacks");
+    linger(ground.guest, options.linger);
+    tell(made, bad);
     if options.die {
         leave_in_flight(&mut machine, &mut xs, &disks[0]);
     }
     machine.shutdown(Shutdown::Poweroff)
+}
+
+/// All attacks on a share; ends the domain, with requests under way where it is to die.
+fn attack_share(mut machine: Machine, mut xs: XenStore, share: Disk, options: &Options) -> ! {
+    let mut ground = ShareGround {
+        guest: &mut machine,
+        xs: &mut xs,
+        share,
+        random: Random::new(options.seed),
+        attack_ns: options.seconds * SECOND_NS,
+    };
+    let (mut made, mut bad) = (0, 0);
+    for name in share::ATTACKS {
+        let start_ns = platter_arch::now_ns();
+        let outcome = ground.attack(name);
+        let ms = (platter_arch::now_ns() - start_ns) / 1_000_000;
+        match &outcome {
+            Ok(tally) => info!("attack {name} ms={ms} {tally}"),
+            Err(why) => error!("attack {name} ms={ms}: {why}"),
+        }
+        let served = ground.is_served();
+        if let Err(why) = &served {
+            error!("after {name}: the share is not served: {why}");
+        }
+        made += 1;
+        bad += u64::from(!(outcome.is_ok_and(|tally| tally.served == 0) && served.is_ok()));
+    }
+    linger(ground.guest, options.linger);
+    tell(made, bad);
+    if options.die {
+        ground.leave_in_flight();
+    }
+    machine.shutdown(Shutdown::Poweroff)
+}
+
+/// Does nothing for so many seconds, while others look at what is left.
+fn linger(machine: &mut Machine, seconds: u64) {
+    info!("attacks made, idle for {seconds} s");
+    let until_ns = platter_arch::now_ns() + seconds * SECOND_NS;
+    while platter_arch::now_ns() < until_ns {
+        machine.poll(&[], until_ns);
+    }
+}
+
+fn tell(made: u64, bad: u64) {
+    let status = if bad == 0 { "ok" } else { "wrong" };
+    info!("done job=0 attacks={made} bad={bad} status={status}");
+    assert!(bad == 0, "the backend did not stand {bad} attacks");
 }
 
 fn parse(text: &'static str) -> Result<Options, &'static str> {

@@ -1,0 +1,172 @@
+//! Locks of files (Tlock, Tgetlock): advice among all clients of this server, POSIX's way.
+//!
+//! Guards that one owner's locks never conflict with each other, that a range is split and
+//! replaced as fcntl(2) says, and that a session's locks are bounded and end with it. Must never:
+//! wait; whoever is refused asks again.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::Stat;
+use rustix::io::Errno;
+
+/// Locks of one session.
+const SESSION_LOCKS_MAX: usize = 1024;
+/// Longest name that a client has for itself.
+const CLIENT_BYTES_MAX: usize = 256;
+
+/// Kinds on the wire; 0 is for reading.
+const WRITE: u8 = 1;
+pub const UNLOCK: u8 = 2;
+
+/// Whose it is: a process of a client in a session.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Owner {
+    pub session: u64,
+    pub process: u32,
+    pub client: String,
+}
+
+/// A range of a file; `end` is exclusive, and u64::MAX for "to the end of the file".
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Lock {
+    file: (u64, u64),
+    pub kind: u8,
+    pub start: u64,
+    end: u64,
+    pub owner: Owner,
+    /// The fid by which it was taken; it goes with that.
+    fid: u32,
+}
+
+static LOCKS: Mutex<Vec<Lock>> = Mutex::new(Vec::new());
+const FREE: &str = "nobody panics with it in hand";
+
+/// A number for a session that no other has.
+pub fn new_session() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+impl Lock {
+    /// `len` 0 is "to the end of the file".
+    pub fn new(
+        stat: &Stat,
+        kind: u8,
+        (start, len): (u64, u64),
+        owner: Owner,
+        fid: u32,
+    ) -> Result<Lock, Errno> {
+        let end = if len == 0 { Some(u64::MAX) } else { start.checked_add(len) };
+        let end = end.filter(|_| kind <= UNLOCK && owner.client.len() <= CLIENT_BYTES_MAX);
+        let file = (stat.st_dev, stat.st_ino);
+        Ok(Lock { file, kind, start, end: end.ok_or(Errno::INVAL)?, owner, fid })
+    }
+
+    /// Bytes, 0 for "to the end of the file".
+    pub fn len_bytes(&self) -> u64 {
+        if self.end == u64::MAX { 0 } else { self.end - self.start }
+    }
+
+    fn meets(&self, other: &Lock) -> bool {
+        self.file == other.file && self.start < other.end && other.start < self.end
+    }
+
+    fn conflicts(&self, other: &Lock) -> bool {
+        self.meets(other)
+            && self.owner != other.owner
+            && (self.kind == WRITE || other.kind == WRITE)
+    }
+}
+
+/// Takes, changes or gives back a range. False when another owner has some of it.
+pub fn set(lock: Lock) -> Result<bool, Errno> {
+    let mut locks = LOCKS.lock().expect(FREE);
+    if lock.kind != UNLOCK && locks.iter().any(|other| other.conflicts(&lock)) {
+        return Ok(false);
+    }
+    let own = locks.iter().filter(|other| other.owner.session == lock.owner.session).count();
+    if own + 2 > SESSION_LOCKS_MAX {
+        return Err(Errno::NOLCK);
+    }
+    // What the same owner has there is cut away, and may leave a piece on each side.
+    let cut: Vec<Lock> = locks
+        .extract_if(.., |other| other.owner == lock.owner && other.meets(&lock))
+        .flat_map(|old| {
+            let before = Lock { end: lock.start, ..old.clone() };
+            let after = Lock { start: lock.end, ..old };
+            [before, after]
+        })
+        .filter(|piece| piece.start < piece.end)
+        .collect();
+    locks.extend(cut);
+    if lock.kind != UNLOCK {
+        locks.push(lock);
+    }
+    Ok(true)
+}
+
+/// A lock that keeps `lock` from being taken.
+pub fn conflict(lock: &Lock) -> Option<Lock> {
+    LOCKS.lock().expect(FREE).iter().find(|other| other.conflicts(lock)).cloned()
+}
+
+/// All locks taken by a fid, or by a whole session, end.
+pub fn release(session: u64, fid: Option<u32>) {
+    let mut locks = LOCKS.lock().expect(FREE);
+    locks.retain(|lock| lock.owner.session != session || fid.is_some_and(|fid| fid != lock.fid));
+}
+
+/// Would miss: how long clients wait before they ask again.
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const READ: u8 = 0;
+
+    fn stat() -> Stat {
+        rustix::fs::stat("/").expect("the root directory")
+    }
+
+    fn lock(owner: &Owner, kind: u8, start: u64, len: u64) -> Lock {
+        Lock::new(&stat(), kind, (start, len), owner.clone(), 1).expect("a good lock")
+    }
+
+    #[test]
+    fn owners_keep_each_other_out_and_ranges_split() {
+        let owner = |process| Owner { session: new_session(), process, client: "a".to_string() };
+        let (one, two) = (owner(1), owner(2));
+        assert_eq!(set(lock(&one, WRITE, 100, 100)), Ok(true));
+        assert_eq!(set(lock(&one, READ, 150, 0)), Ok(true), "its own is no conflict");
+        assert_eq!(set(lock(&two, READ, 120, 1)), Ok(false));
+        assert_eq!(set(lock(&two, READ, 150, 10)), Ok(true), "readers share");
+        assert_eq!(set(lock(&two, WRITE, 1 << 40, 1)), Ok(false), "to the end of the file");
+        let found = conflict(&lock(&two, WRITE, 0, 0)).expect("one");
+        assert_eq!((found.start, found.len_bytes(), found.owner.process), (100, 50, 1));
+        // The middle is given back: the pieces beside it stay.
+        assert_eq!(set(lock(&one, UNLOCK, 120, 10)), Ok(true));
+        assert_eq!(set(lock(&two, WRITE, 120, 10)), Ok(true));
+        assert_eq!(set(lock(&two, WRITE, 119, 1)), Ok(false));
+        assert_eq!(set(lock(&two, WRITE, 130, 1)), Ok(false));
+        release(one.session, Some(7));
+        assert_eq!(set(lock(&two, WRITE, 130, 1)), Ok(false), "another fid's end");
+        release(one.session, Some(1));
+        assert_eq!(set(lock(&two, WRITE, 0, 0)), Ok(true));
+        release(two.session, None);
+        assert_eq!(conflict(&lock(&one, WRITE, 0, 0)), None);
+    }
+
+    #[test]
+    fn what_is_no_lock_and_what_is_too_many_is_refused() {
+        let owner = Owner { session: new_session(), process: 1, client: String::new() };
+        let long = Owner { client: "x".repeat(300), ..owner.clone() };
+        let refused = |kind, range, owner: &Owner| {
+            Lock::new(&stat(), kind, range, owner.clone(), 1) == Err(Errno::INVAL)
+        };
+        assert!(refused(3, (0, 1), &owner) && refused(READ, (u64::MAX, 2), &owner));
+        assert!(refused(READ, (0, 1), &long));
+        let taken = (0..2000u64).take_while(|n| set(lock(&owner, READ, n * 2, 1)) == Ok(true));
+        assert_eq!(taken.count(), SESSION_LOCKS_MAX - 1);
+        release(owner.session, None);
+    }
+}
