@@ -3,19 +3,18 @@
 //! Guards that a short read or write of the file is carried on until it fails or ends.
 
 use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use platter_storage::ninep::message::{AllocateMode, Answer};
 use rustix::fs::{FallocateFlags, fallocate};
-use rustix::io::Errno;
+use rustix::io::{Errno, IoSlice, IoSliceMut, ReadWriteFlags, preadv2, pwritev2};
 
 use crate::buffer::Buffer;
 
 /// Of one request. A buffer holds the request's data, or takes the answer's.
 pub enum Job {
-    Read { file: Arc<File>, offset: u64, count: u32, buffer: Buffer },
-    Write { file: Arc<File>, offset: u64, count: u32, buffer: Buffer },
+    Read { file: Arc<File>, offset: u64, count: u32, buffer: Buffer, how: ReadWriteFlags },
+    Write { file: Arc<File>, offset: u64, count: u32, buffer: Buffer, how: ReadWriteFlags },
     Sync { file: Arc<File>, data_only: bool },
     Allocate { file: Arc<File>, mode: AllocateMode, offset: u64, len: u64 },
 }
@@ -35,17 +34,19 @@ impl Job {
     /// Does the work; gives the buffer back.
     pub fn run(self) -> (Outcome, Option<Buffer>) {
         match self {
-            Job::Read { file, offset, count, mut buffer } => {
+            Job::Read { file, offset, count, mut buffer, how } => {
                 let into = buffer.slice_mut(count as usize);
                 let done = carry_on(into.len(), |at| {
-                    file.read_at(&mut into[at..], offset.saturating_add(at as u64))
+                    let at_file = offset.saturating_add(at as u64);
+                    preadv2(&file, &mut [IoSliceMut::new(&mut into[at..])], at_file, how)
                 });
                 (done.map(|count| Answer::Read { count }), Some(buffer))
             }
-            Job::Write { file, offset, count, buffer } => {
+            Job::Write { file, offset, count, buffer, how } => {
                 let from = buffer.slice(count as usize);
                 let done = carry_on(from.len(), |at| {
-                    file.write_at(&from[at..], offset.saturating_add(at as u64))
+                    let at_file = offset.saturating_add(at as u64);
+                    pwritev2(&file, &[IoSlice::new(&from[at..])], at_file, how)
                 });
                 (done.map(|count| Answer::Write { count }), Some(buffer))
             }
@@ -64,18 +65,15 @@ impl Job {
 
 /// Repeats a read or write until all is done, nothing more comes, or it fails; a failure after
 /// the first bytes is the next request's.
-fn carry_on(
-    len: usize,
-    mut step: impl FnMut(usize) -> std::io::Result<usize>,
-) -> Result<u32, Errno> {
+fn carry_on(len: usize, mut step: impl FnMut(usize) -> Result<usize, Errno>) -> Result<u32, Errno> {
     let mut done = 0;
     while done < len {
         match step(done) {
             Ok(0) => break,
             Ok(len) => done += len,
-            Err(fault) if fault.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(Errno::INTR) => {}
             Err(_) if done > 0 => break,
-            Err(fault) => return Err(Errno::from_io_error(&fault).unwrap_or(Errno::IO)),
+            Err(errno) => return Err(errno),
         }
     }
     Ok(done as u32)

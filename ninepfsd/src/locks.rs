@@ -124,12 +124,14 @@ mod tests {
 
     const READ: u8 = 0;
 
-    fn stat() -> Stat {
-        rustix::fs::stat("/").expect("the root directory")
+    /// Of a file for each test: they share the table.
+    fn new(file: &str, kind: u8, range: (u64, u64), owner: &Owner) -> Result<Lock, Errno> {
+        let stat = rustix::fs::stat(file).expect("a directory that is always there");
+        Lock::new(&stat, kind, range, owner.clone(), 1)
     }
 
     fn lock(owner: &Owner, kind: u8, start: u64, len: u64) -> Lock {
-        Lock::new(&stat(), kind, (start, len), owner.clone(), 1).expect("a good lock")
+        new("/", kind, (start, len), owner).expect("a good lock")
     }
 
     #[test]
@@ -160,12 +162,12 @@ mod tests {
     fn what_is_no_lock_and_what_is_too_many_is_refused() {
         let owner = Owner { session: new_session(), process: 1, client: String::new() };
         let long = Owner { client: "x".repeat(300), ..owner.clone() };
-        let refused = |kind, range, owner: &Owner| {
-            Lock::new(&stat(), kind, range, owner.clone(), 1) == Err(Errno::INVAL)
-        };
+        let refused =
+            |kind, range, owner: &Owner| new("/", kind, range, owner) == Err(Errno::INVAL);
         assert!(refused(3, (0, 1), &owner) && refused(READ, (u64::MAX, 2), &owner));
         assert!(refused(READ, (0, 1), &long));
-        let taken = (0..2000u64).take_while(|n| set(lock(&owner, READ, n * 2, 1)) == Ok(true));
+        let lock = |n: u64| new("/usr", READ, (n * 2, 1), &owner).expect("a good lock");
+        let taken = (0..2000).take_while(|n| set(lock(*n)) == Ok(true));
         assert_eq!(taken.count(), SESSION_LOCKS_MAX - 1);
         release(owner.session, None);
     }

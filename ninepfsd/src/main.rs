@@ -12,7 +12,7 @@ use clap::{Args, Parser, Subcommand};
 use platter_9pfsd::backends::{Allowed, Backends, KINDS};
 use platter_9pfsd::device::Devices;
 use platter_9pfsd::sandbox::{self, Identity};
-use platter_9pfsd::share::Policy;
+use platter_9pfsd::share::{Cache, Policy};
 use platter_9pfsd::workers::Workers;
 use platter_9pfsd::xenstore::{TRUSTED, Xenstore};
 use platter_9pfsd::{attach, session};
@@ -52,6 +52,9 @@ struct Serve {
     /// The largest size that a file may be given, in bytes.
     #[arg(long, value_name = "BYTES", default_value_t = 0)]
     file_bytes_max: u64,
+    /// What becomes of files' bytes in the page cache.
+    #[arg(long, value_enum, default_value_t)]
+    cache: Cache,
     /// The user that files are opened as, by name or number, when started as root. `root` stays
     /// root and may open files of every owner below the directories.
     #[arg(long, default_value = "platter-9pfsd")]
@@ -118,7 +121,7 @@ fn serve(arguments: &Serve) -> Result<()> {
 }
 
 fn allowed(arguments: &Serve) -> Result<Vec<Allowed>> {
-    let file_bytes_max = arguments.file_bytes_max;
+    let Serve { file_bytes_max, cache, .. } = *arguments;
     // Where both are given for a directory, read-only counts.
     let both = [(&arguments.allow_read_only, true), (&arguments.allow, false)];
     let mut allowed = Vec::new();
@@ -128,7 +131,7 @@ fn allowed(arguments: &Serve) -> Result<Vec<Allowed>> {
                 let what = directory.display();
                 bail!("--allow wants the absolute path of a directory, not '{what}'");
             }
-            let policy = Policy { read_only, file_bytes_max };
+            let policy = Policy { read_only, file_bytes_max, cache };
             allowed.push(Allowed { directory: directory.clone(), policy });
         }
     }

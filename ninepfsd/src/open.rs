@@ -8,15 +8,20 @@ use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::io::Errno;
+use rustix::io::{Errno, IoSliceMut, ReadWriteFlags, preadv2};
 use rustix::time::{ClockId, clock_gettime};
 
-use crate::os::memory::How;
+use crate::os::memory::{How, RWF_DONTCACHE};
+use crate::share::Cache;
 
 /// A file or directory that a fid has opened.
 pub struct Open {
     pub file: Arc<File>,
+    /// The same past the page cache, for what is aligned.
+    pub direct: Option<Arc<File>>,
     pub writable: bool,
+    /// Its bytes leave the page cache at once.
+    pub dontcache: bool,
     /// The kernel says of this file whether reading or writing would wait.
     pub foretells: Foretells,
 }
@@ -32,6 +37,7 @@ pub struct Transfer<'a> {
     pub file: &'a File,
     pub offset: u64,
     pub count: u32,
+    pub dontcache: bool,
 }
 
 /// A read or write that was asked for.
@@ -44,15 +50,40 @@ pub struct Move<'a> {
 
 impl Transfer<'_> {
     pub fn how(&self, now: bool) -> How {
-        How { now }
+        How { now, dontcache: self.dontcache }
     }
 }
 
+const DONTCACHE: ReadWriteFlags = ReadWriteFlags::from_bits_retain(RWF_DONTCACHE as u32);
+
+/// O_DIRECT wants this of offsets, lengths and memory; every disk is content with it.
+const DIRECT_BYTES: u32 = 4096;
+
 impl Open {
-    pub fn new(file: File, writable: bool) -> Open {
+    pub fn new(file: File, direct: Option<File>, writable: bool, cache: Cache) -> Open {
+        let dontcache = cache == Cache::Dontcache && can_dontcache(&file);
         let foretells = Foretells { read: true, write: true };
-        Open { file: Arc::new(file), writable, foretells }
+        Open { file: Arc::new(file), direct: direct.map(Arc::new), writable, dontcache, foretells }
     }
+
+    /// How a worker reads or writes it.
+    pub fn worker_flags(&self) -> ReadWriteFlags {
+        if self.dontcache { DONTCACHE } else { ReadWriteFlags::empty() }
+    }
+}
+
+impl Move<'_> {
+    /// The file to use past the page cache, for this one.
+    pub fn direct(&self) -> Option<&Arc<File>> {
+        let is_aligned = self.offset.is_multiple_of(DIRECT_BYTES.into())
+            && self.count.is_multiple_of(DIRECT_BYTES);
+        self.open.direct.as_ref().filter(|_| is_aligned)
+    }
+}
+
+/// Whether the kernel and the file system know RWF_DONTCACHE: nothing is read far beyond the end.
+fn can_dontcache(file: &File) -> bool {
+    preadv2(file, &mut [IoSliceMut::new(&mut [0])], 1 << 42, DONTCACHE).is_ok()
 }
 
 /// What one request may take at once, on average; and mostly asleep, for a host or hypervisor

@@ -238,8 +238,11 @@ fn at_once<'a>(
     patience: &mut Patience,
     order: Move<'a>,
 ) -> Result<job::Outcome, Move<'a>> {
+    if order.direct().is_some() {
+        return Err(order);
+    }
     let Move { ref open, offset, count, is_write } = order;
-    let transfer = Transfer { file: &open.file, offset, count };
+    let transfer = Transfer { file: &open.file, offset, count, dontcache: open.dontcache };
     let mut foretells = if is_write { open.foretells.write } else { open.foretells.read };
     let done = patience.at_once(&mut foretells, count, |now| {
         if is_write { ring.write_file(&transfer, now) } else { ring.read_file(&transfer, now) }
@@ -256,13 +259,13 @@ fn at_once<'a>(
 /// The same, with a buffer of its own, for which a write's data is copied.
 fn for_a_worker(ring: &Ring, pool: &mut Pool, order: &Move) -> Job {
     let Move { ref open, offset, count, is_write } = *order;
-    let file = Arc::clone(&open.file);
+    let file = Arc::clone(order.direct().unwrap_or(&open.file));
     let mut buffer = pool.take(count as usize);
     if !is_write {
-        return Job::Read { file, offset, count, buffer };
+        return Job::Read { file, offset, count, buffer, how: open.worker_flags() };
     }
     ring.copy_data(buffer.slice_mut(count as usize));
-    Job::Write { file, offset, count, buffer }
+    Job::Write { file, offset, count, buffer, how: open.worker_flags() }
 }
 
 /// Bytes of data that follow an answer.

@@ -156,9 +156,12 @@ impl Session {
                 self.prove_openable(fid)?;
                 let path = Share::join(&self.fid(fid)?.path, name)?;
                 let file = self.share.create(&path, mode, flags & libc::O_EXCL as u32 != 0)?;
+                let (direct, cache) =
+                    (self.share.open_direct(&path, true, &file), self.share.policy.cache);
                 w.qid(qid(&rustix::fs::fstat(&file)?));
                 w.u32(0); // iounit: as much as fits
-                *self.fid_mut(fid)? = Fid { path, open: Some(Open::new(file, true)) };
+                *self.fid_mut(fid)? =
+                    Fid { path, open: Some(Open::new(file, direct, true, cache)) };
             }
             More::Statfs { fid } => {
                 self.fid(fid)?;
@@ -271,9 +274,12 @@ impl Session {
         self.prove_openable(fid)?;
         let write = flags & open::ACCESS_MASK != open::READ_ONLY;
         let truncate = flags & libc::O_TRUNC as u32 != 0;
-        let file = self.share.open_file(&self.fid(fid)?.path, write, truncate)?;
+        let path = &self.fid(fid)?.path;
+        let file = self.share.open_file(path, write, truncate)?;
+        let direct = self.share.open_direct(path, write, &file);
+        let cache = self.share.policy.cache;
         let qid = qid(&rustix::fs::fstat(&file)?);
-        self.fid_mut(fid)?.open = Some(Open::new(file, write));
+        self.fid_mut(fid)?.open = Some(Open::new(file, direct, write, cache));
         Ok(Answer::Lopen { qid, iounit: 0 })
     }
 

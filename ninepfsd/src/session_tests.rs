@@ -12,7 +12,7 @@ use super::*;
 use crate::frontend::Frontend;
 use crate::more;
 use crate::serving::Serving;
-use crate::share::Policy;
+use crate::share::{Cache, Policy};
 use crate::workers::{Mailbox, Workers};
 
 struct World {
@@ -118,6 +118,26 @@ fn a_file_is_written_read_and_synced() {
 }
 
 #[test]
+fn every_cache_mode_gives_the_same_bytes() {
+    for cache in [Cache::Writeback, Cache::Dontcache, Cache::Direct] {
+        let mut world = World::new(Policy { cache, ..Policy::default() });
+        world.open(true);
+        let data: Vec<u8> = (0..8192u32).map(|at| (at / 7) as u8).collect();
+        for (offset, count) in [(0, 8192), (4096, 4096), (8192, 4096), (5000, 700)] {
+            let data = &data[..count as usize];
+            world.must(&Request::Write { fid: 1, offset, count }, data);
+            let (_, body) = world.must(&Request::Read { fid: 1, offset, count }, &[]);
+            assert!(body[4..] == *data, "{cache:?} {offset}");
+        }
+        // Over the end of the file, which is at 12288.
+        for (offset, count, expected) in [(8192, 8192, 4096), (12288, 4096, 0), (12000, 900, 288)] {
+            let (_, body) = world.must(&Request::Read { fid: 1, offset, count }, &[]);
+            assert_eq!(body.len(), 4 + expected, "{cache:?} {offset}");
+        }
+    }
+}
+
+#[test]
 fn holes_are_punched_and_found() {
     let mut world = World::new(Policy::default());
     world.open(true);
@@ -210,7 +230,7 @@ fn locks_are_kept_and_end_with_their_fid() {
 
 #[test]
 fn what_is_not_allowed_is_refused() {
-    let mut world = World::new(Policy { read_only: true, file_bytes_max: 0 });
+    let mut world = World::new(Policy { read_only: true, ..Policy::default() });
     world.open(false);
     world.refused(&Request::Write { fid: 1, offset: 0, count: 1 }, b"x", Errno::BADF);
     let size = Request::Setattr { fid: 1, valid: SETATTR_SIZE, size: 0 };
@@ -227,7 +247,7 @@ fn what_is_not_allowed_is_refused() {
         assert!(!walked, "{names:?}");
     }
 
-    let mut world = World::new(Policy { read_only: false, file_bytes_max: 4096 });
+    let mut world = World::new(Policy { file_bytes_max: 4096, ..Policy::default() });
     world.open(true);
     world.refused(&Request::Write { fid: 1, offset: 4096, count: 1 }, b"x", Errno::FBIG);
     world.refused(&Request::Write { fid: 1, offset: u64::MAX, count: 1 }, b"x", Errno::FBIG);

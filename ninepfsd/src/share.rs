@@ -13,12 +13,25 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
+/// What becomes of a file's bytes in the page cache of this domain.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Cache {
+    /// They stay there; writes reach the disk when they are synced or the kernel wants to.
+    #[default]
+    Writeback,
+    /// They leave as soon as the disk has them (Linux 6.14, ext4 and XFS; else as writeback).
+    Dontcache,
+    /// What is aligned to 4 KiB goes past it (O_DIRECT), by way of a worker.
+    Direct,
+}
+
 /// What the administrator allows for a share.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Policy {
     pub read_only: bool,
     /// Largest size that a file may be given, bytes; 0 for none.
     pub file_bytes_max: u64,
+    pub cache: Cache,
 }
 
 pub struct Share {
@@ -71,7 +84,7 @@ impl Share {
         if write || truncate {
             self.prove_writable()?;
         }
-        let mut flags = if write { OFlags::RDWR } else { OFlags::RDONLY };
+        let mut flags = access(write);
         flags.set(OFlags::TRUNC, truncate);
         let file = self.open_at(path, flags, Mode::empty())?;
         // It may have been exchanged since the look above.
@@ -79,6 +92,18 @@ impl Share {
             FileType::RegularFile | FileType::Directory => Ok(file),
             _ => Err(Errno::ACCESS),
         }
+    }
+
+    /// The same file once more, past the page cache; `None` where its file system cannot.
+    pub fn open_direct(&self, path: &str, write: bool, same: &File) -> Option<File> {
+        if self.policy.cache != Cache::Direct {
+            return None;
+        }
+        let file = self.open_at(path, access(write) | OFlags::DIRECT, Mode::empty()).ok()?;
+        let (this, that) = (fstat(&file).ok()?, fstat(same).ok()?);
+        let is_regular = FileType::from_raw_mode(this.st_mode) == FileType::RegularFile;
+        let is_same = (this.st_dev, this.st_ino) == (that.st_dev, that.st_ino);
+        (is_regular && is_same).then_some(file)
     }
 
     pub fn create(&self, path: &str, mode: u32, exclusive: bool) -> Result<File, Errno> {
@@ -144,6 +169,10 @@ impl Share {
     }
 }
 
+fn access(write: bool) -> OFlags {
+    if write { OFlags::RDWR } else { OFlags::RDONLY }
+}
+
 /// Would miss: what a hostile administrator does; the shares are the administrator's.
 #[cfg(test)]
 mod tests {
@@ -189,7 +218,7 @@ mod tests {
 
     #[test]
     fn a_read_only_share_changes_nothing() {
-        let (_dir, share) = share(Policy { read_only: true, file_bytes_max: 0 });
+        let (_dir, share) = share(Policy { read_only: true, ..Policy::default() });
         assert!(share.open_file("file", true, false).is_err());
         assert!(share.create("new", 0o644, true).is_err());
         assert!(share.remove("", "file", false).is_err());

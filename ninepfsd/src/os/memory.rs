@@ -19,16 +19,22 @@ use super::gntdev::Grants;
 /// A run of bytes in a mapping: offset and length; two of them, since rings wrap.
 pub type Spans = [(usize, usize); 2];
 
+/// `RWF_DONTCACHE` (Linux 6.14): the page cache lets go of the bytes at once.
+pub const RWF_DONTCACHE: libc::c_int = 0x80;
+
 /// How a file is read or written.
 #[derive(Clone, Copy, Default, Debug)]
 pub struct How {
     /// Fail with EAGAIN instead of waiting.
     pub now: bool,
+    /// Leave nothing behind in the page cache.
+    pub dontcache: bool,
 }
 
 impl How {
     fn flags(self) -> libc::c_int {
-        if self.now { libc::RWF_NOWAIT } else { 0 }
+        let now = if self.now { libc::RWF_NOWAIT } else { 0 };
+        now | if self.dontcache { RWF_DONTCACHE } else { 0 }
     }
 }
 
