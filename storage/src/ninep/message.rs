@@ -12,6 +12,7 @@
 //! A server that answers Tversion with this string speaks 9P2000.L and also:
 //! - takes up to [`PLATTER_IN_FLIGHT`] requests per ring at once and answers in any order, each
 //!   on the ring it came by (a plain server is given one per ring);
+//! - rings one event channel for news on all rings, and is content with one for all of them;
 //! - `Tallocate` 80: fid[4] mode[4] offset[8] len[8], `Rallocate` 81: empty. mode 0 allocates
 //!   the range, 1 punches a hole, 2 makes it read as zeros and keeps it allocated. None changes
 //!   the file's size; a range beyond the end is cut at the end;
