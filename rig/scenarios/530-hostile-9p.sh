@@ -33,6 +33,7 @@ scenario() {
         job good "$number" "$NEIGHBOUR secs=5"
         job_wait good "$number" 180
         number=$((number + 1))
+        console_of bad >"/job/results/$SCENARIO/bad.now"
         [ "$number" -lt 60 ] || fail "the attacks do not end"
     done
     console_of bad | grep -E " attack |error:"
