@@ -64,6 +64,17 @@ impl CreateFault {
     }
 }
 
+/// Whether a file's room is taken when it is made (`preallocation` of `qemu-img create`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Reserve {
+    /// As it is written.
+    Nothing,
+    /// By the store, as fast as it can (`falloc`).
+    Room,
+    /// By writing zeros (`full`).
+    Zeros,
+}
+
 /// A file to make.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct CreateFile {
@@ -71,6 +82,8 @@ pub struct CreateFile {
     pub name: Option<String>,
     /// Its final length.
     pub bytes: u64,
+    /// What to do with all of it before the writes.
+    pub reserve: Reserve,
 }
 
 /// One write into file number `file` of [`Create::files`].
@@ -161,7 +174,7 @@ impl Create {
     /// For formats: a plan with one file, the image itself, of `bytes`.
     pub(crate) fn one_file(bytes: u64) -> Create {
         Create {
-            files: vec![CreateFile { name: None, bytes }],
+            files: vec![CreateFile { name: None, bytes, reserve: Reserve::Nothing }],
             pieces: Vec::new(),
             at: 0,
             done: 0,
@@ -171,8 +184,13 @@ impl Create {
 
     /// For formats: another file beside the image; gives its number.
     pub(crate) fn add_file(&mut self, name: String, bytes: u64) -> usize {
-        self.files.push(CreateFile { name: Some(name), bytes });
+        self.files.push(CreateFile { name: Some(name), bytes, reserve: Reserve::Nothing });
         self.files.len() - 1
+    }
+
+    /// For formats: takes the room of all files.
+    pub(crate) fn reserve(&mut self, reserve: Reserve) {
+        self.files.iter_mut().for_each(|file| file.reserve = reserve);
     }
 
     /// For formats: the content of a stretch of a file.
@@ -247,6 +265,30 @@ impl<'a> Wanted<'a> {
             Some("off" | "false") => Ok(false),
             Some(other) => Err(CreateFault(alloc::format!("{name}={other} is not on or off"))),
         }
+    }
+
+    /// `preallocation` of an image whose data all has its place: `off`, `falloc` or `full`;
+    /// `metadata` where `allows_metadata`, which takes no room for data.
+    pub fn preallocation(
+        &mut self,
+        is_fixed: bool,
+        allows_metadata: bool,
+    ) -> Result<Reserve, CreateFault> {
+        let wants = match self.text("preallocation") {
+            None | Some("off") => return Ok(Reserve::Nothing),
+            Some("metadata") if allows_metadata => return Ok(Reserve::Nothing),
+            Some("falloc") => Reserve::Room,
+            Some("full") => Reserve::Zeros,
+            Some(other) => {
+                let modes = if allows_metadata { "off, metadata," } else { "off," };
+                let why = alloc::format!("preallocation={other} is not {modes} falloc or full");
+                return Err(CreateFault(why));
+            }
+        };
+        if is_fixed {
+            return Ok(wants);
+        }
+        Err(CreateFault::new("preallocation needs the fixed subformat, whose data has its place"))
     }
 
     pub fn number(&mut self, name: &'static str, default: u64) -> Result<u64, CreateFault> {

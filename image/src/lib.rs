@@ -36,6 +36,7 @@ mod zstd;
 pub use check::{CheckParams, CheckProgress, CheckReport, PROBLEMS_MAX, Repair};
 pub use create::{
     Backing, CREATE_WRITE_BYTES_MAX, Create, CreateFault, CreateFile, CreateParams, CreateWrite,
+    Reserve,
 };
 pub use fault::{FaultKind, FaultName, ImageFault};
 pub use files::{Access, FileInfo};

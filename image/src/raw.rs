@@ -29,12 +29,18 @@ impl Raw {
 
 /// A new raw image is a file of zeros.
 pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
-    Wanted::new(params.options).finish()?;
+    let mut wanted = Wanted::new(params.options);
+    let reserve = wanted.preallocation(true, false)?;
+    wanted.finish()?;
     if params.backing.is_some() {
         return Err(CreateFault::new("a raw image cannot have a backing file"));
     }
     match params.sectors.checked_mul(SECTOR_BYTES) {
-        Some(bytes) => Ok(Create::one_file(bytes)),
+        Some(bytes) => {
+            let mut create = Create::one_file(bytes);
+            create.reserve(reserve);
+            Ok(create)
+        }
         None => Err(CreateFault::new("the size is beyond 2^64 bytes")),
     }
 }

@@ -2,12 +2,13 @@
 //!
 //! It must never touch a file that was there before, and leaves nothing behind when it fails.
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use platter_image::{Create, CreateWrite};
+use platter_image::{Create, CreateFile, CreateWrite, Reserve};
+use rustix::fs::FallocateFlags;
 
 use crate::fault::Fault;
 
@@ -51,6 +52,7 @@ fn write_all(
         let file = options.open(path).map_err(|error| fault(path, "create", explain(error)))?;
         made.push(path.clone());
         file.set_len(wanted.bytes).map_err(|error| fault(path, "set the length", error))?;
+        reserve(&file, wanted).map_err(|error| fault(path, "take room for it", error))?;
         files.push(file);
     }
     while let Some(CreateWrite { file, offset, bytes }) = plan.next_write() {
@@ -61,6 +63,26 @@ fn write_all(
         file.sync_all().map_err(|error| fault(path, "sync", error))?;
     }
     Ok(())
+}
+
+/// Takes the room of a new file, as its plan wants it.
+fn reserve(file: &File, wanted: &CreateFile) -> io::Result<()> {
+    match wanted.reserve {
+        Reserve::Room if wanted.bytes > 0 => {
+            Ok(rustix::fs::fallocate(file, FallocateFlags::empty(), 0, wanted.bytes)?)
+        }
+        Reserve::Zeros => {
+            let zeros = vec![0; 1 << 20];
+            let mut done = 0;
+            while done < wanted.bytes {
+                let count = (wanted.bytes - done).min(zeros.len() as u64);
+                file.write_all_at(&zeros[..count as usize], done)?;
+                done += count;
+            }
+            Ok(())
+        }
+        _ => Ok(()),
+    }
 }
 
 fn explain(error: io::Error) -> io::Error {

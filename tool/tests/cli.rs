@@ -113,6 +113,37 @@ fn an_overlay_hides_its_base_until_it_is_committed() {
     }
 }
 
+/// `preallocation` as qemu-img names it: the room is there, or written, and QEMU reads zeros.
+#[test]
+fn a_preallocated_image_has_its_room() {
+    use std::os::unix::fs::MetadataExt;
+    let folder = Folder::new("preallocation");
+    for (format, subformat) in [
+        ("raw", ""),
+        ("qcow2", ""),
+        ("vdi", "static=on,"),
+        ("vhd", "subformat=fixed,"),
+        ("vhdx", "subformat=fixed,"),
+        ("vmdk", "subformat=monolithicFlat,"),
+    ] {
+        for (mode, least) in [("off", 0), ("falloc", 8 << 20), ("full", 8 << 20)] {
+            let name = format!("{mode}.{format}");
+            let options = format!("{subformat}preallocation={mode}");
+            folder.good(&["create", "-q", "-f", format, "-o", &options, &name, "8M"]);
+            let data = if format == "vmdk" { format!("{mode}-flat.vmdk") } else { name.clone() };
+            let taken = std::fs::metadata(folder.path(&data)).unwrap().blocks() * 512;
+            assert!(taken >= least && (least > 0 || taken < 4 << 20), "{name}: {taken}");
+            let format = if format == "vhd" { "vpc" } else { format };
+            folder.qemu_img(&["compare", "-q", "-f", format, "-F", "raw", &name, "off.raw"]);
+        }
+    }
+    folder.good(&["create", "-q", "-f", "vdi", "-o", "preallocation=metadata", "m.vdi", "8M"]);
+    for options in ["preallocation=much", "preallocation=falloc,subformat=dynamic"] {
+        let why = folder.refused(&["create", "-f", "vhd", "-o", options, "x.vhd", "8M"], "x.vhd");
+        assert!(why.contains("preallocation"), "{why}");
+    }
+}
+
 #[test]
 fn codes_and_words_are_those_that_scripts_expect() {
     let folder = Folder::new("codes");

@@ -191,9 +191,9 @@ struct Hole {
     use_: Use,
 }
 
-/// Holes kept: one for the clusters and one for the table of each plan in flight. More come
-/// only of requests that fail for good; their space is lost until the image is converted.
-const HOLES_MAX: usize = 2 * crate::image::PLANS_MAX;
+/// Holes kept: of the plans in flight every other one may be given up, some with tables. More
+/// come only of requests that fail for good; their space is lost until the image is converted.
+const HOLES_MAX: usize = crate::image::PLANS_MAX / 4 * 3;
 
 /// Free space: at the end of a file, and what abandoned plans left before it.
 #[derive(Clone, PartialEq, Eq, Debug)]

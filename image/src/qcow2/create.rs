@@ -92,10 +92,7 @@ fn header(params: &CreateParams, wanted: &mut Wanted) -> Result<(Header, bool), 
     }
     let metadata = match wanted.text("preallocation") {
         None | Some("off") => raw,
-        Some("metadata") => true,
-        Some(other) => {
-            return Err(refuse(alloc::format!("preallocation={other} is not off or metadata")));
-        }
+        Some(_) => true,
     };
     if metadata && params.backing.is_some() {
         return Err(CreateFault::new("preallocation would hide the backing file"));
@@ -199,6 +196,7 @@ type Head = Result<Vec<u8>, CreateFault>;
 pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
     let mut wanted = Wanted::new(params.options);
     let (mut header, metadata) = header(params, &mut wanted)?;
+    let reserve = wanted.preallocation(true, true)?;
     let data_file = wanted.text("data_file");
     wanted.finish()?;
     let long = |name: &str| name.is_empty() || name.len() > NAME_BYTES_MAX;
@@ -226,6 +224,7 @@ pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
     if let Some(name) = data_file {
         create.add_file(String::from(name), header.size_bytes);
     }
+    create.reserve(reserve);
     Ok(create)
 }
 

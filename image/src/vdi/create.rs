@@ -11,10 +11,12 @@ const BLOCK_BYTES: u64 = 1 << 20;
 /// The data starts at a multiple of this, so that the map of a small disk has room to grow.
 const DATA_ALIGN: u64 = 1 << 20;
 
-/// Options: `static=on|off`.
+/// Options: `static=on|off`, and `preallocation`, of which `metadata` means a static image, as in
+/// QEMU.
 pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
     let mut wanted = Wanted::new(params.options);
-    let fixed = wanted.switch("static", false)?;
+    let fixed = wanted.switch("static", false)? || wanted.text("preallocation") == Some("metadata");
+    let reserve = wanted.preallocation(fixed, true)?;
     wanted.finish()?;
     let block_bytes = if params.cluster_bytes == 0 { BLOCK_BYTES } else { params.cluster_bytes };
     if !(u64::from(BLOCK_BYTES_MIN)..=u64::from(BLOCK_BYTES_MAX)).contains(&block_bytes) {
@@ -62,5 +64,6 @@ pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
     let (first, step) = if fixed { (0, 1) } else { (u64::from(super::FREE), 0) };
     let table = Content::Table { entry: Entry::Le32, first, step, count: blocks };
     create.put(0, map_offset, table);
+    create.reserve(reserve);
     Ok(create)
 }

@@ -33,6 +33,7 @@ pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
     if !wanted.switch("force_size", true)? {
         return Err(CreateFault::new("force_size=off: the size is never rounded to a geometry"));
     }
+    let reserve = wanted.preallocation(kind == Kind::Fixed, false)?;
     wanted.finish()?;
     if params.sectors > SECTORS_MAX {
         return Err(CreateFault::new("a VHD holds at most 2040 GiB"));
@@ -58,6 +59,7 @@ pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
     }
     let mut create = Create::one_file(size + FOOTER_BYTES as u64);
     create.put(0, size, Content::Bytes(footer.emit().to_vec()));
+    create.reserve(reserve);
     Ok(create)
 }
 

@@ -39,6 +39,7 @@ pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
     let log_bytes = wanted.number("log_size", MIB)?.next_multiple_of(MIB).max(MIB);
     let logical = wanted.number("logical_sector_size", 512)?;
     let physical = wanted.number("physical_sector_size", 4096)?;
+    let reserve = wanted.preallocation(fixed, false)?;
     wanted.finish()?;
     if log_bytes > LOG_BYTES_MAX {
         return Err(CreateFault::new("the log of a VHDX has at most 64 MiB"));
@@ -68,7 +69,9 @@ pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
         logical_bytes: logical as u32,
     };
     let locator = params.backing.map(|backing| locator(params, &backing)).transpose()?;
-    Ok(plan(params, &shape, physical as u32, log_bytes, locator))
+    let mut create = plan(params, &shape, physical as u32, log_bytes, locator);
+    create.reserve(reserve);
+    Ok(create)
 }
 
 fn plan(

@@ -44,6 +44,8 @@ pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
     let zero_grain = wanted.switch("zeroed_grain", false)?;
     let adapter = wanted.text("adapter_type").unwrap_or("ide");
     let version = wanted.text("hwversion").unwrap_or("4");
+    let is_flat = KINDS.iter().any(|kind| kind.name == asked && kind.is_flat);
+    let reserve = wanted.preallocation(is_flat, false)?;
     wanted.finish()?;
     let kind = KINDS.iter().find(|kind| kind.name == asked).ok_or_else(|| {
         CreateFault(format!(
@@ -90,6 +92,7 @@ pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
             put_sparse(&mut create, file, &header);
         }
     }
+    create.reserve(reserve);
     Ok(create)
 }
 

@@ -1,5 +1,6 @@
 //! One extent of a VMDK: where its sectors are, and whether they can be written.
 
+use alloc::boxed::Box;
 use alloc::vec::Vec;
 
 use super::descriptor::{Descriptor, Line, LineAccess, LineKind};
@@ -23,7 +24,7 @@ pub(super) enum Body {
     Flat(u64),
     Zero,
     /// With free space if it can be written.
-    Sparse(Tables, Option<Space>),
+    Sparse(Tables, Option<Box<Space>>),
     SeSparse(SeTables),
 }
 
@@ -158,7 +159,8 @@ impl Extent {
             && !is_cowd
             && !header.is_compressed
             && header.version < 3;
-        let space = writable.then(|| Space::at_end(file, ctx.files.info(file), REACH_BYTES));
+        let space =
+            writable.then(|| Box::new(Space::at_end(file, ctx.files.info(file), REACH_BYTES)));
         let tables = Tables { file, header, is_writable: writable };
         Ok((header.sectors, Body::Sparse(tables, space)))
     }
