@@ -1,23 +1,15 @@
-//! What a store's answer means: each operation is taken out of the table once and handed to
-//! whoever asked; what was done only in part is submitted again.
+//! What a store's answer means: each operation is handed to whoever asked and taken out of the
+//! table once; what was done only in part goes on in its place, or waits there for room.
 
-use platter_storage::{Answer, Done, Store, StoreFault, Tag, Window};
+use platter_storage::{Answer, Run, Store, StoreFault, Tag, Window};
 use platter_xen::{Direction, Hypervisor};
 
 use crate::disk::Disk;
 use crate::engine::{Engine, Op, OpKind, Stretch, Submitted};
 use crate::fault::Fault;
-use crate::job::submit_job_write;
-use crate::plan::submit_guest_write;
+use crate::limits::BOUNCE_BYTES;
 use crate::table::Id;
-use crate::transfer::{self, Guest};
-
-/// Takes the operation of an answer out of the table. `None` for a tag that is not ours: the
-/// store made it up.
-pub fn take_op<S>(engine: &mut Engine<S>, tag: Tag) -> Option<Op> {
-    let place = u16::try_from(tag.0).ok()?;
-    engine.ops.take(Id(place))
-}
+use crate::transfer::{Guest, Owner, Repeated};
 
 impl Disk {
     /// Handles the answer to an operation of this disk.
@@ -25,130 +17,211 @@ impl Disk {
         &mut self,
         engine: &mut Engine<S>,
         hv: &mut H,
-        op: Op,
-        done: Done,
+        id: Id,
+        result: Result<Answer, StoreFault>,
     ) {
-        self.ops -= 1;
         self.kick = true;
-        let fault = done.result.err().map(Fault::Store);
-        match (op.kind, done.result) {
-            (OpKind::GuestRead { request, at }, result) => {
-                let window = read_answer(result);
-                self.guest_read_done(engine, hv, op, request, at, window);
-            }
-            (OpKind::MetaRead { .. }, result) => {
-                self.meta_read_done(engine, hv, op, read_answer(result));
-            }
-            (OpKind::JobRead { job, at }, result) => {
-                self.job_read_done(engine, hv, op, job, at, read_answer(result));
-            }
-            (OpKind::GuestWrite { .. } | OpKind::JobWrite { .. } | OpKind::FlushWrite, result) => {
-                let written = match result {
-                    Ok(Answer::Written(bytes)) if bytes > 0 => Ok(bytes),
-                    Ok(_) => Err(Fault::Store(StoreFault::NoSpace)),
-                    Err(why) => Err(Fault::Store(why)),
-                };
-                self.write_done(engine, hv, op, written);
-            }
-            (OpKind::FlushSync, Ok(Answer::Flushed)) => self.flush_op_done(Ok(())),
-            (OpKind::FlushSync, _) => {
-                self.flush_op_done(Err(fault.unwrap_or(Fault::Store(StoreFault::Protocol))));
-            }
+        let kind = engine.ops.get(id).kind;
+        match (kind, result) {
+            (OpKind::Open | OpKind::Size, _) => unreachable!("the device handles its own"),
             // The mapping is gone already: a punch that fails loses space and nothing else.
             (OpKind::Punch { request, end }, result) => {
-                if result.is_err() || !self.punch_rest(engine, hv, &op, end) {
-                    self.reads[op.parity as usize] -= 1;
-                    self.piece_done(engine, hv, request, None, Ok(()));
+                let op = engine.ops.get(id);
+                let next = op.stretch.offset.saturating_add(u64::from(op.stretch.len));
+                if result.is_ok() && op.stretch.len > 0 && next < end {
+                    // The store let only a part go: the rest follows.
+                    op.stretch = Stretch { offset: next, len: 0, ..op.stretch };
+                    return self.continue_op(engine, hv, id);
+                }
+                self.end_op(engine, id);
+                self.piece_done(engine, hv, request, None, Ok(()));
+            }
+            (_, Err(fault)) => self.op_failed(engine, hv, id, fault.into()),
+            (OpKind::GuestRead { request, at }, Ok(Answer::Read(window))) => {
+                self.guest_read_answered(engine, hv, id, request, at, window);
+            }
+            (OpKind::MetaRead { .. }, Ok(Answer::Read(window))) => {
+                self.meta_read_answered(engine, hv, id, window);
+            }
+            (OpKind::JobRead { job, at }, Ok(Answer::Read(window))) => {
+                self.job_read_answered(engine, hv, id, job, at, window);
+            }
+            (_, Ok(Answer::Written(0))) => {
+                self.op_failed(engine, hv, id, Fault::Store(StoreFault::NoSpace));
+            }
+            (OpKind::FlushWrite { .. }, Ok(Answer::Written(bytes))) => {
+                let op = self.end_op(engine, id);
+                match bytes >= op.stretch.len {
+                    true => self.flush_op_done(Ok(())),
+                    false => self.flush_write_short(),
                 }
             }
-            (OpKind::Open | OpKind::Size, _) => unreachable!("the device handles its own"),
-        }
-    }
-
-    fn guest_read_done<H: Hypervisor, S: Store<H>>(
-        &mut self,
-        engine: &mut Engine<S>,
-        hv: &mut H,
-        mut op: Op,
-        id: Id,
-        at: u32,
-        window: Result<Window, Fault>,
-    ) {
-        self.reads[op.parity as usize] -= 1;
-        let window = match window {
-            Ok(window) => window,
-            Err(fault) => return self.piece_done(engine, hv, id, None, Err(fault)),
-        };
-        let place = (at + op.done) as usize;
-        if window.is_empty() {
-            // Beyond the end of the file: a raw file that shrank, or a cluster not filled yet.
-            let zeros = platter_storage::Run {
-                region: engine.zeros,
-                offset: 0,
-                len: crate::limits::BOUNCE_BYTES,
-            };
-            let count = engine.requests.get(id).segments;
-            let guest = Guest { domid: self.guest, segments: engine.segments.of(id, count) };
-            let rest = op.rest().len as usize;
-            let copied = transfer::copy_repeated(hv, &mut engine.batch, &guest, place, zeros, rest);
-            return self.piece_done(engine, hv, id, None, copied.map_err(Fault::Grant));
-        }
-        let count = engine.requests.get(id).segments;
-        let guest = Guest { domid: self.guest, segments: engine.segments.of(id, count) };
-        let direction = Direction::ToGuest;
-        let copied = transfer::copy(hv, &mut engine.batch, &guest, place, &window, direction);
-        if let Err(status) = copied {
-            return self.piece_done(engine, hv, id, None, Err(Fault::Grant(status)));
-        }
-        op.done += window.len() as u32;
-        if op.done >= op.stretch.len {
-            return self.piece_done(engine, hv, id, None, Ok(()));
-        }
-        let parity = op.parity as usize;
-        match engine.submit_read(hv, op) {
-            Submitted::Yes(_) => {
-                self.ops += 1;
-                self.reads[parity] += 1;
+            (OpKind::GuestWrite { .. } | OpKind::JobWrite { .. }, Ok(Answer::Written(bytes))) => {
+                self.went_on(engine, hv, id, bytes);
             }
-            refused => self.piece_done(engine, hv, id, None, Err(rest_refused(refused))),
+            (OpKind::FlushSync, Ok(Answer::Flushed)) => {
+                self.end_op(engine, id);
+                self.flush_op_done(Ok(()));
+            }
+            (_, Ok(_)) => self.op_failed(engine, hv, id, Fault::Store(StoreFault::Protocol)),
         }
     }
 
-    /// The store let only a part go: the rest follows. False when there is none, or no room.
-    fn punch_rest<H: Hypervisor, S: Store<H>>(
+    /// So many bytes more of a read or write are done: it ends, or its rest goes after it.
+    fn went_on<H: Hypervisor, S: Store<H>>(
         &mut self,
         engine: &mut Engine<S>,
         hv: &mut H,
-        op: &Op,
-        end: u64,
-    ) -> bool {
-        let offset = op.stretch.offset.saturating_add(u64::from(op.stretch.len));
-        if op.stretch.len == 0 || offset >= end {
-            return false;
+        id: Id,
+        bytes: u32,
+    ) {
+        let op = engine.ops.get(id);
+        op.done = op.done.saturating_add(bytes).min(op.stretch.len);
+        if op.done < op.stretch.len {
+            return self.continue_op(engine, hv, id);
         }
-        let stretch = Stretch { offset, len: 0, ..op.stretch };
-        let rest = Op { parity: op.parity, ..Op::new(op.disk, stretch, op.kind) };
-        let sent = matches!(engine.submit_discard(hv, rest, end - offset), Submitted::Yes(_));
-        self.ops += usize::from(sent);
-        sent
+        let op = self.end_op(engine, id);
+        match op.kind {
+            OpKind::GuestRead { request, .. } | OpKind::GuestWrite { request, .. } => {
+                self.piece_done(engine, hv, request, op.prepared, Ok(()));
+            }
+            OpKind::JobRead { job, at } => self.job_read_done(engine, hv, job, at, op.stretch.len),
+            OpKind::JobWrite { job, .. } => self.job_write_done(engine, hv, job, op.stretch.len),
+            _ => unreachable!("only reads and writes go on"),
+        }
+    }
+
+    /// Submits the rest of an operation; without room it is tried again when there may be some.
+    pub fn continue_op<H: Hypervisor, S: Store<H>>(
+        &mut self,
+        engine: &mut Engine<S>,
+        hv: &mut H,
+        id: Id,
+    ) {
+        match engine.go_on(hv, id) {
+            Submitted::Yes(_) => {}
+            Submitted::NoRoom => self.rests = true,
+            Submitted::Failed(fault) => self.op_failed(engine, hv, id, fault),
+        }
+    }
+
+    /// Tries the rests that found no room, before anything new.
+    pub fn retry_rests<H: Hypervisor, S: Store<H>>(&mut self, engine: &mut Engine<S>, hv: &mut H) {
+        while core::mem::take(&mut self.rests)
+            && let Some(id) = engine.waiting_op(self.index)
+        {
+            self.continue_op(engine, hv, id);
+            if core::mem::replace(&mut self.rests, true) {
+                return;
+            }
+        }
+    }
+
+    /// An operation is over: it leaves the table and the counters.
+    fn end_op<S>(&mut self, engine: &mut Engine<S>, id: Id) -> Op {
+        let op = engine.ops.take(id).expect("an operation ends once");
+        self.ops -= 1;
+        if matches!(op.kind, OpKind::GuestRead { .. } | OpKind::Punch { .. }) {
+            self.reads[op.parity as usize] -= 1;
+        }
+        op
+    }
+
+    /// An operation is over, and not done.
+    fn op_failed<H: Hypervisor, S: Store<H>>(
+        &mut self,
+        engine: &mut Engine<S>,
+        hv: &mut H,
+        id: Id,
+        fault: Fault,
+    ) {
+        let op = self.end_op(engine, id);
+        match op.kind {
+            OpKind::GuestRead { request, .. } | OpKind::GuestWrite { request, .. } => {
+                self.piece_done(engine, hv, request, op.prepared, Err(fault));
+            }
+            OpKind::MetaRead { block, buffer } => {
+                engine.gather.give_back(buffer);
+                self.meta_failed(block, fault);
+            }
+            OpKind::JobRead { job, .. } | OpKind::JobWrite { job, .. } => {
+                self.end_job(engine, hv, job, Err(fault));
+            }
+            OpKind::FlushWrite { .. } | OpKind::FlushSync => self.flush_op_done(Err(fault)),
+            OpKind::Punch { request, .. } => self.piece_done(engine, hv, request, None, Ok(())),
+            OpKind::Open | OpKind::Size => unreachable!("the device handles its own"),
+        }
+    }
+
+    /// A read's bytes, or zeros for what lies beyond the end of the file (a raw file that
+    /// shrank, a cluster not filled yet), are queued for the guest.
+    fn guest_read_answered<H: Hypervisor, S>(
+        &mut self,
+        engine: &mut Engine<S>,
+        hv: &mut H,
+        id: Id,
+        request: Id,
+        at: u32,
+        window: Window,
+    ) {
+        let op = engine.ops.get(id);
+        let place = (at + op.done) as usize;
+        let bytes = match window.is_empty() {
+            true => {
+                let zeros = Run { region: engine.zeros, offset: 0, len: BOUNCE_BYTES };
+                Repeated::times(zeros, op.rest().len as usize)
+            }
+            false => Repeated::once(window),
+        };
+        op.moving = bytes.len as u32;
+        let segments = engine.segments.of(request, engine.requests.get(request).segments);
+        let guest = Guest { domid: self.guest, segments };
+        engine.copies.queue(hv, Owner::Op(id), &guest, place, &bytes, Direction::ToGuest);
+    }
+
+    /// Copies that were queued have run.
+    pub fn copied<H: Hypervisor, S: Store<H>>(
+        &mut self,
+        engine: &mut Engine<S>,
+        hv: &mut H,
+        owner: Owner,
+        result: Result<(), Fault>,
+    ) {
+        let id = match owner {
+            Owner::Piece { request, .. } => {
+                return self.piece_done(engine, hv, request, None, result);
+            }
+            Owner::Op(id) => id,
+        };
+        let op = engine.ops.get(id);
+        match (op.kind, result) {
+            (OpKind::GuestRead { .. }, Ok(())) => {
+                let moved = core::mem::take(&mut op.moving);
+                self.went_on(engine, hv, id, moved);
+            }
+            // Its bytes lie in the store's window; it leaves at the end of the turn.
+            (OpKind::GuestWrite { .. }, Ok(())) => {}
+            (kind, Err(fault)) => {
+                if matches!(kind, OpKind::GuestWrite { .. }) {
+                    let slot = &mut engine.stores[op.stretch.handle.store as usize];
+                    slot.store.void(hv, Tag(id.0 as u32));
+                }
+                self.op_failed(engine, hv, id, fault);
+            }
+            (_, Ok(())) => unreachable!("only guests' bytes are queued"),
+        }
     }
 
     /// A part of a metadata block came: the whole goes to the image.
-    fn meta_read_done<H: Hypervisor, S: Store<H>>(
+    fn meta_read_answered<H: Hypervisor, S: Store<H>>(
         &mut self,
         engine: &mut Engine<S>,
         hv: &mut H,
-        mut op: Op,
-        window: Result<Window, Fault>,
+        id: Id,
+        window: Window,
     ) {
+        let op = engine.ops.get(id);
         let OpKind::MetaRead { block, buffer } = op.kind else { return };
-        let window = match window {
-            Ok(window) => window,
-            Err(fault) => {
-                engine.gather.give_back(buffer);
-                return self.meta_failed(block, fault);
-            }
-        };
         let bytes = &mut engine.gather.bytes(buffer)[..block.len as usize];
         let mut at = op.done as usize;
         for run in &window.runs {
@@ -159,101 +232,39 @@ impl Disk {
             bytes[at..].fill(0);
             at = bytes.len();
         }
-        if at == bytes.len() {
-            self.image.fill(block, bytes);
-            engine.gather.give_back(buffer);
-            return;
+        if at < bytes.len() {
+            op.done = at as u32;
+            return self.continue_op(engine, hv, id);
         }
-        op.done = at as u32;
-        match engine.submit_read(hv, op) {
-            Submitted::Yes(_) => self.ops += 1,
-            refused => {
-                engine.gather.give_back(buffer);
-                self.meta_failed(block, rest_refused(refused));
-            }
-        }
+        self.image.fill(block, bytes);
+        engine.gather.give_back(buffer);
+        self.end_op(engine, id);
     }
 
-    fn write_done<H: Hypervisor, S: Store<H>>(
+    /// A job's bytes go to its bounce buffer at `at`.
+    fn job_read_answered<H: Hypervisor, S: Store<H>>(
         &mut self,
         engine: &mut Engine<S>,
         hv: &mut H,
-        mut op: Op,
-        written: Result<u32, Fault>,
+        id: Id,
+        job: Id,
+        at: u32,
+        window: Window,
     ) {
-        let result = match written {
-            Err(fault) => Err(fault),
-            Ok(bytes) => {
-                op.done = op.done.saturating_add(bytes).min(op.stretch.len);
-                if op.done < op.stretch.len && op.kind != OpKind::FlushWrite {
-                    return self.write_rest(engine, hv, op);
-                }
-                if op.done < op.stretch.len {
-                    return self.flush_write_short();
-                }
-                Ok(())
+        let op = engine.ops.get(id);
+        let (done, left) = (op.done, op.rest().len as usize);
+        let run = engine.bounce(job, (at + done) as usize, left);
+        let bytes = match window.is_empty() {
+            // The end of the file: the rest is zeros.
+            true => {
+                hv.zero(run.region, run.offset, run.len);
+                left
+            }
+            false => {
+                crate::engine::move_window(hv, &window, run, true);
+                window.len()
             }
         };
-        match op.kind {
-            OpKind::GuestWrite { request, .. } => {
-                self.piece_done(engine, hv, request, op.prepared, result);
-            }
-            OpKind::JobWrite { job, .. } => {
-                self.job_write_done(engine, hv, job, op.stretch.len, result);
-            }
-            _ => self.flush_op_done(result),
-        }
-    }
-
-    /// The store took only a part: the rest goes after it.
-    fn write_rest<H: Hypervisor, S: Store<H>>(
-        &mut self,
-        engine: &mut Engine<S>,
-        hv: &mut H,
-        mut op: Op,
-    ) {
-        let (kind, len) = (op.kind, op.stretch.len);
-        let prepared = op.prepared.take();
-        let submitted = match kind {
-            OpKind::GuestWrite { request, at } => {
-                submit_guest_write(engine, hv, self.guest, op, request, at)
-            }
-            OpKind::JobWrite { from, .. } => submit_job_write(engine, hv, op, from),
-            _ => unreachable!("only guests' and jobs' writes go on"),
-        };
-        let refused = match submitted {
-            Submitted::Yes(id) => {
-                engine.ops.get(id).prepared = prepared;
-                self.ops += 1;
-                return;
-            }
-            refused => rest_refused(refused),
-        };
-        match kind {
-            OpKind::GuestWrite { request, .. } => {
-                self.piece_done(engine, hv, request, prepared, Err(refused));
-            }
-            OpKind::JobWrite { job, .. } => {
-                self.job_write_done(engine, hv, job, len, Err(refused));
-            }
-            _ => unreachable!("only guests' and jobs' writes go on"),
-        }
-    }
-}
-
-/// The rest of an operation was refused. A store that just answered has room for one more
-/// unless it broke.
-pub fn rest_refused(submitted: Submitted) -> Fault {
-    match submitted {
-        Submitted::Failed(fault) => fault,
-        _ => Fault::Store(StoreFault::Io(5)),
-    }
-}
-
-fn read_answer(result: Result<Answer, StoreFault>) -> Result<Window, Fault> {
-    match result {
-        Ok(Answer::Read(window)) => Ok(window),
-        Ok(_) => Err(Fault::Store(StoreFault::Protocol)),
-        Err(fault) => Err(Fault::Store(fault)),
+        self.went_on(engine, hv, id, bytes as u32);
     }
 }

@@ -8,14 +8,15 @@ use platter_image::{BlockRef, FileNo, Image, ImageFault, PLANS_MAX, Prepared, St
 use platter_storage::Store;
 use platter_xen::blkif::{Limits, Request as Wire, Segment, Transfer};
 use platter_xen::ring::{BackRing, Permit};
-use platter_xen::{DomId, GrantCopy, Gref, Hypervisor, PAGE_BYTES, Port, Region};
+use platter_xen::{DomId, GrantCopy, Hypervisor, PAGE_BYTES, Port, Region};
 
 use crate::config::Cache;
 use crate::engine::{Engine, Handle, Op, OpKind, Stretch, Submitted};
 use crate::fault::{Fault, Party};
 use crate::flush::FlushRun;
 use crate::limits::{
-    QUANTUM_REQUESTS, QUANTUM_SECTORS, QUEUES_MAX, REQUESTS_MAX, REQUESTS_PER_DISK_MIN,
+    OPS_CONTENDED_MAX, QUANTUM_CONTENDED_REQUESTS, QUANTUM_CONTENDED_SECTORS, QUANTUM_REQUESTS,
+    QUANTUM_SECTORS, QUEUES_MAX, REQUESTS_MAX, REQUESTS_PER_DISK_MIN,
 };
 use crate::request::{Kind, Request, Stage};
 use crate::stats::Stats;
@@ -72,12 +73,14 @@ pub struct Disk {
     pub flush_waiters: usize,
     /// How many requests it may have in the table now.
     pub share: usize,
-    /// Store operations it may have under way before it plans more.
-    pub ops_max: usize,
+    /// Other disks want the store too.
+    pub contended: bool,
     /// When it last took a request.
     pub taken_ns: u64,
     /// Store operations and jobs of this disk.
     pub ops: usize,
+    /// Some of them wait for room with their rest.
+    pub rests: bool,
     /// Guest reads and discards under way, by the parity of the flush they began under.
     pub reads: [usize; 2],
     pub parity: u8,
@@ -109,9 +112,10 @@ impl Disk {
             ordered: 0,
             flush_waiters: 0,
             share: REQUESTS_PER_DISK_MIN,
-            ops_max: usize::MAX,
+            contended: false,
             taken_ns: 0,
             ops: 0,
+            rests: false,
             reads: [0; 2],
             parity: 0,
             seq: 0,
@@ -131,14 +135,19 @@ impl Disk {
         self.is_idle() && !self.flush.wanted && !self.image.is_dirty()
     }
 
+    /// It has as many operations in the store as it may have now.
+    pub fn has_its_share(&self) -> bool {
+        self.contended && self.ops >= OPS_CONTENDED_MAX
+    }
+
     /// There is something to take, to plan or to write.
     pub fn has_work(&self) -> bool {
         !self.waiting.is_empty() || self.queues.iter().any(|queue| queue.active)
     }
 
-    /// Could a request be taken now, throttle apart?
-    pub fn may_take<S>(&self, engine: &Engine<S>) -> bool {
-        !engine.requests.is_full() && self.requests < self.share
+    /// Could a request be taken now after so many others, throttle apart?
+    pub fn may_take<S>(&self, engine: &Engine<S>, others: usize) -> bool {
+        engine.requests.left() > others && self.requests + others < self.share
     }
 
     /// Metadata that has been dirty for long is flushed without being asked.
@@ -158,41 +167,98 @@ impl Disk {
         hv: &mut H,
         now_ns: u64,
     ) -> bool {
-        let (mut taken, mut sectors) = (0, 0);
+        let mut taken = heapless::Vec::new();
+        self.take_from_rings(engine, hv, now_ns, &mut taken);
+        let any = !taken.is_empty();
+        self.copy_indirect(engine, hv, &mut taken);
+        for arrived in taken {
+            let Arrived { queue, permit, wire } = arrived;
+            match wire {
+                Ok((wire, place)) => self.admit(engine, hv, queue, permit, wire, place, now_ns),
+                Err(fault) => self.answer(hv, queue, permit, Err(fault)),
+            }
+        }
+        any
+    }
+
+    fn take_from_rings<H: Hypervisor, S>(
+        &mut self,
+        engine: &Engine<S>,
+        hv: &mut H,
+        now_ns: u64,
+        taken: &mut Taken,
+    ) {
+        let (mut most, sectors_most) = match self.contended {
+            true => (QUANTUM_CONTENDED_REQUESTS, QUANTUM_CONTENDED_SECTORS),
+            false => (QUANTUM_REQUESTS, QUANTUM_SECTORS),
+        };
+        if self.throttle.is_limited() {
+            // What it costs is known only when it is admitted.
+            most = 1;
+        }
+        let mut sectors = 0;
         for index in 0..self.queues.len() {
-            while self.queues[index].active && taken < QUANTUM_REQUESTS && sectors < QUANTUM_SECTORS
-            {
-                if !self.may_take(engine) || !self.throttle.ready(now_ns) {
-                    return taken > 0;
+            while self.queues[index].active && taken.len() < most && sectors < sectors_most {
+                if !self.may_take(engine, taken.len()) || !self.throttle.ready(now_ns) {
+                    return;
                 }
-                match self.queues[index].ring.take(hv) {
+                let queue = &mut self.queues[index];
+                match queue.ring.take(hv) {
                     Ok(Some((raw, permit))) => {
-                        taken += 1;
                         self.taken_ns = now_ns;
-                        let abi = self.queues[index].ring.abi();
-                        match Wire::parse(&raw, abi, &self.limits) {
-                            Ok(wire) => {
-                                sectors +=
-                                    self.admit(engine, hv, index as u8, permit, wire, now_ns);
-                            }
-                            Err(bad) => {
-                                self.answer(hv, index as u8, permit, Err(Fault::Request(bad)))
-                            }
-                        }
+                        let wire = Wire::parse(&raw, queue.ring.abi(), &self.limits);
+                        sectors += wire.as_ref().map_or(0, sectors_at_most);
+                        let wire = wire.map(|wire| (wire, 0)).map_err(Fault::Request);
+                        let arrived = Arrived { queue: index as u8, permit, wire };
+                        let room = taken.push(arrived);
+                        assert!(room.is_ok(), "no more than a quantum is taken");
                     }
-                    Ok(None) => self.queues[index].active = false,
+                    Ok(None) => queue.active = false,
                     Err(_) => {
+                        queue.active = false;
                         self.stats.ring_broken();
-                        self.queues[index].active = false;
                     }
                 }
             }
         }
-        taken > 0
     }
 
-    /// A request in the guest's words becomes one of ours, and is planned as far as it goes.
-    /// Sectors that it moves.
+    /// Copies the segment lists of indirect requests to private memory, each once
+    /// (CVE-2015-8550), all by one hypercall.
+    fn copy_indirect<H: Hypervisor, S>(&self, engine: &Engine<S>, hv: &mut H, taken: &mut Taken) {
+        let mut copies = heapless::Vec::<GrantCopy, QUANTUM_REQUESTS>::new();
+        for arrived in taken.iter_mut() {
+            let Ok((Wire::Indirect(indirect), place)) = &mut arrived.wire else { continue };
+            *place = copies.len();
+            let at = *place * DESCRIPTORS_BYTES;
+            let copy = GrantCopy {
+                domid: self.guest,
+                gref: indirect.grefs[0],
+                gref_offset: 0,
+                page: engine.descriptors.page(at / PAGE_BYTES),
+                page_offset: (at % PAGE_BYTES) as u16,
+                len: indirect.descriptor_bytes() as u16,
+                direction: platter_xen::Direction::FromGuest,
+                status: 0,
+            };
+            copies.push(copy).expect("no more than requests");
+        }
+        if copies.is_empty() {
+            return;
+        }
+        hv.copy(&mut copies);
+        for arrived in taken.iter_mut() {
+            let Ok((Wire::Indirect(_), place)) = &arrived.wire else { continue };
+            let status = copies[*place].status;
+            if status != 0 {
+                arrived.wire = Err(Fault::Grant(status));
+            }
+        }
+    }
+
+    /// A request in the guest's words becomes one of ours, and is planned as far as it goes. The
+    /// segments of an indirect one are the list at `place`.
+    #[expect(clippy::too_many_arguments, reason = "a request, where it came from, and the world")]
     fn admit<H: Hypervisor, S: Store<H>>(
         &mut self,
         engine: &mut Engine<S>,
@@ -200,8 +266,9 @@ impl Disk {
         queue: u8,
         permit: Permit,
         wire: Wire,
+        place: usize,
         now_ns: u64,
-    ) -> u64 {
+    ) {
         let mut request = Request {
             disk: self.index,
             queue,
@@ -221,40 +288,35 @@ impl Disk {
         };
         self.seq += 1;
         let mut segments = heapless::Vec::new();
-        if let Err(fault) = self.describe(engine, hv, &mut request, &mut segments, wire) {
+        let described = self.describe(engine, hv, &mut request, &mut segments, wire, place);
+        let frozen = self.frozen.filter(|_| request.changes()).map_or(Ok(()), Err);
+        if let Err(fault) = described.and(frozen) {
             let Request { permit, .. } = request;
-            self.answer(hv, queue, permit, Err(fault));
-            return 0;
+            return self.answer(hv, queue, permit, Err(fault));
         }
-        if let (true, Some(fault)) = (request.changes(), self.frozen) {
-            let Request { permit, .. } = request;
-            self.answer(hv, queue, permit, Err(fault));
-            return 0;
-        }
-        let sectors = if request.kind == Kind::Discard { 0 } else { request.sectors };
         self.throttle.spend(now_ns, request.sectors * 512);
         self.requests += 1;
         self.ordered += request.is_ordered() as usize;
         self.flush_waiters += (request.stage != Stage::Moving) as usize;
         request.segments = segments.len() as u16;
         let Ok(id) = engine.requests.insert(request) else {
-            unreachable!("the table has room: take_requests looked")
+            unreachable!("the table has room: take_from_rings looked")
         };
         engine.segments.set(id, &segments);
         if self.plan(engine, hv, id) == Progress::Parked {
             self.park(engine, id);
         }
-        sectors
     }
 
     /// Fills in what the wire request asks for.
     fn describe<H: Hypervisor, S>(
         &mut self,
-        engine: &mut Engine<S>,
-        hv: &mut H,
+        engine: &Engine<S>,
+        hv: &H,
         request: &mut Request,
         segments: &mut Incoming,
         wire: Wire,
+        place: usize,
     ) -> Result<(), Fault> {
         let writethrough = self.cache == Cache::Writethrough;
         match wire {
@@ -282,9 +344,9 @@ impl Disk {
                 (request.start, request.sectors) = (sector, sectors);
             }
             Wire::Indirect(indirect) => {
-                let mut copy = [0; crate::limits::SEGMENTS_MAX * 8];
+                let mut copy = [0; DESCRIPTORS_BYTES];
                 let bytes = indirect.descriptor_bytes();
-                self.copy_indirect(engine, hv, &indirect.grefs, &mut copy[..bytes])?;
+                hv.read(engine.descriptors, place * DESCRIPTORS_BYTES, &mut copy[..bytes]);
                 let count = indirect.nr_segments as usize;
                 segments.resize(count, Segment::EMPTY).expect("bounded by the parser");
                 let sectors = indirect
@@ -300,36 +362,6 @@ impl Disk {
         Ok(())
     }
 
-    /// Copies the indirect pages to private memory, once (CVE-2015-8550). By way of the staging
-    /// buffer: in the flush's scratch region bytes may wait for room in the store.
-    fn copy_indirect<H: Hypervisor, S>(
-        &self,
-        engine: &Engine<S>,
-        hv: &mut H,
-        grefs: &[Gref],
-        into: &mut [u8],
-    ) -> Result<(), Fault> {
-        let page = engine.staging.page(0);
-        for (gref, part) in grefs.iter().zip(into.chunks_mut(PAGE_BYTES)) {
-            let mut copy = [GrantCopy {
-                domid: self.guest,
-                gref: *gref,
-                gref_offset: 0,
-                page,
-                page_offset: 0,
-                len: part.len() as u16,
-                direction: platter_xen::Direction::FromGuest,
-                status: 0,
-            }];
-            hv.copy(&mut copy);
-            if copy[0].status != 0 {
-                return Err(Fault::Grant(copy[0].status));
-            }
-            hv.read(page, 0, part);
-        }
-        Ok(())
-    }
-
     /// Tries every waiting request once more, in order, as far as the store has room: with a full
     /// one, each answer would otherwise plan all that wait for it. True if any went on.
     pub fn retry<H: Hypervisor, S: Store<H>>(
@@ -338,6 +370,7 @@ impl Disk {
         hv: &mut H,
     ) -> bool {
         self.kick = false;
+        self.retry_rests(engine, hv);
         let mut went_on = false;
         let mut parked = 0;
         for _ in 0..self.waiting.len() {
@@ -415,7 +448,7 @@ impl Disk {
         let Some(buffer) = engine.gather_buffer(block) else { return Ok(false) };
         let stretch = Stretch { handle, offset: block.offset, len: block.len };
         let op = Op::new(self.index, stretch, OpKind::MetaRead { block, buffer });
-        match engine.submit_read(hv, op) {
+        match engine.submit(hv, op) {
             Submitted::Yes(_) => {
                 self.ops += 1;
                 return Ok(true);
@@ -572,6 +605,30 @@ impl Disk {
         if fault.party() == Party::Image && *kind == platter_image::FaultKind::Corrupt {
             self.frozen.get_or_insert(*fault);
         }
+    }
+}
+
+/// A request taken from a ring, and where the segment list of an indirect one lies.
+struct Arrived {
+    queue: u8,
+    permit: Permit,
+    wire: Result<(Wire, usize), Fault>,
+}
+
+type Taken = heapless::Vec<Arrived, QUANTUM_REQUESTS>;
+
+/// A list of as many segments as a request may have; two fill a page.
+pub const DESCRIPTORS_BYTES: usize = crate::limits::SEGMENTS_MAX * 8;
+
+/// Sectors that a request moves, or more.
+fn sectors_at_most(wire: &Wire) -> u64 {
+    match wire {
+        Wire::Read(transfer)
+        | Wire::Write(transfer)
+        | Wire::WriteBarrier(transfer)
+        | Wire::Flush(transfer) => transfer.sectors as u64,
+        Wire::Indirect(indirect) => indirect.nr_segments as u64 * 8,
+        Wire::Discard { .. } => 0,
     }
 }
 

@@ -6,16 +6,19 @@ use alloc::vec::Vec;
 
 use platter_image::{BlockRef, Prepared};
 use platter_storage::any::AnyDevice;
-use platter_storage::{FileId, Run, Store, Submit, Tag, Window};
-use platter_xen::{Hypervisor, PAGE_BYTES, Region};
+use platter_storage::{FileId, Run, Store, StoreFault, Submit, Tag, Window};
+use platter_xen::{Direction, DomId, Hypervisor, PAGE_BYTES, Region};
 
+use crate::disk::DESCRIPTORS_BYTES;
 use crate::fault::Fault;
 use crate::job::Job;
-use crate::limits::{BOUNCE_BYTES, DISKS_MAX, JOBS_MAX, OPS_MAX, REQUESTS_MAX, STORES_MAX};
+use crate::limits::{
+    BOUNCE_BYTES, DISKS_MAX, JOBS_MAX, OPS_MAX, QUANTUM_REQUESTS, REQUESTS_MAX, STORES_MAX,
+};
 use crate::request::{Request, Segments};
 use crate::stores::AnyStore;
 use crate::table::{Id, Table};
-use crate::transfer::Batch;
+use crate::transfer::{Copies, Guest, Owner, Repeated};
 
 /// A file of an image as its store knows it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -38,6 +41,10 @@ pub struct Op {
     pub stretch: Stretch,
     /// Bytes done of the stretch; the rest is submitted again.
     pub done: u32,
+    /// Bytes that a read has brought and that are on their way to the guest.
+    pub moving: u32,
+    /// Its rest found no room in the store, and waits for some.
+    pub waiting: bool,
     pub kind: OpKind,
     /// The write's mapping, to be committed when it is done.
     pub prepared: Option<Prepared>,
@@ -56,13 +63,17 @@ pub enum OpKind {
     GuestWrite {
         request: Id,
         at: u32,
+        from: DomId,
     },
     /// A block for the image, gathered in `buffer`.
     MetaRead {
         block: BlockRef,
         buffer: u16,
     },
-    FlushWrite,
+    /// A write of the bytes in `from`, whole or not at all.
+    FlushWrite {
+        from: Run,
+    },
     FlushSync,
     /// A read into the job's bounce buffer at byte `at`.
     JobRead {
@@ -87,7 +98,7 @@ pub enum OpKind {
 
 impl Op {
     pub fn new(disk: u16, stretch: Stretch, kind: OpKind) -> Op {
-        Op { disk, stretch, done: 0, kind, prepared: None, parity: 0 }
+        Op { disk, stretch, done: 0, moving: 0, waiting: false, kind, prepared: None, parity: 0 }
     }
 
     /// What is still to be done.
@@ -133,6 +144,8 @@ pub struct Gather {
     pub long: Vec<u8>,
     long_used: bool,
 }
+
+const _: () = assert!(QUANTUM_REQUESTS * DESCRIPTORS_BYTES <= BOUNCE_BYTES);
 
 /// The number of the long buffer.
 const LONG: u16 = u16::MAX;
@@ -189,9 +202,11 @@ pub struct Engine<S> {
     pub bounces: Vec<Region>,
     pub zeros: Region,
     pub staging: Region,
+    /// Segment lists of a quantum of indirect requests.
+    pub descriptors: Region,
     /// One flush scratch region for each disk that was ever attached, kept.
     scratches: [Option<Region>; DISKS_MAX],
-    pub batch: Batch,
+    pub copies: Copies,
     pub gather: Gather,
 }
 
@@ -211,8 +226,9 @@ impl<S> Engine<S> {
             bounces: (0..JOBS_MAX).map(|_| frames()).collect(),
             zeros: frames(),
             staging: frames(),
+            descriptors: frames(),
             scratches: [None; DISKS_MAX],
-            batch: Batch::new(),
+            copies: Copies::new(),
             gather: Gather::new(),
         }
     }
@@ -230,102 +246,98 @@ impl<S> Engine<S> {
         self.stores[handle.store as usize].store.io_bytes_max().max(PAGE_BYTES as u32)
     }
 
-    /// Submits a read for `op.stretch` from `op.done` on.
-    pub fn submit_read<H: Hypervisor>(&mut self, hv: &mut H, op: Op) -> Submitted
+    /// Enters an operation and submits it.
+    pub fn submit<H: Hypervisor>(&mut self, hv: &mut H, op: Op) -> Submitted
     where
         S: Store<H>,
     {
-        let rest = op.rest();
-        self.submit(rest.handle, op, |store, tag| {
-            store.read(hv, tag, rest.handle.file, rest.offset, rest.len)
-        })
-    }
-
-    /// Submits a write whose bytes `fill` puts into the window it is given; `fill` answering
-    /// false makes it [`Submitted::Failed`] with the fault that `fill` left in `fault`.
-    pub fn submit_write<H: Hypervisor>(
-        &mut self,
-        hv: &mut H,
-        op: Op,
-        fill: &mut dyn FnMut(&mut H, &mut Batch, Window) -> Result<(), Fault>,
-    ) -> Submitted
-    where
-        S: Store<H>,
-    {
-        let rest = op.rest();
-        let mut fault = None;
-        let mut batch = core::mem::take(&mut self.batch);
-        let submitted = self.submit(rest.handle, op, |store, tag| {
-            let fill = &mut |hv: &mut H, window: Window| match fill(hv, &mut batch, window) {
-                Ok(()) => true,
-                Err(why) => {
-                    fault = Some(why);
-                    false
-                }
-            };
-            store.write(hv, tag, rest.handle.file, rest.offset, rest.len, fill)
-        });
-        self.batch = batch;
-        match (fault, submitted) {
-            (Some(fault), Submitted::Yes(id)) => {
-                self.ops.take(id).expect("just submitted");
-                Submitted::Failed(fault)
-            }
-            (_, submitted) => submitted,
+        if !self.has_room(op.stretch.handle) {
+            return Submitted::NoRoom;
         }
-    }
-
-    /// Submits a flush of the file.
-    pub fn submit_flush<H: Hypervisor>(&mut self, hv: &mut H, op: Op) -> Submitted
-    where
-        S: Store<H>,
-    {
-        let handle = op.stretch.handle;
-        self.submit(handle, op, |store, tag| store.flush(hv, tag, handle.file))
-    }
-
-    /// Lets a stretch go, of a length that may exceed 32 bits: what the store took of it becomes
-    /// the operation's stretch, 0 bytes if that is all. Stores that cannot refuse it.
-    pub fn submit_discard<H: Hypervisor>(&mut self, hv: &mut H, op: Op, len: u64) -> Submitted
-    where
-        S: Store<H>,
-    {
-        let Stretch { handle, offset, .. } = op.stretch;
-        let mut took = 0;
-        let submitted = self.submit(handle, op, |store, tag| {
-            let taken = store.discard(hv, tag, handle.file, offset, len);
-            if let Ok(Submit::Taken(bytes)) = taken {
-                took = bytes;
-            }
-            taken
-        });
-        if let Submitted::Yes(id) = submitted {
-            self.ops.get(id).stretch.len = took;
+        let Ok(id) = self.ops.insert(op) else { return Submitted::NoRoom };
+        let submitted = self.ask(hv, id);
+        if !matches!(submitted, Submitted::Yes(_)) {
+            self.ops.take(id);
         }
         submitted
     }
 
-    fn submit(
-        &mut self,
-        handle: Handle,
-        op: Op,
-        ask: impl FnOnce(&mut S, Tag) -> Result<Submit, platter_storage::StoreFault>,
-    ) -> Submitted {
-        if !self.has_room(handle) {
-            return Submitted::NoRoom;
-        }
-        let Ok(id) = self.ops.insert(op) else { return Submitted::NoRoom };
-        let slot = &mut self.stores[handle.store as usize];
-        match ask(&mut slot.store, Tag(id.0 as u32)) {
-            Ok(Submit::Taken(_)) => return Submitted::Yes(id),
-            Ok(Submit::NoRoom) => slot.full = true,
-            Err(fault) => {
-                self.ops.take(id);
-                return Submitted::Failed(fault.into());
+    /// Submits the rest of an operation, from `done` on. Without room it waits in its place.
+    pub fn go_on<H: Hypervisor>(&mut self, hv: &mut H, id: Id) -> Submitted
+    where
+        S: Store<H>,
+    {
+        let handle = self.ops.get(id).stretch.handle;
+        let full = self.stores[handle.store as usize].full;
+        let submitted = if full { Submitted::NoRoom } else { self.ask(hv, id) };
+        self.ops.get(id).waiting = matches!(submitted, Submitted::NoRoom);
+        submitted
+    }
+
+    /// Asks the store for what is left of an operation.
+    fn ask<H: Hypervisor>(&mut self, hv: &mut H, id: Id) -> Submitted
+    where
+        S: Store<H>,
+    {
+        let op = self.ops.get(id);
+        let (kind, done) = (op.kind, op.done as usize);
+        let Stretch { handle: Handle { store, file }, offset, len } = op.rest();
+        let tag = Tag(id.0 as u32);
+        let slot = &mut self.stores[store as usize];
+        let store = &mut slot.store;
+        let later = store.is_deferring() && done == 0;
+        let mut fault = None;
+        let asked = match kind {
+            OpKind::GuestRead { .. } | OpKind::MetaRead { .. } | OpKind::JobRead { .. } => {
+                store.read(hv, tag, file, offset, len)
             }
+            OpKind::GuestWrite { request, at, from } => {
+                let segments = self.segments.of(request, self.requests.get(request).segments);
+                let guest = Guest { domid: from, segments };
+                let (at, copies) = (at as usize + done, &mut self.copies);
+                store.write(hv, tag, file, offset, len, &mut |hv, window| {
+                    let (all, direction) = (Repeated::once(window), Direction::FromGuest);
+                    if later {
+                        copies.queue(hv, Owner::Op(id), &guest, at, &all, direction);
+                        return true;
+                    }
+                    fault = copies.now(hv, &guest, at, &all, direction).err().map(Fault::Grant);
+                    fault.is_none()
+                })
+            }
+            OpKind::JobWrite { from, .. } | OpKind::FlushWrite { from } => {
+                let whole = matches!(kind, OpKind::FlushWrite { .. });
+                let rest = Run { offset: from.offset + done, len: from.len - done, ..from };
+                store.write(hv, tag, file, offset, len, &mut |hv, window| {
+                    if whole && window.len() < rest.len {
+                        fault = Some(Fault::Store(StoreFault::Limit(window.len() as u32)));
+                        return false;
+                    }
+                    move_window(hv, &window, rest, false);
+                    true
+                })
+            }
+            OpKind::FlushSync => store.flush(hv, tag, file),
+            // Stores that cannot refuse it. What one takes of it becomes the operation's
+            // stretch, 0 bytes if that is all.
+            OpKind::Punch { end, .. } => {
+                let taken = store.discard(hv, tag, file, offset, end - offset);
+                if let Ok(Submit::Taken(bytes)) = taken {
+                    self.ops.get(id).stretch.len = bytes;
+                }
+                taken
+            }
+            OpKind::Size | OpKind::Open => unreachable!("the device asks for these itself"),
+        };
+        match (asked, fault) {
+            (Ok(Submit::Taken(_)), None) => Submitted::Yes(id),
+            (Ok(Submit::NoRoom), _) => {
+                slot.full = true;
+                Submitted::NoRoom
+            }
+            (_, Some(fault)) => Submitted::Failed(fault),
+            (Err(fault), None) => Submitted::Failed(fault.into()),
         }
-        self.ops.take(id);
-        Submitted::NoRoom
     }
 
     /// A buffer for a block of metadata, if there is one now.
@@ -342,16 +354,29 @@ impl<S> Engine<S> {
         *place
     }
 
-    /// An operation of a disk that is closed was answered: what it holds is free.
-    pub fn orphaned(&mut self, op: &Op) {
+    /// An operation of a disk that is closed is over: what it holds is free.
+    pub fn orphaned(&mut self, id: Id) {
+        let op = self.ops.take(id).expect("an operation ends once");
         if let OpKind::MetaRead { buffer, .. } = op.kind {
             self.gather.give_back(buffer);
         }
     }
 
+    /// The disk in this place is closed: its operations that wait for room wait no more.
+    pub fn orphan_waiting(&mut self, disk: u16) {
+        while let Some(id) = self.waiting_op(disk) {
+            self.orphaned(id);
+        }
+    }
+
+    /// An operation of this disk that waits for room.
+    pub fn waiting_op(&self, disk: u16) -> Option<Id> {
+        self.ops.iter().find(|(_, op)| op.disk == disk && op.waiting).map(|(id, _)| id)
+    }
+
     /// Operations of ours are under way at this store.
     pub fn store_has_ops(&self, store: u8) -> bool {
-        self.ops.iter().any(|(_, op)| op.stretch.handle.store == store)
+        self.ops.iter().any(|(_, op)| op.stretch.handle.store == store && !op.waiting)
     }
 
     /// Operations of the disk in this place are under way.

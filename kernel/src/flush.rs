@@ -11,7 +11,7 @@ use platter_xen::{Hypervisor, Region};
 
 use crate::config::Cache;
 use crate::disk::{Disk, Progress};
-use crate::engine::{Engine, Op, OpKind, Stretch, Submitted, move_window};
+use crate::engine::{Engine, Op, OpKind, Stretch, Submitted};
 use crate::fault::Fault;
 use crate::request::{Request, Stage};
 use crate::table::Id;
@@ -260,16 +260,10 @@ impl Disk {
         len: usize,
     ) -> bool {
         let stretch = Stretch { handle: self.handle(file), offset, len: len as u32 };
-        let op = Op::new(self.index, stretch, OpKind::FlushWrite);
-        let ours = Run { region: self.flush.scratch, offset: from, len };
-        let submitted = engine.submit_write(hv, op, &mut |hv, _, window| {
-            // The scratch region is used again at once: all of it goes now, or the flush fails.
-            if window.len() < len {
-                return Err(Fault::Store(StoreFault::Limit(window.len() as u32)));
-            }
-            move_window(hv, &window, ours, false);
-            Ok(())
-        });
+        // The scratch region is used again at once: all of it goes now, or the flush fails.
+        let from = Run { region: self.flush.scratch, offset: from, len };
+        let op = Op::new(self.index, stretch, OpKind::FlushWrite { from });
+        let submitted = engine.submit(hv, op);
         self.note_flush_op(submitted)
     }
 
@@ -284,7 +278,7 @@ impl Disk {
         }
         let stretch = Stretch { handle: self.handle(file), offset: 0, len: 0 };
         let op = Op::new(self.index, stretch, OpKind::FlushSync);
-        let submitted = engine.submit_flush(hv, op);
+        let submitted = engine.submit(hv, op);
         self.note_flush_op(submitted)
     }
 

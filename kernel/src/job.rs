@@ -8,16 +8,15 @@
 use platter_image::{
     FileNo, PRELUDES_MAX, Place, Prelude, Prepared, SECTOR_BYTES, SectorRange, WritePlan,
 };
-use platter_storage::{Run, Store, Window};
+use platter_storage::{Run, Store};
 use platter_xen::{Direction, Hypervisor};
 
-use crate::answer::rest_refused;
 use crate::disk::Disk;
-use crate::engine::{Engine, Op, OpKind, Stretch, Submitted, move_window};
+use crate::engine::{Engine, Op, OpKind, Stretch, Submitted};
 use crate::fault::Fault;
 use crate::limits::BOUNCE_BYTES;
 use crate::table::Id;
-use crate::transfer::{self, Guest};
+use crate::transfer::{Guest, Repeated};
 
 /// What the job does next.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -137,64 +136,35 @@ impl Disk {
         }
     }
 
-    /// A job's read was answered: its bytes go to the bounce buffer at `at`, what is missing is
-    /// asked for again. An empty answer is the end of the file: the rest is zeros.
+    /// A job's read is done: `len` bytes lie in the bounce buffer at `at`.
     pub fn job_read_done<H: Hypervisor, S: Store<H>>(
         &mut self,
         engine: &mut Engine<S>,
         hv: &mut H,
-        mut op: Op,
         id: Id,
         at: u32,
-        result: Result<Window, Fault>,
+        len: u32,
     ) {
-        engine.jobs.get(id).busy = false;
-        let window = match result {
-            Ok(window) => window,
-            Err(fault) => return self.end_job(engine, hv, id, Err(fault)),
-        };
-        let asked = op.stretch.len;
-        let run = engine.bounce(id, (at + op.done) as usize, (asked - op.done) as usize);
-        if window.is_empty() {
-            hv.zero(run.region, run.offset, run.len);
-            op.done = asked;
-        } else {
-            move_window(hv, &window, run, true);
-            op.done += window.len() as u32;
-        }
-        if op.done < asked {
-            match engine.submit_read(hv, op) {
-                Submitted::Yes(_) => {
-                    self.ops += 1;
-                    engine.jobs.get(id).busy = true;
-                }
-                refused => self.end_job(engine, hv, id, Err(rest_refused(refused))),
-            }
-            return;
-        }
         let job = engine.jobs.get(id);
+        job.busy = false;
         job.phase = match job.phase {
-            Phase::Prelude { index, done, .. } => Phase::Prelude { index, done, loaded: asked },
-            Phase::Gather { chunk, .. } => Phase::Gather { chunk, have: at + asked },
+            Phase::Prelude { index, done, .. } => Phase::Prelude { index, done, loaded: len },
+            Phase::Gather { chunk, .. } => Phase::Gather { chunk, have: at + len },
             other => other,
         };
         self.pump_job(engine, hv, id);
     }
 
-    /// A job's write was answered whole.
+    /// A job's write is done, all of it.
     pub fn job_write_done<H: Hypervisor, S: Store<H>>(
         &mut self,
         engine: &mut Engine<S>,
         hv: &mut H,
         id: Id,
         written: u32,
-        result: Result<(), Fault>,
     ) {
         let job = engine.jobs.get(id);
         job.busy = false;
-        if let Err(fault) = result {
-            return self.end_job(engine, hv, id, Err(fault));
-        }
         job.phase = match job.phase {
             Phase::Prelude { index, done, .. } => {
                 Phase::Prelude { index, done: done + written as u64, loaded: 0 }
@@ -208,7 +178,7 @@ impl Disk {
         self.pump_job(engine, hv, id);
     }
 
-    fn end_job<H: Hypervisor, S: Store<H>>(
+    pub fn end_job<H: Hypervisor, S: Store<H>>(
         &mut self,
         engine: &mut Engine<S>,
         hv: &mut H,
@@ -285,10 +255,8 @@ impl Disk {
             let count = engine.requests.get(request).segments;
             let segments = engine.segments.of(request, count);
             let pages = Guest { domid: self.guest, segments };
-            let window = transfer::one_run(run);
-            let direction = Direction::FromGuest;
-            transfer::copy(hv, &mut engine.batch, &pages, at as usize, &window, direction)
-                .map_err(Fault::Grant)?;
+            let (all, direction) = (Repeated::times(run, run.len), Direction::FromGuest);
+            engine.copies.now(hv, &pages, at as usize, &all, direction).map_err(Fault::Grant)?;
             engine.jobs.get(id).phase = Phase::Gather { chunk, have: have + len as u32 };
             return Ok(Step::Again);
         }
@@ -365,7 +333,7 @@ impl Disk {
         stretch: Stretch,
     ) -> Result<Step, Fault> {
         let op = Op::new(self.index, stretch, OpKind::JobRead { job: id, at });
-        let submitted = engine.submit_read(hv, op);
+        let submitted = engine.submit(hv, op);
         self.note_job_op(engine, id, submitted)
     }
 
@@ -378,7 +346,7 @@ impl Disk {
         from: Run,
     ) -> Result<Step, Fault> {
         let op = Op::new(self.index, stretch, OpKind::JobWrite { job: id, from });
-        let submitted = submit_job_write(engine, hv, op, from);
+        let submitted = engine.submit(hv, op);
         self.note_job_op(engine, id, submitted)
     }
 
@@ -398,19 +366,4 @@ impl Disk {
             Submitted::Failed(fault) => Err(fault),
         }
     }
-}
-
-/// Submits what is left of a job's write: its bytes lie in `from`, or repeat its start.
-pub fn submit_job_write<H: Hypervisor, S: Store<H>>(
-    engine: &mut Engine<S>,
-    hv: &mut H,
-    op: Op,
-    from: Run,
-) -> Submitted {
-    let done = op.done as usize;
-    engine.submit_write(hv, op, &mut |hv, _, window| {
-        let rest = Run { offset: from.offset + done, len: from.len - done, ..from };
-        move_window(hv, &window, rest, false);
-        Ok(())
-    })
 }

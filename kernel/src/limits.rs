@@ -16,10 +16,13 @@ pub const REQUESTS_PER_DISK_MIN: usize = 4;
 pub const OPS_CONTENDED_MAX: usize = 4;
 /// How long after its last request a disk still counts as wanting the store.
 pub const CONTENDED_NS: u64 = 100_000_000;
-/// Requests taken from one disk before the next disk has its turn.
-pub const QUANTUM_REQUESTS: usize = 16;
-/// And no more than about so many sectors (128 KiB): large requests make long turns.
-pub const QUANTUM_SECTORS: u64 = 256;
+/// Requests taken from one disk in a turn.
+pub const QUANTUM_REQUESTS: usize = 32;
+/// And no more than about so many sectors (512 KiB): large requests make long turns.
+pub const QUANTUM_SECTORS: u64 = 1024;
+/// The same while several disks want the store (128 KiB).
+pub const QUANTUM_CONTENDED_REQUESTS: usize = 16;
+pub const QUANTUM_CONTENDED_SECTORS: u64 = 256;
 /// Store operations in flight over all disks: about 100 bytes each.
 pub const OPS_MAX: usize = 256;
 /// Copy jobs (copy-on-write, zeroing of new tables) at once; each holds one bounce buffer.
@@ -34,8 +37,11 @@ pub const SEGMENTS_MAX: usize = 256;
 pub const QUEUES_MAX: usize = 4;
 /// Ring order: 16 pages (XENBUS_MAX_RING_GRANT_ORDER in Linux).
 pub const RING_ORDER_MAX: u32 = 4;
-/// Grant copies in one hypercall.
-pub const COPIES_MAX: usize = 64;
+/// Grant copies in one hypercall: 32 requests of 4 KiB from a 9p ring, where a page of data
+/// lies over two pages, take 64 and 8 of 64 KiB 256; 32 bytes each.
+pub const COPIES_MAX: usize = 256;
+/// Parts of requests that copy without a store operation (zeros) queued at once.
+pub const PIECES_MAX: usize = 64;
 /// Longest `params` taken from xenstore, bytes (half a xenstore node, ours).
 pub const PARAMS_BYTES_MAX: usize = 1024;
 /// Metadata cache of one disk, bytes, before the memory given to the domain scales it.

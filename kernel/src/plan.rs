@@ -12,9 +12,9 @@ use crate::engine::{Engine, Op, OpKind, Stretch, Submitted};
 use crate::fault::Fault;
 use crate::job::Job;
 use crate::limits::BOUNCE_BYTES;
-use crate::request::{Kind, Request, Segments, Stage};
+use crate::request::{Kind, Request, Stage};
 use crate::table::Id;
-use crate::transfer::{self, Guest};
+use crate::transfer::{Guest, Owner, Repeated};
 
 /// One step of planning.
 enum Step {
@@ -44,7 +44,7 @@ impl Disk {
                 self.settle(engine, hv, id);
                 return Progress::Planned;
             }
-            if self.ops >= self.ops_max {
+            if self.has_its_share() {
                 return Progress::Parked;
             }
             let range = SectorRange::new(
@@ -120,7 +120,7 @@ impl Disk {
                 let kind = OpKind::GuestRead { request: id, at: at as u32 };
                 let mut op = Op::new(self.index, Stretch { handle, offset, len }, kind);
                 op.parity = self.parity;
-                match engine.submit_read(hv, op) {
+                match engine.submit(hv, op) {
                     Submitted::Yes(_) => {}
                     Submitted::NoRoom => return Ok(Step::Park),
                     Submitted::Failed(fault) => return Err(fault),
@@ -143,10 +143,17 @@ impl Disk {
         bytes: usize,
     ) -> Result<(), Fault> {
         let zeros = Run { region: engine.zeros, offset: 0, len: BOUNCE_BYTES };
-        let count = engine.requests.get(id).segments;
-        let guest = Guest { domid: self.guest, segments: engine.segments.of(id, count) };
-        transfer::copy_repeated(hv, &mut engine.batch, &guest, at, zeros, bytes)
-            .map_err(Fault::Grant)
+        let all = Repeated::times(zeros, bytes);
+        let request = engine.requests.get(id);
+        let guest = Guest { domid: self.guest, segments: engine.segments.of(id, request.segments) };
+        let direction = Direction::ToGuest;
+        if !engine.copies.takes_pieces() {
+            return engine.copies.now(hv, &guest, at, &all, direction).map_err(Fault::Grant);
+        }
+        request.in_flight += 1;
+        let owner = Owner::Piece { disk: self.index, request: id };
+        engine.copies.queue(hv, owner, &guest, at, &all, direction);
+        Ok(())
     }
 
     /// Bytes that the image holds itself (a decompressed cluster), through the staging buffer.
@@ -166,10 +173,9 @@ impl Disk {
             let run = Run { region: engine.staging, offset: 0, len };
             let count = engine.requests.get(id).segments;
             let guest = Guest { domid: self.guest, segments: engine.segments.of(id, count) };
-            let window = transfer::one_run(run);
+            let all = Repeated::times(run, len);
             let direction = Direction::ToGuest;
-            transfer::copy(hv, &mut engine.batch, &guest, at + done, &window, direction)
-                .map_err(Fault::Grant)?;
+            engine.copies.now(hv, &guest, at + done, &all, direction).map_err(Fault::Grant)?;
             done += len;
         }
         Ok(())
@@ -213,9 +219,8 @@ impl Disk {
         let handle = self.handle(plan.file);
         let len = (plan.sectors * SECTOR_BYTES) as u32;
         let stretch = Stretch { handle, offset: plan.offset, len };
-        let kind = OpKind::GuestWrite { request: id, at };
-        let op = Op::new(self.index, stretch, kind);
-        match submit_guest_write(engine, hv, self.guest, op, id, at) {
+        let kind = OpKind::GuestWrite { request: id, at, from: self.guest };
+        match engine.submit(hv, Op::new(self.index, stretch, kind)) {
             Submitted::Yes(op) => {
                 engine.ops.get(op).prepared = Some(plan.prepared);
                 self.ops += 1;
@@ -280,7 +285,7 @@ impl Disk {
         let mut op = Op::new(self.index, stretch, OpKind::Punch { request: id, end });
         // A flush waits for it as for a read: space that is let go may be written anew after it.
         op.parity = self.parity;
-        match engine.submit_discard(hv, op, len) {
+        match engine.submit(hv, op) {
             Submitted::Yes(_) => {
                 self.ops += 1;
                 self.reads[self.parity as usize] += 1;
@@ -291,25 +296,4 @@ impl Disk {
         }
         Ok(Step::Sectors(sectors))
     }
-}
-
-/// Submits what is left of a guest write: its bytes are copied from the guest's pages into the
-/// store's window.
-pub fn submit_guest_write<H: Hypervisor, S: Store<H>>(
-    engine: &mut Engine<S>,
-    hv: &mut H,
-    domid: platter_xen::DomId,
-    op: Op,
-    id: Id,
-    at: u32,
-) -> Submitted {
-    let at = (at + op.done) as usize;
-    let count = engine.requests.get(id).segments;
-    let segments = core::mem::replace(&mut engine.segments, Segments::none());
-    let guest = Guest { domid, segments: segments.of(id, count) };
-    let submitted = engine.submit_write(hv, op, &mut |hv, batch, window| {
-        transfer::copy(hv, batch, &guest, at, &window, Direction::FromGuest).map_err(Fault::Grant)
-    });
-    engine.segments = segments;
-    submitted
 }

@@ -38,11 +38,6 @@ impl Segments {
         Segments(alloc::vec![Segment::EMPTY; REQUESTS_MAX * SEGMENTS_MAX])
     }
 
-    /// What a borrower leaves behind; costs nothing.
-    pub fn none() -> Segments {
-        Segments(Vec::new())
-    }
-
     pub fn set(&mut self, id: Id, segments: &[Segment]) {
         let at = id.0 as usize * SEGMENTS_MAX;
         self.0[at..at + segments.len()].copy_from_slice(segments);

@@ -9,16 +9,18 @@ use alloc::vec::Vec;
 use platter_storage::{Answer, Done, Store};
 use platter_xen::{Bus, DomId, Hypervisor, Port, Region};
 
-use crate::answer::take_op;
 use crate::control::{Control, Ending};
 use crate::device::{Device, Fate, Held, Surroundings};
 use crate::disk::Disk;
-use crate::engine::{Engine, Op, OpKind};
+use crate::engine::{Engine, OpKind};
+use crate::fault::Fault;
 use crate::limits::{
-    CACHE_BYTES_MAX, CACHE_BYTES_MIN, CONTENDED_NS, DISKS_MAX, FLUSH_AFTER_NS, OPS_CONTENDED_MAX,
-    REQUESTS_MAX, REQUESTS_PER_DISK_MIN,
+    CACHE_BYTES_MAX, CACHE_BYTES_MIN, CONTENDED_NS, DISKS_MAX, FLUSH_AFTER_NS, REQUESTS_MAX,
+    REQUESTS_PER_DISK_MIN,
 };
 use crate::stores::AnyStore;
+use crate::table::Id;
+use crate::transfer::Owner;
 use crate::xs::{Xs, XsEvent};
 
 /// What the machine tells the server at start.
@@ -117,7 +119,10 @@ impl Server {
         let mut went_on = self.take_answers(hv, now_ns);
         went_on |= self.take_control(hv, now_ns);
         went_on |= self.serve(hv, now_ns);
-        if let Some(ending) = self.end(hv, now_ns) {
+        let ending = self.end(hv, now_ns);
+        self.settle_copies(hv);
+        self.engine.stores.iter_mut().for_each(|slot| slot.store.push(hv));
+        if let Some(ending) = ending {
             return Turn::End(ending);
         }
         if went_on {
@@ -140,9 +145,7 @@ impl Server {
             while let Some(done) = self.engine.stores[store].store.poll(hv, now_ns) {
                 self.engine.stores[store].full = false;
                 went_on = true;
-                if let Some(op) = take_op(&mut self.engine, done.tag) {
-                    self.dispatch(hv, now_ns, store as u8, op, done);
-                }
+                self.dispatch(hv, now_ns, store as u8, done);
             }
             // What filled the store may be its own (a file being closed): no answer tells.
             if self.engine.stores[store].full && !self.engine.store_has_ops(store as u8) {
@@ -150,6 +153,9 @@ impl Server {
                 freed = true;
             }
         }
+        // The bytes of all that was read go to the guests together, and then their room back.
+        self.settle_copies(hv);
+        self.engine.stores.iter_mut().for_each(|slot| slot.store.release(hv));
         if went_on | freed {
             self.devices.iter_mut().flatten().filter_map(|d| d.disk.as_mut()).for_each(|disk| {
                 disk.kick = true;
@@ -158,16 +164,14 @@ impl Server {
         went_on
     }
 
-    fn dispatch<H: Hypervisor + Bus>(
-        &mut self,
-        hv: &mut H,
-        now_ns: u64,
-        store: u8,
-        op: Op,
-        done: Done,
-    ) {
+    fn dispatch<H: Hypervisor + Bus>(&mut self, hv: &mut H, now_ns: u64, store: u8, done: Done) {
+        // A tag that is not ours: the store made it up.
+        let Ok(place) = u16::try_from(done.tag.0) else { return };
+        let id = Id(place);
+        let Some(op) = self.engine.ops.find(id) else { return };
         let index = op.disk as usize;
         if op.kind == OpKind::Open {
+            self.engine.ops.take(id);
             self.held.clear();
             self.held.extend(self.devices.iter().flatten().flat_map(|device| device.held()));
             let answered = self.with_device(index, hv, now_ns, |device, world| {
@@ -178,14 +182,37 @@ impl Server {
             }
             return;
         }
-        let Some(device) = &mut self.devices[index] else { return };
-        if op.kind == OpKind::Size {
+        let size = op.kind == OpKind::Size;
+        let Some(device) = &mut self.devices[index] else { return self.engine.orphaned(id) };
+        if size {
+            self.engine.ops.take(id);
             return device.size_answer(done.result);
         }
         match &mut device.disk {
-            Some(disk) => disk.answered(&mut self.engine, hv, op, done),
-            None => self.engine.orphaned(&op),
+            Some(disk) => disk.answered(&mut self.engine, hv, id, done.result),
+            None => self.engine.orphaned(id),
         }
+    }
+
+    /// Runs the copies that are queued, and tells their owners.
+    fn settle_copies<H: Hypervisor + Bus>(&mut self, hv: &mut H) {
+        self.engine.copies.run(hv);
+        let mut count = 0;
+        while let Some((owner, status)) = self.engine.copies.outcome(count) {
+            count += 1;
+            let index = match owner {
+                Owner::Piece { disk, .. } => disk,
+                Owner::Op(id) => self.engine.ops.get(id).disk,
+            };
+            let device = self.devices[index as usize].as_mut();
+            let result = if status == 0 { Ok(()) } else { Err(Fault::Grant(status)) };
+            match (device.and_then(|device| device.disk.as_mut()), owner) {
+                (Some(disk), _) => disk.copied(&mut self.engine, hv, owner, result),
+                (None, Owner::Op(id)) => self.engine.orphaned(id),
+                (None, Owner::Piece { .. }) => {}
+            }
+        }
+        self.engine.copies.forget(count);
     }
 
     /// Runs `act` on a device with its surroundings; false when there is no such device.
@@ -284,7 +311,6 @@ impl Server {
         let lately = |disk: &Disk| disk.taken_ns.saturating_add(CONTENDED_NS) > now_ns;
         let disks = self.devices.iter().flatten().filter_map(|device| device.disk.as_ref());
         let contended = disks.filter(|disk| lately(disk)).count() > 1;
-        let ops_max = if contended { OPS_CONTENDED_MAX } else { usize::MAX };
         let count = self.devices.len();
         let mut went_on = false;
         let mut next_first = None;
@@ -297,7 +323,7 @@ impl Server {
                 continue;
             }
             disk.share = share;
-            disk.ops_max = ops_max;
+            disk.contended = contended;
             for queue in &mut disk.queues {
                 // While there is always work nothing is asked for by an event: look.
                 let waits = serving && queue.ring.has_requests(hv);
@@ -317,11 +343,16 @@ impl Server {
             }
             disk.lazy_flush(now_ns, FLUSH_AFTER_NS);
             disk.pump_flush(&mut self.engine, hv);
-            went_on |= disk.kick;
-            disk.publish(hv);
-            device.check_rings(now_ns);
         }
         self.first = next_first.unwrap_or(self.first);
+        self.settle_copies(hv);
+        for device in self.devices.iter_mut().flatten() {
+            if let Some(disk) = &mut device.disk {
+                went_on |= disk.kick;
+                disk.publish(hv);
+                device.check_rings(now_ns);
+            }
+        }
         went_on
     }
 
@@ -344,7 +375,7 @@ impl Server {
             let Some(disk) = &mut device.disk else { continue };
             if serving {
                 let wait_ns = disk.throttle.wait_ns();
-                let ready = disk.final_check(hv) && disk.may_take(&self.engine);
+                let ready = disk.final_check(hv) && disk.may_take(&self.engine, 0);
                 match ready {
                     true if wait_ns == 0 => more = true,
                     true => until_ns = until_ns.min(now_ns + wait_ns),

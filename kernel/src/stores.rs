@@ -113,6 +113,21 @@ impl<H: Hypervisor + Bus> Store<H> for AnyStore {
         }
     }
 
+    fn is_deferring(&self) -> bool {
+        match self {
+            AnyStore::NineP(store) => Store::<H>::is_deferring(&**store),
+            AnyStore::Block(store) => Store::<H>::is_deferring(&**store),
+        }
+    }
+
+    fn push(&mut self, hv: &mut H) {
+        each!(self, store => store.push(hv))
+    }
+
+    fn void(&mut self, hv: &mut H, tag: Tag) {
+        each!(self, store => store.void(hv, tag))
+    }
+
     fn poll_at_ns(&self) -> Option<u64> {
         match self {
             AnyStore::NineP(store) => Store::<H>::poll_at_ns(&**store),
@@ -122,5 +137,9 @@ impl<H: Hypervisor + Bus> Store<H> for AnyStore {
 
     fn poll(&mut self, hv: &mut H, now_ns: u64) -> Option<Done> {
         each!(self, store => store.poll(hv, now_ns))
+    }
+
+    fn release(&mut self, hv: &mut H) {
+        each!(self, store => store.release(hv))
     }
 }

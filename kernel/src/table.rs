@@ -49,6 +49,11 @@ impl<T> Table<T> {
         self.free.is_empty()
     }
 
+    /// Places that are free.
+    pub fn left(&self) -> usize {
+        self.free.len()
+    }
+
     /// Places in use.
     pub fn len(&self) -> usize {
         self.places.len() - self.free.len()

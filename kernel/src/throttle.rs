@@ -57,6 +57,10 @@ impl Throttle {
         Throttle { iops: iops.map(Bucket::new), bps: bps.map(Bucket::new) }
     }
 
+    pub fn is_limited(&self) -> bool {
+        self.iops.is_some() || self.bps.is_some()
+    }
+
     /// May one more request be taken?
     pub fn ready(&mut self, now_ns: u64) -> bool {
         self.buckets().for_each(|bucket| bucket.fill(now_ns));

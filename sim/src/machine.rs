@@ -77,6 +77,7 @@ pub struct Domain {
     frames_max: usize,
     frames: usize,
     alive: bool,
+    calls: Cell<Calls>,
 }
 
 impl Domain {
@@ -92,7 +93,14 @@ impl Domain {
             frames_max,
             frames: 0,
             alive: true,
+            calls: Cell::new(Calls::default()),
         }
+    }
+
+    fn count(&self, add: impl FnOnce(&mut Calls)) {
+        let mut calls = self.calls.get();
+        add(&mut calls);
+        self.calls.set(calls);
     }
 
     fn free_run(&mut self, pages: usize) -> usize {
@@ -107,6 +115,20 @@ impl Domain {
         self.slots.resize(start + pages, Slot::Free);
         start
     }
+}
+
+/// What a domain asked of the machine since it was made: what its work costs, whatever the
+/// processor.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Calls {
+    /// Hypercalls of grant copies, and the copies in them.
+    pub copies: u64,
+    pub copy_ops: u64,
+    pub notifies: u64,
+    /// Looks at shared memory and writes to it, other than by grant copy.
+    pub accesses: u64,
+    /// Bytes that these moved.
+    pub bytes: u64,
 }
 
 /// What a domain holds: the leak oracle compares two of these.
@@ -202,6 +224,10 @@ impl Machine {
     pub fn grants_below(&self, domain: u16, end: u16) -> (usize, usize) {
         let used = || self.domains[&domain].grants.iter().filter(|g| g.used && g.peer < end);
         (used().count(), used().filter(|grant| grant.maps > 0).count())
+    }
+
+    pub fn calls(&self, domain: u16) -> Calls {
+        self.domains[&domain].calls.get()
     }
 
     /// Grants of `domain` that somebody still maps.
@@ -380,6 +406,17 @@ impl View<'_> {
         self.machine.domains.get_mut(&self.domain).expect("a domain")
     }
 
+    fn count(&self, add: impl FnOnce(&mut Calls)) {
+        self.machine.domains[&self.domain].count(add);
+    }
+
+    fn count_access(&self, bytes: usize) {
+        self.count(|calls| {
+            calls.accesses += 1;
+            calls.bytes += bytes as u64;
+        });
+    }
+
     /// Calls `part` for each page's piece of a range: page number, offset, length, and how many
     /// bytes came before.
     fn pieces(region: Region, offset: usize, len: usize, mut part: impl FnMut(u32, usize, usize)) {
@@ -460,6 +497,7 @@ impl Hypervisor for View<'_> {
     }
 
     fn read(&self, region: Region, offset: usize, into: &mut [u8]) {
+        self.count_access(into.len());
         let mut rest = into;
         View::pieces(region, offset, rest.len(), |page, within, len| {
             let (frame, foreign) = self.machine.frame(self.domain, page);
@@ -473,6 +511,7 @@ impl Hypervisor for View<'_> {
     }
 
     fn write(&mut self, region: Region, offset: usize, from: &[u8]) {
+        self.count_access(from.len());
         let mut rest = from;
         View::pieces(region, offset, from.len(), |page, within, len| {
             let (frame, _) = self.machine.frame(self.domain, page);
@@ -568,6 +607,10 @@ impl Hypervisor for View<'_> {
 
     fn copy(&mut self, ops: &mut [GrantCopy]) {
         self.machine.cost_ns += 800 + 400 * ops.len() as u64;
+        self.count(|calls| {
+            calls.copies += 1;
+            calls.copy_ops += ops.len() as u64;
+        });
         for op in ops {
             op.status = self.machine.copy_one(self.domain, op);
             self.machine.copies_refused += u64::from(op.status != 0);
@@ -604,6 +647,7 @@ impl Hypervisor for View<'_> {
 
     fn notify(&mut self, port: Port) {
         self.machine.cost_ns += 700;
+        self.count(|calls| calls.notifies += 1);
         if let Channel::Bound { peer, port } = self.machine.port_mut(self.domain, port.0).channel {
             self.machine.port_mut(peer, port).pending = true;
             self.machine.wake(peer);

@@ -169,10 +169,6 @@ fn shape_host(world: &mut World, rng: &mut Rng, plan: &Plan) {
     host.order_max = rng.between(2, 7) as u32;
     host.latency_ns = *rng.pick(&[(1000, 20_000), (20_000, 80_000), (100_000, 3_000_000)]);
     host.faults = plan.faults;
-    if plan.faults.short > 0 {
-        // In a ring of two pages the rest of a write may find no room, which is an error.
-        host.order_max = host.order_max.max(5);
-    }
     // What it offers is read once it is up: again, with the shape of this run.
     host.start(&mut world.xs);
     world.poke_host();
@@ -189,6 +185,7 @@ fn habits(rng: &mut Rng, errors_allowed: bool, patience_ns: u64) -> Habits {
         ring_order: rng.between(0, 4) as u32,
         depth: *rng.pick(&[1, 4, 16, 64, 200]),
         segments_max: *rng.pick(&[1, 11, 32, 256]),
+        uniform: false,
         requests: rng.between(5, 120),
         writes: *rng.pick(&[100, 500, 900]),
         flushes: *rng.pick(&[0, 20, 100]),

@@ -157,6 +157,23 @@ fn short_reads_and_writes_are_continued_byte_by_byte() {
 }
 
 #[test]
+fn the_rest_of_a_short_operation_waits_for_room() {
+    // Others had taken the room meanwhile, and the guest was told of an error of the store.
+    for seed in 0..6 {
+        let mut world = world(seed, seed % 2 == 0, 1);
+        world.host.order_max = 2;
+        world.host.faults.short = 100;
+        world.host.start(&mut world.xs);
+        world.poke_host();
+        for format in [Format::Raw, Format::Vdi, Format::Qed] {
+            world.add_guest(format, 2048, Habits { requests: 60, ..heavy() });
+        }
+        world.run_guests(120_000 * MS);
+        world.wind_up(false);
+    }
+}
+
+#[test]
 fn refused_disks_say_why_and_leave_few_nodes() {
     // Each refusal left three nodes for ever, each attached disk one: the quota is 1000.
     let mut world = world(3, false, 8);

@@ -113,7 +113,7 @@ pub struct Done {
 pub enum Answer {
     Opened(Opened),
     /// The bytes read, in order; may be fewer than asked (the caller asks for the rest); empty
-    /// at the end of the file. Valid until the next [`Store::poll`] of this store.
+    /// at the end of the file. Valid until the next [`Store::release`] of this store.
     Read(Window),
     /// Bytes written, at least 1; may be fewer than submitted.
     Written(u32),
@@ -152,7 +152,8 @@ pub trait Store<H: Hypervisor> {
     /// Writes at `offset`. When there is room, calls `fill` once with the window to put the
     /// bytes into (its length is what will be taken); if `fill` returns false nothing is sent
     /// and the result is `Ok(Submit::Taken(0))`, with no answer to come. The answer otherwise
-    /// is [`Answer::Written`].
+    /// is [`Answer::Written`]. Where the store is [`deferring`](Self::is_deferring), the bytes
+    /// may be put there after `fill` has returned, until [`push`](Self::push).
     fn write(
         &mut self,
         hv: &mut H,
@@ -190,13 +191,31 @@ pub trait Store<H: Hypervisor> {
         Err(StoreFault::Unsupported)
     }
 
+    /// What is submitted leaves with the next [`push`](Self::push) and not before.
+    fn is_deferring(&self) -> bool {
+        false
+    }
+
+    /// Sends what was submitted since the last time. Called at the end of each turn: one event
+    /// to the other side for all of it.
+    fn push(&mut self, _hv: &mut H) {}
+
+    /// Takes back a write submitted since the last [`push`](Self::push), whose bytes could not
+    /// be had: nothing is written and no answer comes.
+    fn void(&mut self, _hv: &mut H, _tag: Tag) {
+        unreachable!("only deferring stores take a write back")
+    }
+
     /// When [`poll`](Self::poll) must be called next even if no event comes: 0 means at once (a
     /// device without interrupts has work outstanding), `None` that events suffice.
     fn poll_at_ns(&self) -> Option<u64> {
         None
     }
 
-    /// Takes in events and yields the next answer; ends the life of the previous answer's
-    /// window. The caller calls until it gets `None`. `now_ns` drives timeouts.
+    /// Takes in events and yields the next answer. The caller calls until it gets `None`.
+    /// `now_ns` drives timeouts.
     fn poll(&mut self, hv: &mut H, now_ns: u64) -> Option<Done>;
+
+    /// Ends the life of all windows that answers have given out: the caller has copied them.
+    fn release(&mut self, hv: &mut H);
 }

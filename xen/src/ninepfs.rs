@@ -1,8 +1,10 @@
 //! The 9pfs transport: 9P messages over pairs of byte rings (Xen docs/misc/9pfs.pandoc,
 //! public/io/9pfs.h).
 //!
-//! Guards the order reserve, fill, publish: a whole request becomes visible by one `out_prod`
-//! update, because QEMU's server marks a ring busy before it looks whether the message is whole.
+//! Guards the order reserve, fill, seal, push: whole requests become visible by one `out_prod`
+//! update, because QEMU's server marks a ring busy before it looks whether the message is whole;
+//! and by one event for all of a turn's, because an event is a hypercall. Answers the same way
+//! back: each is taken, and the room of all is given back by one `in_cons` update.
 //! A response's 7-byte head is read once and bounded before anything trusts it. Must never: hold
 //! a byte of a message, interpret one beyond its head, believe an index of the other side.
 //!
@@ -279,9 +281,9 @@ pub struct Span {
     pub len: usize,
 }
 
-/// Room on the out ring for one whole message; invisible until published. Dropping it undoes
-/// nothing because nothing was done.
-#[derive(Debug)]
+/// Room on the out ring for one whole message; invisible until sealed and pushed. Dropping it
+/// undoes nothing because nothing was done.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Reservation {
     index: u32,
     len: u32,
@@ -304,8 +306,12 @@ pub struct FrontRing {
     port: Port,
     /// The interface page's, then the data pages'. Emptied as they are revoked.
     grefs: Vec<Gref>,
+    /// Behind the last sealed request, and what the server has been shown of that.
     out_prod: u32,
+    out_shown: u32,
+    /// Behind the last answer taken, and what has been given back to the server.
     in_cons: u32,
+    in_shown: u32,
     /// The head of the message at `in_cons`, once read.
     head: Option<MessageHead>,
     open: bool,
@@ -333,7 +339,9 @@ impl FrontRing {
             port: Port(0),
             grefs: Vec::with_capacity(pages + 1),
             out_prod: 0,
+            out_shown: 0,
             in_cons: 0,
+            in_shown: 0,
             head: None,
             open: false,
         };
@@ -401,7 +409,8 @@ impl FrontRing {
         }
         self.port = port;
         hv.zero(self.interface, 0, RING_ORDER);
-        (self.out_prod, self.in_cons, self.head) = (0, 0, None);
+        (self.out_prod, self.out_shown) = (0, 0);
+        (self.in_cons, self.in_shown, self.head) = (0, 0, None);
         Ok(())
     }
 
@@ -435,10 +444,20 @@ impl FrontRing {
         }
     }
 
-    /// Makes a filled message visible and tells the server.
-    pub fn publish<H: Hypervisor>(&mut self, hv: &mut H, reservation: Reservation) {
+    /// A message is filled, apart from what its owner still puts into its spans before the next
+    /// [`push`](Self::push).
+    pub fn seal(&mut self, reservation: Reservation) {
         assert!(reservation.index == self.out_prod, "one reservation at a time");
         self.out_prod = self.out_prod.wrapping_add(reservation.len);
+    }
+
+    /// Makes sealed messages visible and tells the server, if there are any. The interface has
+    /// no word for "I am awake", so each move of `out_prod` is told.
+    pub fn push<H: Hypervisor>(&mut self, hv: &mut H) {
+        if self.out_prod == self.out_shown {
+            return;
+        }
+        self.out_shown = self.out_prod;
         hv.store_u32(self.interface, OUT_PROD, self.out_prod);
         hv.notify(self.port);
     }
@@ -451,7 +470,9 @@ impl FrontRing {
         size_max: u32,
     ) -> Result<Option<MessageHead>, Broken> {
         let in_prod = hv.load_u32(self.interface, IN_PROD);
-        let queued = self.half.queued(in_prod, self.in_cons)?;
+        let taken = self.in_cons.wrapping_sub(self.in_shown);
+        let queued = self.half.queued(in_prod, self.in_shown)?;
+        let queued = queued.checked_sub(taken).ok_or(Broken::Index)?;
         if self.head.is_none() && queued >= HEAD_BYTES {
             let mut bytes = [0; HEAD_BYTES as usize];
             self.get(hv, 0, &mut bytes);
@@ -475,12 +496,20 @@ impl FrontRing {
         }
     }
 
-    /// Gives the peeked response's room back. Sends no event: the caller keeps the answers it
-    /// has asked for within the ring, so that a server never waits for room.
-    pub fn consume<H: Hypervisor>(&mut self, hv: &mut H) {
+    /// Goes on to the response after the peeked one, whose bytes stay where they are until
+    /// [`release`](Self::release).
+    pub fn consume(&mut self) {
         let head = self.head.take().expect("consume follows a peek that yielded");
         self.in_cons = self.in_cons.wrapping_add(head.size);
-        hv.store_u32(self.interface, IN_CONS, self.in_cons);
+    }
+
+    /// Gives the room of consumed responses back. Sends no event: the caller keeps the answers
+    /// it has asked for within the ring, so that a server never waits for room.
+    pub fn release<H: Hypervisor>(&mut self, hv: &mut H) {
+        if self.in_cons != self.in_shown {
+            self.in_shown = self.in_cons;
+            hv.store_u32(self.interface, IN_CONS, self.in_cons);
+        }
     }
 
     fn spans(&self, base: usize, index: u32, len: u32) -> [Span; 2] {

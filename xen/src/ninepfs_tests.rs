@@ -67,7 +67,8 @@ fn messages_of_every_alignment_pass_both_ways() {
         let sent = message(size, lap as u16, lap as u8);
         let to = ring.reserve(&hv, size).unwrap().unwrap();
         ring.put(&mut hv, &to, 0, &sent);
-        ring.publish(&mut hv, to);
+        ring.seal(to);
+        ring.push(&mut hv);
         assert_eq!(server_take(&mut hv, &ring, size), sent);
         server_put(&mut hv, &ring, &sent);
         let head = ring.peek(&hv, 4096).unwrap().unwrap();
@@ -75,7 +76,8 @@ fn messages_of_every_alignment_pass_both_ways() {
         let mut got = vec![0; size as usize];
         ring.get(&hv, 0, &mut got);
         assert_eq!(got, sent);
-        ring.consume(&mut hv);
+        ring.consume();
+        ring.release(&mut hv);
         assert_eq!(ring.peek(&hv, 4096).unwrap(), None);
     }
 }
@@ -86,7 +88,8 @@ fn nothing_is_visible_before_publish() {
     let to = ring.reserve(&hv, 100).unwrap().unwrap();
     ring.put(&mut hv, &to, 0, &[1; 100]);
     assert_eq!(hv.load_u32(ring.interface, OUT_PROD), 0);
-    ring.publish(&mut hv, to);
+    ring.seal(to);
+    ring.push(&mut hv);
     assert_eq!(hv.load_u32(ring.interface, OUT_PROD), 100);
     assert_eq!(hv.notified[0], 1);
 }
@@ -95,7 +98,8 @@ fn nothing_is_visible_before_publish() {
 fn a_full_ring_has_no_room_and_a_mad_one_is_broken() {
     let (mut hv, mut ring) = ring(1);
     let to = ring.reserve(&hv, 4096).unwrap().unwrap();
-    ring.publish(&mut hv, to);
+    ring.seal(to);
+    ring.push(&mut hv);
     assert!(ring.reserve(&hv, 1).unwrap().is_none());
     hv.store_u32(ring.interface, OUT_CONS, 4097);
     assert_eq!(ring.reserve(&hv, 1).unwrap_err(), Broken::Index);

@@ -313,6 +313,7 @@ impl Device {
     /// Frees its place once no answer is on the way to it: the next device there would take it
     /// for its own.
     pub(super) fn leave<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
+        world.engine.orphan_waiting(self.index);
         if !world.engine.has_ops_of(self.index) {
             self.fate = Fate::Gone;
         }

@@ -11,7 +11,7 @@ use platter_xen::{Bus, Hypervisor};
 
 use super::{Busy, Device, Stage, Surroundings};
 use crate::disk::DiskFile;
-use crate::engine::{Op, OpKind, Stretch, Submitted, move_window};
+use crate::engine::{Op, OpKind, Stretch, Submitted};
 use crate::limits::SIZE_NS;
 
 /// The last sector of a file that must be longer.
@@ -100,11 +100,8 @@ impl Device {
                 offset: 0,
                 len: TAIL_BYTES as usize,
             };
-            let op = Op::new(self.index, stretch, OpKind::FlushWrite);
-            let submitted = world.engine.submit_write(world.hv, op, &mut |hv, _, window| {
-                move_window(hv, &window, zeros, false);
-                Ok(())
-            });
+            let op = Op::new(self.index, stretch, OpKind::FlushWrite { from: zeros });
+            let submitted = world.engine.submit(world.hv, op);
             if matches!(submitted, Submitted::NoRoom) {
                 return;
             }

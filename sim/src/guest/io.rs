@@ -238,6 +238,9 @@ impl Guest {
 
     /// Segments of random shape, in units of the disk's sector size.
     fn shape(&mut self, max: usize) -> Vec<Segment> {
+        if self.habits.uniform {
+            return vec![Segment { gref: Gref(0), first_sect: 0, last_sect: 7 }; max];
+        }
         let unit = (self.nodes.expect("connected").sector_bytes / SECTOR as u32) as u8;
         let count = self.rng.between(1, max as u64);
         let ragged = self.rng.chance(300);
@@ -258,8 +261,9 @@ impl Guest {
     fn make_transfer(&mut self, machine: &mut Machine, queue: usize, now_ns: u64, operation: u8) {
         let nodes = self.nodes.expect("connected");
         let large = usize::from(nodes.indirect_segments_max).min(self.habits.segments_max);
-        let indirect =
-            operation != op::WRITE_BARRIER && large > SEGMENTS_DIRECT_MAX && self.rng.chance(400);
+        let indirect = operation != op::WRITE_BARRIER
+            && large > SEGMENTS_DIRECT_MAX
+            && (self.habits.uniform || self.rng.chance(400));
         let max = if indirect { large } else { self.habits.segments_max.min(SEGMENTS_DIRECT_MAX) };
         let mut segments = self.shape(max);
         let mut sectors = 0;

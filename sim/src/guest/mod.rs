@@ -50,6 +50,8 @@ pub struct Habits {
     pub depth: usize,
     /// Longest request in segments; above 11 some are indirect.
     pub segments_max: usize,
+    /// Every transfer has that many segments, each a whole page.
+    pub uniform: bool,
     /// Requests of each cycle.
     pub requests: u64,
     /// Of 1000 requests.
@@ -76,6 +78,7 @@ impl Habits {
             ring_order: 0,
             depth: 8,
             segments_max: 11,
+            uniform: false,
             requests: 200,
             writes: 500,
             flushes: 30,

@@ -103,6 +103,7 @@ impl World {
     }
 
     fn poll(&mut self) -> Option<Done> {
+        self.store.release(&mut self.hv);
         self.store.poll(&mut self.hv, 0)
     }
 

@@ -81,8 +81,8 @@ pub struct BlockStore<D> {
     opening: Option<Opening>,
     /// Cache blocks of one opening; less than [`META_BLOCKS_MAX`] only in tests.
     meta_blocks_max: usize,
-    /// The operation whose window the last answer gave out.
-    lent: Option<u16>,
+    /// Operations whose windows answers have given out.
+    lent: Vec<u16>,
 }
 
 impl<D> BlockStore<D> {
@@ -103,7 +103,7 @@ impl<D> BlockStore<D> {
             requests: VecDeque::new(),
             opening: None,
             meta_blocks_max: META_BLOCKS_MAX,
-            lent: None,
+            lent: Vec::with_capacity(ops_max),
         })
     }
 
@@ -194,9 +194,9 @@ impl<D> BlockStore<D> {
         }
     }
 
-    /// Ends the life of the last answer's window.
-    fn end_loan(&mut self) {
-        if let Some(index) = self.lent.take() {
+    /// Ends the life of the windows given out.
+    fn end_loans(&mut self) {
+        while let Some(index) = self.lent.pop() {
             let op = self.ops.release(index);
             self.free_pages(&op);
         }
@@ -212,10 +212,10 @@ impl<D> BlockStore<D> {
         }
     }
 
-    /// The answer of a finished operation, whose window lives until the next poll.
+    /// The answer of a finished operation, whose window lives until the next release.
     fn answer(&mut self, index: u16) -> Done {
         let op = *self.ops.get(index);
-        self.lent = Some(index);
+        self.lent.push(index);
         let answer = match op.kind {
             Kind::Read | Kind::Meta => Answer::Read(self.window(&op)),
             Kind::Write | Kind::Modify => Answer::Written(op.len),
@@ -334,7 +334,6 @@ impl<H: Hypervisor, D: Device<H>> Store<H> for BlockStore<D> {
     }
 
     fn poll(&mut self, hv: &mut H, now_ns: u64) -> Option<Done> {
-        self.end_loan();
         if self.ops.nothing_ready() {
             self.poll_devices(hv, now_ns);
             self.restart_waiting(hv);
@@ -345,5 +344,12 @@ impl<H: Hypervisor, D: Device<H>> Store<H> for BlockStore<D> {
         }
         let index = self.ops.next_ready()?;
         Some(self.answer(index))
+    }
+
+    fn release(&mut self, hv: &mut H) {
+        if !self.lent.is_empty() {
+            self.end_loans();
+            self.restart_waiting(hv);
+        }
     }
 }

@@ -16,7 +16,7 @@ use platter_xen::{Hypervisor, Port};
 
 use super::file::{File, PATH_BYTES_MAX, Progress, Step, fault_of};
 use super::message::{
-    ANSWER_BYTES_MAX, AllocateMode, Answer, GETATTR_BASIC, Malformed, PLATTER_IN_FLIGHT,
+    ANSWER_BYTES_MAX, AllocateMode, Answer, GETATTR_BASIC, Malformed, NOFID, PLATTER_IN_FLIGHT,
     RREAD_BYTES, Request, TWRITE_BYTES, id,
 };
 use super::session::Session;
@@ -48,6 +48,8 @@ enum Kind {
     Allocate,
     Size,
     SetSize,
+    /// A write taken back: it went out as one to no file.
+    Void,
 }
 
 /// One message in flight, or answered by the session's end and not yet reported.
@@ -61,6 +63,8 @@ struct Op {
     tag: Tag,
     /// What its answer may take of the ring.
     answer_bytes: u32,
+    /// Where its message lies, for the one that may be taken back.
+    place: Option<Reservation>,
     lost: bool,
 }
 
@@ -69,13 +73,15 @@ struct Op {
 pub(super) struct Lane {
     pub ring: FrontRing,
     pub in_flight: u32,
-    /// Room promised to answers in flight.
+    /// Room promised to answers in flight, or taken and not given back.
     answer_bytes: u32,
+    /// Of these, the taken ones'.
+    taken_bytes: u32,
 }
 
 impl Lane {
     pub fn new(ring: FrontRing) -> Lane {
-        Lane { ring, in_flight: 0, answer_bytes: 0 }
+        Lane { ring, in_flight: 0, answer_bytes: 0, taken_bytes: 0 }
     }
 }
 
@@ -99,8 +105,6 @@ pub struct Client {
     /// Where the search for room, and for answers, starts: round-robin.
     lane_next: usize,
     answer_next: usize,
-    /// The lane whose answer the caller still looks at.
-    held: Option<usize>,
     /// Some answers are due that no server will send.
     sweep: bool,
     /// Files with a step to send, or more: never fewer.
@@ -132,7 +136,6 @@ impl Client {
             releasing: false,
             lane_next: 0,
             answer_next: 0,
-            held: None,
             sweep: false,
             steps_due: false,
             alive_ns: 0,
@@ -154,10 +157,9 @@ impl Client {
     /// wait to be opened again. The rings stay as they are.
     pub(super) fn lose(&mut self, session: Session) {
         self.session = session;
-        self.held = None;
         self.sweep = true;
         for lane in &mut self.lanes {
-            (lane.in_flight, lane.answer_bytes) = (0, 0);
+            (lane.in_flight, lane.answer_bytes, lane.taken_bytes) = (0, 0, 0);
         }
         for op in &mut self.ops {
             match op {
@@ -185,6 +187,9 @@ impl Client {
             if let Some(op) = self.ops[index].filter(|op| op.lost) {
                 self.ops[index] = None;
                 self.settle(op.file);
+                if op.kind == Kind::Void {
+                    continue;
+                }
                 return Some(Done { tag: op.tag, result: Err(StoreFault::Gone) });
             }
         }
@@ -244,7 +249,8 @@ impl Client {
     }
 
     /// Finds a ring with room for a request of `out` bytes and its answer of `answer` bytes.
-    /// `Ok(None)`: not now.
+    /// `Ok(None)`: not now. A turn's requests go on one ring while it has room, for each ring
+    /// costs an event; a plain server's rings take one request each.
     fn reserve<H: Hypervisor>(
         &mut self,
         hv: &H,
@@ -252,25 +258,16 @@ impl Client {
         answer: u32,
     ) -> Result<Option<(usize, Reservation)>, Broken> {
         let rings = self.lanes.len();
-        // Twice round the rings, the emptier ones first: the answer's size decides latency.
-        let Some(least) = self.lanes.iter().map(|lane| lane.in_flight).min() else {
-            return Ok(None);
-        };
-        for pass in 0..2 {
-            for step in 0..rings {
-                let index = (self.lane_next + step) % rings;
-                let lane = &self.lanes[index];
-                let too_full = lane.in_flight >= self.depth
-                    || (pass == 0 && lane.in_flight > least)
-                    || lane.answer_bytes + answer > lane.ring.half_bytes();
-                if too_full {
-                    continue;
-                }
-                if let Some(reservation) = lane.ring.reserve(hv, out)? {
-                    self.lane_next = (index + 1) % rings;
-                    let tag = self.free_tag(index);
-                    return Ok(Some((tag, reservation)));
-                }
+        for step in 0..rings {
+            let index = (self.lane_next + step) % rings;
+            let lane = &self.lanes[index];
+            if lane.in_flight >= self.depth || lane.answer_bytes + answer > lane.ring.half_bytes() {
+                continue;
+            }
+            if let Some(reservation) = lane.ring.reserve(hv, out)? {
+                self.lane_next = index;
+                let tag = self.free_tag(index);
+                return Ok(Some((tag, reservation)));
             }
         }
         Ok(None)
@@ -284,7 +281,7 @@ impl Client {
             .expect("lost operations are swept before a session is up; depth bounds the rest")
     }
 
-    /// Sends a reserved message, whose data, if any, is in place.
+    /// Fills in a reserved message, apart from its data; it leaves with the next push.
     fn launch<H: Hypervisor>(
         &mut self,
         hv: &mut H,
@@ -297,7 +294,7 @@ impl Client {
         let rings = self.lanes.len();
         let lane = &mut self.lanes[tag % rings];
         lane.ring.put(hv, &reservation, 0, bytes);
-        lane.ring.publish(hv, reservation);
+        lane.ring.seal(reservation);
         lane.in_flight += 1;
         lane.answer_bytes += op.answer_bytes;
         self.ops[tag] = Some(op);
@@ -392,12 +389,17 @@ impl Client {
         let answer = Answer::parse(head, body).map_err(|_: Malformed| StoreFault::Protocol)?;
         if self.session != Session::Up {
             self.session_answered(head, &answer)?;
-            self.lanes[lane].ring.consume(hv);
+            self.lanes[lane].ring.consume();
             return Ok(Some(None));
         }
         let op = self.claim(head, lane)?;
         let done = match op.kind {
             Kind::Step => self.step_answered(op.file, &answer)?,
+            // Nobody waits for it, whatever the server says of a fid that never was.
+            Kind::Void => {
+                self.settle(op.file);
+                None
+            }
             _ => {
                 let result = self.result_of(op, &answer, lane).inspect_err(|_| {
                     // Still owed an answer: the session's end gives it.
@@ -407,11 +409,7 @@ impl Client {
                 Some(Done { tag: op.tag, result })
             }
         };
-        if matches!(answer, Answer::Read { .. }) {
-            self.held = Some(lane);
-        } else {
-            self.lanes[lane].ring.consume(hv);
-        }
+        self.lanes[lane].ring.consume();
         Ok(Some(done))
     }
 
@@ -425,7 +423,7 @@ impl Client {
         self.ops[tag] = None;
         let lane = &mut self.lanes[lane];
         lane.in_flight -= 1;
-        lane.answer_bytes -= op.answer_bytes;
+        lane.taken_bytes += op.answer_bytes;
         Ok(op)
     }
 
@@ -570,7 +568,7 @@ impl Client {
 }
 
 fn op(kind: Kind, file: u16, len: u32, tag: Tag) -> Op {
-    Op { kind, file, len, tag, answer_bytes: 0, lost: false }
+    Op { kind, file, len, tag, answer_bytes: 0, place: None, lost: false }
 }
 
 /// Fid 0 is the root.
@@ -664,7 +662,8 @@ impl<H: Hypervisor> Store<H> for Client {
         let mut bytes = [0; TWRITE_BYTES as usize];
         let request = Request::Write { fid: fid(file), offset, count };
         request.emit(0, &mut bytes).expect("the size is that of Twrite");
-        let op = Op { answer_bytes, ..op(Kind::Write, file.0, count, tag) };
+        let place = Some(reservation);
+        let op = Op { answer_bytes, place, ..op(Kind::Write, file.0, count, tag) };
         self.launch(hv, wire_tag, reservation, &mut bytes, op);
         self.count_up(file.0);
         Ok(Submit::Taken(count))
@@ -692,10 +691,35 @@ impl<H: Hypervisor> Store<H> for Client {
         self.submit(hv, &request, op(Kind::Allocate, file.0, 0, tag))
     }
 
-    fn poll(&mut self, hv: &mut H, now_ns: u64) -> Option<Done> {
-        if let Some(lane) = self.held.take() {
-            self.lanes[lane].ring.consume(hv);
+    fn is_deferring(&self) -> bool {
+        true
+    }
+
+    fn push(&mut self, hv: &mut H) {
+        for lane in &mut self.lanes {
+            lane.ring.push(hv);
         }
+        // The next turn's requests go on the next ring: no ring is served at another's expense.
+        self.lane_next = (self.lane_next + 1) % self.lanes.len().max(1);
+    }
+
+    fn void(&mut self, hv: &mut H, tag: Tag) {
+        let is_it = |op: &Option<Op>| op.is_some_and(|op| op.kind == Kind::Write && op.tag == tag);
+        let index = self.ops.iter().position(is_it).expect("a write of this turn");
+        let op = self.ops[index].as_mut().expect("just found");
+        op.kind = Kind::Void;
+        if op.lost {
+            // The session has ended meanwhile: the message goes nowhere.
+            return;
+        }
+        let place = op.place.expect("writes remember their place");
+        let request = Request::Write { fid: NOFID, offset: 0, count: op.len };
+        let mut bytes = [0; TWRITE_BYTES as usize];
+        request.emit(index as u16, &mut bytes).expect("the size is that of Twrite");
+        self.lanes[index % self.lanes.len()].ring.put(hv, &place, 0, &bytes);
+    }
+
+    fn poll(&mut self, hv: &mut H, now_ns: u64) -> Option<Done> {
         self.watch_the_clock(now_ns);
         if self.sweep
             && let Some(done) = self.next_swept()
@@ -706,6 +730,13 @@ impl<H: Hypervisor> Store<H> for Client {
         self.send_steps(hv);
         let done = self.next_answer(hv, now_ns);
         if done.is_none() && self.sweep { self.next_swept() } else { done }
+    }
+
+    fn release(&mut self, hv: &mut H) {
+        for lane in &mut self.lanes {
+            lane.answer_bytes -= core::mem::take(&mut lane.taken_bytes);
+            lane.ring.release(hv);
+        }
     }
 }
 

@@ -152,7 +152,7 @@ fn bytes_written_are_bytes_read_wherever_the_ring_wraps() {
             assert_eq!(write(&mut world, 5, file, lap * 512, &bytes), Submit::Taken(3584));
             assert_eq!(results(world.poll_all()), [(5, Ok(Reply::Written(3584)))]);
             assert_eq!(read(&mut world, 6, file, lap * 512, 3584), Submit::Taken(3584));
-            world.server.run(&mut world.hv);
+            world.serve();
             assert_eq!(window_bytes(&mut world), (Tag(6), bytes));
             assert_eq!(world.poll(), None);
         }
@@ -218,10 +218,10 @@ fn long_requests_are_cut_and_short_answers_reported() {
     write(&mut world, 3, file, 0, &[1; 4096]);
     assert_eq!(results(world.poll_all()), [(3, Ok(Reply::Written(700)))]);
     read(&mut world, 4, file, 0, 4096);
-    world.server.run(&mut world.hv);
+    world.serve();
     assert_eq!(window_bytes(&mut world).1.len(), 700);
     read(&mut world, 5, file, 2 << 20, 4096);
-    world.server.run(&mut world.hv);
+    world.serve();
     assert_eq!(window_bytes(&mut world).1, [], "beyond the end");
 }
 
@@ -320,7 +320,7 @@ fn death_answers_everything_once_and_files_come_back() {
         read(&mut world, 2, b, 0, 512);
         assert_eq!(world.poll_all().len(), 2);
         read(&mut world, 1, a, 0, 1);
-        world.server.run(&mut world.hv);
+        world.serve();
         assert_eq!(window_bytes(&mut world).1, [77]);
     }
 }
@@ -359,7 +359,7 @@ fn a_silent_server_is_declared_dead_and_tried_again() {
     world.now_ns += 100 * STALL_NS;
     read(&mut world, 1, file, 0, 512);
     assert_eq!(world.poll(), None, "silence while nothing is asked is no death");
-    world.server.run(&mut world.hv);
+    world.serve();
     world.now_ns += STALL_NS;
     assert_eq!(world.poll(), None);
     world.now_ns += 1;
@@ -408,7 +408,7 @@ fn a_reads_bytes_stay_on_the_ring_until_the_next_poll() {
     let mut world = world(false);
     let file = open(&mut world, "a.raw").unwrap().file;
     read(&mut world, 1, file, 0, 512);
-    world.server.run(&mut world.hv);
+    world.serve();
     window_bytes(&mut world);
     assert_eq!(world.answers_held(), 11 + 512);
     assert_eq!(world.poll(), None);

@@ -91,7 +91,7 @@ impl Client {
         match ring.reserve(hv, len as u32) {
             Ok(Some(reservation)) => {
                 ring.put(hv, &reservation, 0, &bytes[..len]);
-                ring.publish(hv, reservation);
+                ring.seal(reservation);
                 true
             }
             Ok(None) => false,

@@ -431,15 +431,25 @@ impl World {
         moved | (std::mem::replace(&mut self.server.state, state) != state)
     }
 
+    /// A turn of the client: it gives back, takes an answer, sends.
     pub fn poll(&mut self) -> Option<Done> {
-        self.client.poll(&mut self.hv, self.now_ns)
+        Store::release(&mut self.client, &mut self.hv);
+        let done = self.client.poll(&mut self.hv, self.now_ns);
+        Store::push(&mut self.client, &mut self.hv);
+        done
+    }
+
+    /// What the client has to say reaches the server, which acts.
+    pub fn serve(&mut self) {
+        Store::push(&mut self.client, &mut self.hv);
+        self.server.run(&mut self.hv);
     }
 
     /// Runs both ends to rest and collects the answers. Windows are stale then.
     pub fn poll_all(&mut self) -> Vec<Done> {
         let mut all = vec![];
         for _ in 0..200 {
-            self.server.run(&mut self.hv);
+            self.serve();
             let before = all.len();
             while let Some(done) = self.poll() {
                 all.push(done);

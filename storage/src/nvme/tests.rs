@@ -74,6 +74,7 @@ impl World {
     }
 
     fn poll(&mut self) -> Option<crate::Done> {
+        self.store.release(&mut self.hv);
         self.store.poll(&mut self.hv, self.now_ns)
     }
 

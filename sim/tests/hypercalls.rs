@@ -1,0 +1,96 @@
+//! What a request costs in calls to the hypervisor: on any machine the larger part of platter's
+//! own time, and here the same in every run. `--nocapture` prints the table. Would miss: what
+//! the calls themselves cost, and what is computed between them.
+
+use platter_image::Format;
+use platter_sim::guest::Habits;
+use platter_sim::world::{S, World};
+
+const MS: u64 = 1_000_000;
+const REQUESTS: u64 = 1000;
+
+/// A load on a raw image over platter-9pfsd's dialect, and the bounds on what 100 requests of it
+/// cost.
+struct Row {
+    writes: bool,
+    pages: usize,
+    depth: usize,
+    /// Grant copy hypercalls.
+    copies: u64,
+    notifies: u64,
+    sleeps: u64,
+}
+
+const fn row(writes: bool, pages: usize, depth: usize, bounds: [u64; 3]) -> Row {
+    let [copies, notifies, sleeps] = bounds;
+    Row { writes, pages, depth, copies, notifies, sleeps }
+}
+
+/// Before copies and events were gathered by turns a request of 4 KiB cost one copy call and one
+/// event, one of 64 KiB two and one and a half, at any depth.
+const ROWS: [Row; 12] = [
+    row(false, 1, 1, [100, 200, 250]),
+    row(false, 1, 32, [10, 20, 10]),
+    row(false, 1, 128, [5, 12, 2]),
+    row(false, 16, 1, [200, 200, 250]),
+    row(false, 16, 32, [35, 60, 10]),
+    row(false, 16, 128, [35, 60, 2]),
+    row(true, 1, 1, [100, 200, 250]),
+    row(true, 1, 32, [10, 20, 10]),
+    row(true, 1, 128, [5, 12, 2]),
+    row(true, 16, 1, [200, 200, 250]),
+    row(true, 16, 32, [35, 60, 10]),
+    row(true, 16, 128, [35, 60, 2]),
+];
+
+#[test]
+fn a_request_costs_few_hypercalls() {
+    println!("per 100 requests: copy calls (copies in them), notifies, sleeps; turns, accesses");
+    for row in &ROWS {
+        measure(row);
+    }
+}
+
+fn measure(row: &Row) {
+    let mut world = World::new(7, 16384);
+    world.host.platter = true;
+    world.host.order_max = 7;
+    world.host.latency_ns = (5_000, 10_000);
+    world.host.start(&mut world.xs);
+    world.poke_host();
+    let habits = Habits {
+        ring_order: 2,
+        depth: row.depth,
+        segments_max: row.pages,
+        uniform: true,
+        requests: u64::MAX,
+        writes: if row.writes { 1000 } else { 0 },
+        flushes: 0,
+        ..Habits::calm()
+    };
+    let guest = world.add_guest(Format::Raw, 8192, habits);
+    world.run_until("the start", 10_000 * MS, |w| w.guests[guest].answered > 300);
+    let (before, turns, sleeps) = (world.machine.calls(S), world.turns, world.sleeps);
+    let answered = world.guests[guest].answered;
+    let enough = answered + REQUESTS;
+    world.run_until("the load", 10_000 * MS, |w| w.guests[guest].answered >= enough);
+    let after = world.machine.calls(S);
+    let count = world.guests[guest].answered - answered;
+    let per = |now: u64, then: u64| (now - then) * 100 / count;
+    let copies = per(after.copies, before.copies);
+    let notifies = per(after.notifies, before.notifies);
+    let sleeps = per(world.sleeps, sleeps);
+    let what = format!(
+        "{} of {:2} KiB at depth {:3}: {copies:3} ({:4}), {notifies:3}, {sleeps:3}; {:3}, {:4}",
+        if row.writes { "writes" } else { "reads" },
+        row.pages * 4,
+        row.depth,
+        per(after.copy_ops, before.copy_ops),
+        per(world.turns, turns),
+        per(after.accesses, before.accesses),
+    );
+    println!("{what}");
+    let fine = copies <= row.copies && notifies <= row.notifies && sleeps <= row.sleeps;
+    let Row { copies, notifies, sleeps, .. } = row;
+    assert!(fine, "{what}; the bounds are {copies}, {notifies}, {sleeps}");
+}
