@@ -1,0 +1,118 @@
+//! Traps of the formats that no other test here steps on: bits that must be ignored and kept,
+//! sizes that are no whole sectors, zero clusters over a base, two entries for one place.
+//!
+//! Would miss: what QEMU's images hold (the tool's differential tests); TESTING.md has the list.
+
+mod foreign;
+
+use foreign::*;
+use platter_image::{Backing, CreateParams, Format};
+use platter_tool::medium::RamFolder;
+
+fn le32(bytes: &[u8], at: usize) -> usize {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize
+}
+
+fn le64(bytes: &[u8], at: usize) -> usize {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap()) as usize
+}
+
+fn be64(bytes: &[u8], at: usize) -> usize {
+    u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) as usize
+}
+
+#[test]
+fn unknown_compatible_features_of_qcow2_are_ignored_and_kept() {
+    let folder = RamFolder::new();
+    let mut bytes = made(&params(Format::Qcow2, 20_480));
+    let unknown = (1u64 << 63 | 1 << 17).to_be_bytes();
+    bytes[80..88].copy_from_slice(&unknown);
+    folder.put("a.qcow2", bytes);
+    let mut engine = open(&folder, "a.qcow2", rw(Format::Qcow2));
+    engine.write(7, &[3; 512]).unwrap();
+    engine.resize(40_960).unwrap();
+    engine.close().unwrap();
+    assert_eq!(folder.bytes("a.qcow2").unwrap()[80..88], unknown);
+}
+
+/// The last partial sector is not served, and the owner is told where the format has a size.
+#[test]
+fn a_size_that_is_no_whole_sectors_is_rounded_down() {
+    let folder = RamFolder::new();
+    for (format, at) in [(Format::Qcow2, Some(24)), (Format::Qcow, Some(24)), (Format::Raw, None)] {
+        let mut bytes = made(&params(format, 1000));
+        match at {
+            Some(at) => bytes[at..at + 8].copy_from_slice(&(1000u64 * 512 + 300).to_be_bytes()),
+            None => bytes.extend([7; 300]),
+        }
+        let len = bytes.len();
+        folder.put("a.img", bytes);
+        let mut engine = open(&folder, "a.img", rw(format));
+        assert_eq!(engine.sectors(), 1000, "{}", format.name());
+        assert!(engine.write(999, &[1; 1024]).is_err());
+        engine.write(999, &[1; 512]).unwrap();
+        assert_eq!(engine.image().notes().count(), usize::from(format == Format::Qcow2));
+        engine.close().unwrap();
+        if format == Format::Raw {
+            let bytes = folder.bytes("a.img").unwrap();
+            assert!(bytes.len() == len && bytes[len - 300..] == [7; 300]);
+        }
+    }
+}
+
+/// Entry 1 of a QED table: zeros, whatever the base holds; a write in it fills up with zeros.
+#[test]
+fn a_zero_cluster_of_qed_hides_the_base() {
+    let folder = RamFolder::new();
+    folder.put("base.raw", vec![9; 4096 * 512]);
+    let backing = Backing { name: "base.raw", format: Format::Raw, identity: None, sectors: 4096 };
+    let base = CreateParams { cluster_bytes: 4096, ..params(Format::Qed, 4096) };
+    folder.put("a.qed", made(&CreateParams { backing: Some(backing), ..base }));
+    let mut engine = open(&folder, "a.qed", rw(Format::Qed));
+    engine.write(0, &[5; 4096]).unwrap();
+    engine.close().unwrap();
+    let mut bytes = folder.bytes("a.qed").unwrap();
+    let l2 = le64(&bytes, le64(&bytes, 40));
+    bytes[l2 + 8..l2 + 16].copy_from_slice(&1u64.to_le_bytes());
+    folder.put("a.qed", bytes.clone());
+    let scratch = Scratch::new("qed-zero");
+    scratch.put("base.raw", &vec![9; 4096 * 512]);
+    scratch.put("a.qed", &bytes);
+    let mut engine = open(&folder, "a.qed", rw(Format::Qed));
+    let disk = read_all(&mut engine);
+    assert!(disk[4096..8192].iter().all(|&b| b == 0) && disk[8192] == 9);
+    assert!(scratch.by_qemu("qed", "a.qed") == disk);
+    engine.write(10, &[6; 512]).unwrap();
+    engine.close().unwrap();
+    let disk = read_all(&mut open(&folder, "a.qed", ro(Format::Qed)));
+    let around = disk[4096..5120].iter().chain(&disk[5632..8192]);
+    assert!(around.into_iter().all(|&b| b == 0) && disk[5120..5632] == [6; 512]);
+}
+
+#[test]
+fn two_entries_for_one_place_are_found_in_every_format() {
+    type Entries = fn(&[u8]) -> (usize, usize);
+    // Where the entries of the first clusters stand, and their width.
+    let cases: [(Format, u64, Entries); 5] = [
+        (Format::Qed, 128, |b| (le64(b, le64(b, 40)), 8)),
+        (Format::Qcow, 8, |b| (be64(b, be64(b, 40)), 8)),
+        (Format::Vdi, 2048, |b| (le32(b, 340), 4)),
+        (Format::Vmdk, 128, |b| (le32(b, le64(b, 56) * 512) * 512, 4)),
+        (Format::Qcow2, 128, |b| (be64(b, be64(b, 40)) & 0xff_ffff_ffff_fe00, 8)),
+    ];
+    for (format, cluster, entries) in cases {
+        let folder = RamFolder::new();
+        folder.put("a.img", made(&params(format, 20_480)));
+        let mut engine = open(&folder, "a.img", rw(format));
+        engine.write(0, &vec![1; 3 * cluster as usize * 512]).unwrap();
+        engine.close().unwrap();
+        let mut bytes = folder.bytes("a.img").unwrap();
+        let sound = check_all(&mut open(&folder, "a.img", ro(format)));
+        assert_eq!((sound.corruptions, sound.allocated), (0, 3), "{}", format.name());
+        let (at, width) = entries(&bytes);
+        bytes.copy_within(at..at + width, at + 2 * width);
+        folder.put("a.img", bytes);
+        let report = check_all(&mut open(&folder, "a.img", ro(format)));
+        assert!(report.corruptions > 0, "{}: {report:#?}", format.name());
+    }
+}
