@@ -5,7 +5,8 @@ use anyhow::{Result, bail};
 
 use crate::xenstore::Xenstore;
 
-/// Writes both ends' nodes as libxl would.
+/// Writes both ends' nodes as libxl would, and the note by which libxl takes them away with the
+/// domain.
 pub fn attach(xs: &mut Xenstore, home: &str, domain: &str, tag: &str, path: &str) -> Result<()> {
     let domid = domain_id(xs, domain)?;
     let shares = format!("/local/domain/{domid}/device/9pfs");
@@ -28,6 +29,9 @@ pub fn attach(xs: &mut Xenstore, home: &str, domain: &str, tag: &str, path: &str
         xs.set_perms(&format!("{be}/{key}"), &[format!("n{own}"), format!("r{domid}")])?;
     }
     xs.set_perms(&be, &[format!("n{own}"), format!("r{domid}")])?;
+    let note = format!("/libxl/{domid}/device/9pfs/{number}");
+    xs.write(&format!("{note}/frontend"), &fe)?;
+    xs.write(&format!("{note}/backend"), &be)?;
     // The directory belongs to the domain before it finds a complete share in it.
     let owner = [format!("n{domid}"), format!("r{own}")];
     for (key, value) in

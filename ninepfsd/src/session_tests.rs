@@ -268,6 +268,24 @@ fn fids_are_bounded() {
     world.must(&walk, &[]);
 }
 
+#[test]
+fn open_files_are_bounded() {
+    crate::sandbox::raise_descriptors(2 * OPEN_MAX).expect("as many as we want");
+    let mut world = World::new(Policy::default());
+    world.open(false);
+    let walk =
+        |newfid| Request::Walk { fid: 0, newfid, names: ["sub", "file"].into_iter().collect() };
+    // Fid 1 is open already.
+    for fid in 2..=OPEN_MAX as u32 {
+        world.must(&walk(fid), &[]);
+        world.must(&Request::Lopen { fid, flags: open::READ_ONLY }, &[]);
+    }
+    world.must(&walk(4000), &[]);
+    world.refused(&Request::Lopen { fid: 4000, flags: open::READ_ONLY }, &[], Errno::MFILE);
+    world.must(&Request::Clunk { fid: 7 }, &[]);
+    world.must(&Request::Lopen { fid: 4000, flags: open::READ_ONLY }, &[]);
+}
+
 /// Every message number with bodies of random bytes: an answer each, and nothing outside the
 /// share is touched.
 #[test]

@@ -27,6 +27,10 @@ scenario() {
     inside=$(guest_must guest 'cat /tmp/before' | cut -d' ' -f1)
     note "md5 in the guest $inside"
     guest_must guest 'umount /mnt' >/dev/null
+    if [ "$(ninep_server)" = platter ]; then
+        expect_equal "QEMU processes in dom0" "" "$(pgrep qemu || true)"
+        note "no QEMU runs in dom0"
+    fi
     step "dom0: detach the disk"
     block_detach guest xvda
     within 5 no_backends || fail "the storage domain keeps something of the disk"

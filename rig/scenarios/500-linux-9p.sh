@@ -49,4 +49,7 @@ scenario() {
     expect_equal "the file from outside" "$(cut -d' ' -f1 <"$RUN/inside")" \
         "$(md5sum <"$IMAGES/share/verify.0.0" | cut -d' ' -f1)"
     expect_equal "QEMU processes in dom0" "" "$(pgrep qemu || true)"
+    xl destroy guest
+    nothing_left() { [ -z "$(xenstore-ls -f /local/domain/0/backend | grep 9pfs/)" ]; }
+    within 30 nothing_left || fail "of the share is left: $(xenstore-ls /local/domain/0/backend)"
 }

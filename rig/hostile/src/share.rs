@@ -158,7 +158,8 @@ impl<G: Guest> ShareGround<'_, G> {
     /// To a fresh start, whatever was; the ring must be ours again.
     fn leave(&mut self, link: Link) -> Result<(), String> {
         self.show(CLOSED);
-        self.wait(&[CLOSED, 0])?;
+        // It may be waiting for a frontend still, and holds nothing then.
+        self.wait(&[CLOSED, INIT_WAIT, 0])?;
         self.show(INITIALISING);
         self.wait(&[INIT_WAIT])?;
         self.guest.close_port(link.port);
@@ -256,8 +257,11 @@ impl<G: Guest> ShareGround<'_, G> {
             self.begin(&mut link)?;
             self.guest.store_u32(link.interface, at, value);
             self.guest.notify(link.port);
-            self.ask(&mut link, TREAD, 2, &[0; 16]);
-            let _ = self.answer(&mut link);
+            let states = [CLOSING, CLOSED];
+            if self.share.wait_for(self.guest, self.xs, &states, REFUSAL_NS).is_err() {
+                self.ask(&mut link, TREAD, 2, &[0; 16]);
+                let _ = self.answer(&mut link);
+            }
             tally.tried += 1;
             tally.closed += u64::from(self.has_closed());
             self.leave(link)?;
