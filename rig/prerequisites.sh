@@ -12,6 +12,7 @@ need gcc gcc
 need objcopy binutils
 need mke2fs e2fsprogs
 need python3 python3
+python3 -c 'import ensurepip' 2>/dev/null || missing="$missing python3-venv"
 need debootstrap debootstrap
 need cpio cpio
 need depmod kmod

@@ -7,10 +7,11 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use platter_image::{Create, CreateFile, CreateWrite, Reserve};
+use platter_image::{Access, Create, CreateFile, CreateWrite, Reserve};
 use rustix::fs::FallocateFlags;
 
 use crate::fault::Fault;
+use crate::lock::lock;
 
 /// Makes the files of `plan` at `path` and beside it. With `replace`, files of these names may
 /// be there already and are lost.
@@ -43,14 +44,13 @@ fn write_all(
     let mut files = Vec::new();
     for (path, wanted) in paths.iter().zip(plan.files()) {
         let mut options = OpenOptions::new();
-        options.write(true);
-        if replace {
-            options.create(true).truncate(true)
-        } else {
-            options.create_new(true)
-        };
+        options.read(true).write(true);
+        // What is in use is not emptied, so it is looked at first.
+        options.create(true).truncate(false).create_new(!replace);
         let file = options.open(path).map_err(|error| fault(path, "create", explain(error)))?;
+        lock(&file, Access::ReadWrite).map_err(|error| fault(path, "replace", error))?;
         made.push(path.clone());
+        file.set_len(0).map_err(|error| fault(path, "empty", error))?;
         file.set_len(wanted.bytes).map_err(|error| fault(path, "set the length", error))?;
         reserve(&file, wanted).map_err(|error| fault(path, "take room for it", error))?;
         files.push(file);

@@ -9,7 +9,7 @@ use platter_image::ImageFault;
 #[derive(Debug)]
 pub enum Cause {
     /// The image, or what it asked for, was refused.
-    Image(ImageFault),
+    Image(Box<ImageFault>),
     /// The system refused to read, write or open.
     Io { doing: &'static str, error: io::Error },
 }
@@ -29,7 +29,7 @@ impl Fault {
     /// The image's own fault, when it is one.
     pub fn image(&self) -> Option<ImageFault> {
         match self.cause {
-            Cause::Image(fault) => Some(fault),
+            Cause::Image(ref fault) => Some(**fault),
             Cause::Io { .. } => None,
         }
     }

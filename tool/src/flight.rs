@@ -300,7 +300,7 @@ fn read_parts(
                     into.copy_from_slice(&all[cluster.skip()..][..into.len()]);
                     unpacked
                 };
-                unpacked.map_err(|fault| (file, Cause::Image(fault)))?;
+                unpacked.map_err(|fault| (file, Cause::Image(Box::new(fault))))?;
             }
         }
         at += len;

@@ -9,6 +9,7 @@ pub mod engine;
 mod fault;
 pub mod flight;
 pub mod flow;
+mod lock;
 pub mod medium;
 mod pool;
 

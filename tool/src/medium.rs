@@ -15,6 +15,8 @@ use platter_image::{Access, FileInfo};
 use rustix::fs::{FallocateFlags, SeekFrom};
 use rustix::io::{ReadWriteFlags, preadv2};
 
+use crate::lock;
+
 /// One file of an image.
 pub trait Medium: Send + Sync {
     /// Reads `into.len()` bytes; what lies beyond the end of the file reads as zeros.
@@ -85,13 +87,17 @@ impl Disk {
         Ok(Disk { file })
     }
 
-    /// Opens a file and says what the engine wants to know of it.
-    pub fn open(path: &Path, access: Access) -> io::Result<(Disk, FileInfo)> {
+    /// Opens and locks a file and says what the engine wants to know of it. If it is `shared`,
+    /// others may be writing to it.
+    pub fn open(path: &Path, access: Access, shared: bool) -> io::Result<(Disk, FileInfo)> {
         let write = access == Access::ReadWrite;
         let file = OpenOptions::new().read(true).write(write).open(path)?;
         let meta = file.metadata()?;
         if meta.is_dir() {
             return Err(io::Error::new(io::ErrorKind::IsADirectory, "it is a directory"));
+        }
+        if !shared {
+            lock::lock(&file, access)?;
         }
         let disk = Disk { file };
         let info = FileInfo {
@@ -195,11 +201,17 @@ impl Medium for Disk {
 /// A directory of the system.
 pub struct DiskFolder {
     root: PathBuf,
+    shared: bool,
 }
 
 impl DiskFolder {
     pub fn new(root: impl Into<PathBuf>) -> DiskFolder {
-        DiskFolder { root: root.into() }
+        DiskFolder { root: root.into(), shared: false }
+    }
+
+    /// Files are not locked: others may be writing to them.
+    pub fn shared(self) -> DiskFolder {
+        DiskFolder { shared: true, ..self }
     }
 
     /// The folder that holds `path`, and the file's name in it.
@@ -216,7 +228,7 @@ impl DiskFolder {
 
 impl Folder for DiskFolder {
     fn open(&self, path: &str, access: Access) -> io::Result<(Arc<dyn Medium>, FileInfo)> {
-        let (disk, info) = Disk::open(&self.root.join(path), access)?;
+        let (disk, info) = Disk::open(&self.root.join(path), access, self.shared)?;
         Ok((Arc::new(disk), info))
     }
 

@@ -4,8 +4,10 @@
 //! Would miss: what the engine's own tests find; it looks at words, codes and files.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
 const FORMATS: [&str; 7] = ["qcow2", "qcow", "qed", "vhd", "vhdx", "vmdk", "vdi"];
 
@@ -116,7 +118,6 @@ fn an_overlay_hides_its_base_until_it_is_committed() {
 /// `preallocation` as qemu-img names it: the room is there, or written, and QEMU reads zeros.
 #[test]
 fn a_preallocated_image_has_its_room() {
-    use std::os::unix::fs::MetadataExt;
     let folder = Folder::new("preallocation");
     for (format, subformat) in [
         ("raw", ""),
@@ -157,12 +158,72 @@ fn codes_and_words_are_those_that_scripts_expect() {
     let map = folder.good(&["map", "--output=json", "b.qcow2"]);
     assert!(map.contains("\"length\":10485760") && map.contains("\"zero\":true"), "{map}");
     folder.refused(&["resize", "b.qcow2", "1M"], "b.qcow2");
+    folder.good(&["create", "--json", "-o", "cluster_size=4k", "j.qcow2", "9M"]);
+    for args in [
+        &["create", "--json", "-o", "size=9M", "k.vdi"][..],
+        &["resize", "--json", "j.qcow2", "9M"],
+        &["convert", "--json", "--force", "a.raw", "j.vhdx"],
+        &["snapshot", "--json", "--overlay", "o.qcow2", "j.qcow2"],
+        &["commit", "--json", "o.qcow2"],
+        &["bench", "--json", "-c", "1", "j.qcow2"],
+        &["compare", "--json", "a.raw", "j.vhdx"],
+        &["check", "--json", "j.qcow2"],
+        &["info", "--json", "j.qcow2"],
+        &["map", "--json", "j.qcow2"],
+    ] {
+        let said = folder.good(args);
+        let value: Result<serde_json::Value, _> = serde_json::from_str(&said);
+        assert!(value.is_ok(), "{args:?} says: {said}");
+    }
     folder.refused(&["create", "-f", "qcow2", "a.raw", "1M"], "a.raw");
     folder.refused(&["create", "-f", "qcow2", "-o", "colour=red", "c.qcow2", "1M"], "c.qcow2");
     folder.refused(&["convert", "a.raw", "a.raw"], "a.raw");
     fs::write(folder.path("disk.bin"), [0; 4096]).unwrap();
     let said = folder.refused(&["info", "disk.bin"], "disk.bin");
     assert!(said.contains("-f") && said.contains("never probed"), "{said}");
+}
+
+#[test]
+fn what_another_program_writes_to_is_left_alone() {
+    let folder = Folder::new("locks");
+    folder.good(&["create", "-q", "a.qcow2", "64M"]);
+    let spawn = |program: &str, args: &[&str]| {
+        let mut command = Command::new(program);
+        command.args(args).current_dir(&folder.0).stdout(Stdio::null());
+        command.stdin(Stdio::piped()).spawn().expect("it is installed")
+    };
+    let until = |done: &dyn Fn() -> bool| {
+        (0..600).any(|_| {
+            std::thread::sleep(Duration::from_millis(50));
+            done()
+        })
+    };
+    // QEMU holds the image until its input ends.
+    let mut qemu = spawn("qemu-io", &["-f", "qcow2", "a.qcow2"]);
+    assert!(until(&|| !folder.run(&["info", "a.qcow2"]).status.success()), "QEMU opens it");
+    let said = folder.refused(&["info", "a.qcow2"], "a.qcow2");
+    assert!(said.contains("another program is writing to it"), "{said}");
+    folder.good(&["info", "-U", "a.qcow2"]);
+    folder.refused(&["resize", "a.qcow2", "+1M"], "a.qcow2");
+    folder.refused(&["resize", "-U", "a.qcow2", "+1M"], "a.qcow2");
+    let held = fs::read(folder.path("a.qcow2")).unwrap();
+    folder.refused(&["create", "--force", "a.qcow2", "1M"], "a.qcow2");
+    assert!(fs::read(folder.path("a.qcow2")).unwrap() == held, "it was emptied");
+    drop(qemu.stdin.take());
+    qemu.wait().unwrap();
+    folder.good(&["resize", "-q", "a.qcow2", "+1M"]);
+    // And the other way round.
+    let mut ours =
+        spawn(env!("CARGO_BIN_EXE_platter"), &["bench", "-w", "-c", "1000000000", "a.qcow2"]);
+    let by_qemu = |args: &[&str]| {
+        let run = Command::new("qemu-img").args(args).current_dir(&folder.0).output();
+        run.expect("qemu-img is installed").status.success()
+    };
+    let refused = until(&|| !by_qemu(&["info", "-f", "qcow2", "a.qcow2"]));
+    let resized = by_qemu(&["resize", "-f", "qcow2", "a.qcow2", "+1M"]);
+    ours.kill().unwrap();
+    ours.wait().unwrap();
+    assert!(refused && !resized, "QEMU does not see our locks");
 }
 
 /// An image made by qemu-img and then changed by hand.

@@ -1,11 +1,10 @@
 //! What image tests share: scratch files, making images, and readers by other authors.
 //!
-//! The readers are Python packages (libvhdi-python, libvmdk-python, libqcow-python,
-//! dissect.hypervisor) in a virtual environment under build/. Where it is missing the comparison is
-//! skipped and says so;
-//! `PLATTER_READERS=install` makes it.
+//! The readers are those of python.rs.
 
 #![allow(dead_code)]
+
+mod python;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -54,7 +53,7 @@ impl Scratch {
 
     /// The disk as a reader of another author reads it, `None` where it is not installed.
     pub fn by_reader(&self, reader: &str, names: &[&str]) -> Option<Vec<u8>> {
-        let python = python()?;
+        let python = python::python()?;
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/foreign/read.py");
         let mut args = vec![script.to_str().unwrap(), reader];
         args.extend(names);
@@ -69,39 +68,6 @@ impl Drop for Scratch {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
     }
-}
-
-/// The Python of the readers' environment.
-fn python() -> Option<PathBuf> {
-    static FOUND: std::sync::OnceLock<Option<PathBuf>> = std::sync::OnceLock::new();
-    FOUND.get_or_init(find_python).clone()
-}
-
-fn find_python() -> Option<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../build/venv-images");
-    let root = std::env::var_os("PLATTER_READERS_ENV").map_or(root, PathBuf::from);
-    let python = root.join("bin/python");
-    let holds = |python: &Path| {
-        let args = ["-c", "import pyvhdi, pyvmdk, pyqcow, dissect.hypervisor"];
-        let run = Command::new(python).args(args).output();
-        run.is_ok_and(|output| output.status.success())
-    };
-    if holds(&python) {
-        return Some(python);
-    }
-    if std::env::var("PLATTER_READERS").as_deref() != Ok("install") {
-        eprintln!("skipped: readers of other authors (PLATTER_READERS=install installs them)");
-        return None;
-    }
-    let run = |program: &Path, args: &[&str]| {
-        let status = Command::new(program).args(args).status().unwrap();
-        assert!(status.success(), "{program:?} {args:?}");
-    };
-    run(Path::new("python3"), &["-m", "venv", root.to_str().unwrap()]);
-    let packages = ["libvhdi-python", "libvmdk-python", "libqcow-python", "dissect.hypervisor"];
-    run(&root.join("bin/pip"), &[&["install", "-q"][..], &packages].concat());
-    assert!(holds(&python), "the readers can be imported");
-    Some(python)
 }
 
 /// A new image's bytes.

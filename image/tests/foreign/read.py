@@ -2,8 +2,8 @@
 
 usage: read.py READER IMAGE [PARENT ...]
 READER is libvhdi (pyvhdi: VHD and VHDX), libvmdk (pyvmdk), libqcow (pyqcow), each with parents
-given nearest first, or dissect (dissect.hypervisor: VHD without parents; VDI with one; VHDX and
-VMDK, which find their parents themselves).
+given nearest first, or dissect (dissect.hypervisor: VHD without parents; VDI with one; VHDX,
+VMDK and qcow2, which find their parents themselves).
 """
 import sys
 from pathlib import Path
@@ -57,6 +57,11 @@ def dissect(paths):
         from dissect.hypervisor.disk.vmdk import VMDK
 
         disk = VMDK(Path(paths[0]))
+    elif paths[0].endswith(".qcow2"):
+        from dissect.hypervisor.disk.qcow2 import QCow2
+
+        image = QCow2(Path(paths[0]))
+        return image.size, image.open()
     elif paths[0].endswith(".vhd"):
         from dissect.hypervisor.disk.vhd import VHD
 

@@ -88,6 +88,9 @@ pub struct OpenFlags {
     /// Refuse an image that names other files (backing files, extents, data files)
     #[arg(long)]
     no_backing: bool,
+    /// Read even what another program is writing to; what is read then may be any mixture
+    #[arg(short = 'U', long)]
+    force_share: bool,
 }
 
 impl OpenFlags {
@@ -149,7 +152,14 @@ fn open_by(
 ) -> Result<Opened, Failure> {
     let format = format_of(path, named)?;
     let told = |e| Fault::io(&path.to_string_lossy(), "open", e);
-    let (folder, name) = DiskFolder::of(path).map_err(told)?;
+    let (mut folder, name) = DiskFolder::of(path).map_err(told)?;
+    if flags.force_share && access == Access::ReadWrite {
+        let path = path.display();
+        return Err(Failure::new(format!("{path}: -U is for reading, and this would write")));
+    }
+    if flags.force_share {
+        folder = folder.shared();
+    }
     let engine = by(&folder, &name, flags.options(format, access));
     let engine = engine.map_err(|fault| in_folder(path, fault))?;
     Ok(Opened { engine, format })
@@ -194,6 +204,16 @@ pub fn progress(total: u64, what: &'static str, quiet: bool) -> ProgressBar {
     bar.set_style(ProgressStyle::with_template(style).expect("a template of ours"));
     bar.set_message(what);
     bar
+}
+
+/// Says what was made of an image: a sentence, or as JSON.
+pub fn say_done(output: &OutputFlags, quiet: bool, text: &str, path: &Path, bytes: u64) {
+    if output.json() {
+        let filename = path.to_string_lossy();
+        print_json(&serde_json::json!({ "filename": filename, "virtual-size": bytes }));
+    } else if !quiet && !text.is_empty() {
+        println!("{text}");
+    }
 }
 
 /// Prints a JSON value as qemu-img does: indented, with a newline.

@@ -7,8 +7,9 @@ use std::thread;
 
 use clap::Args;
 use platter_image::{Access, SECTOR_BYTES};
+use serde_json::json;
 
-use super::common::{self, Failure, OpenFlags, Outcome};
+use super::common::{self, Failure, OpenFlags, Outcome, OutputFlags};
 use crate::engine::Engine;
 use crate::fault::Fault;
 use crate::flow::{Flow, Piece, is_zero};
@@ -31,6 +32,8 @@ pub struct Compare {
     #[arg(short)]
     quiet: bool,
     #[command(flatten)]
+    output: OutputFlags,
+    #[command(flatten)]
     open: OpenFlags,
     first: PathBuf,
     second: PathBuf,
@@ -50,12 +53,14 @@ impl Compare {
         if sizes.0 != sizes.1 {
             if self.strict {
                 self.say("Strict mode: Image size mismatch!");
+                self.tell(sizes, false, None);
                 return Ok(1);
             }
             self.say("Warning: Image size mismatch!");
         }
         let common = sizes.0.min(sizes.1);
-        let bar = common::progress(sizes.0.max(sizes.1) * SECTOR_BYTES, "comparing", self.quiet);
+        let quiet = self.quiet || self.output.json();
+        let bar = common::progress(sizes.0.max(sizes.1) * SECTOR_BYTES, "comparing", quiet);
         let differs = thread::scope(|scope| {
             let (tx, left) = sync_channel(2);
             scope.spawn(move || send_all(first, sizes.0, &tx));
@@ -64,7 +69,9 @@ impl Compare {
             self.compare(left, right, common, |done| bar.set_position(done * SECTOR_BYTES))
         });
         bar.finish_and_clear();
-        match differs? {
+        let differs = differs?;
+        self.tell(sizes, differs.is_none(), differs);
+        match differs {
             Some(byte) => {
                 self.say(&format!("Content mismatch at offset {byte}!"));
                 Ok(1)
@@ -77,8 +84,19 @@ impl Compare {
     }
 
     fn say(&self, text: &str) {
-        if !self.quiet {
+        if !self.quiet && !self.output.json() {
             println!("{text}");
+        }
+    }
+
+    /// The same as JSON.
+    fn tell(&self, sizes: (u64, u64), identical: bool, offset: Option<u64>) {
+        if self.output.json() {
+            common::print_json(&json!({
+                "identical": identical,
+                "offset": offset,
+                "virtual-sizes": [sizes.0 * SECTOR_BYTES, sizes.1 * SECTOR_BYTES],
+            }));
         }
     }
 

@@ -11,7 +11,7 @@ use clap::Args;
 use indicatif::ProgressBar;
 use platter_image::{Access, CreateParams, Format, SECTOR_BYTES};
 
-use super::common::{self, Failure, OpenFlags, Outcome};
+use super::common::{self, Failure, OpenFlags, Outcome, OutputFlags};
 use super::create::{Base, FormatOptions, NewImage};
 use super::{size, stream};
 use crate::buffer::Buffer;
@@ -56,6 +56,8 @@ pub struct Convert {
     #[arg(long)]
     force: bool,
     #[command(flatten)]
+    output: OutputFlags,
+    #[command(flatten)]
     open: OpenFlags,
     source: PathBuf,
     target: PathBuf,
@@ -73,7 +75,7 @@ impl Convert {
         let mut reader = source.engine;
         let sectors = reader.sectors();
         if self.is_stream()? {
-            return self.stream(reader, sectors);
+            return self.stream(reader, sectors).map(|code| self.done(code, sectors));
         }
         let has_base = self.make_target(sectors)?;
         let result = self.copy(reader, sectors, has_base);
@@ -81,7 +83,12 @@ impl Convert {
             // What is half made is of no use; its extents, if any, are named after it.
             let _ = std::fs::remove_file(&self.target);
         }
-        result
+        result.map(|code| self.done(code, sectors))
+    }
+
+    fn done(&self, code: u8, sectors: u64) -> u8 {
+        common::say_done(&self.output, self.quiet, "", &self.target, sectors * SECTOR_BYTES);
+        code
     }
 
     /// Is the target one that is written once, from front to end?
@@ -110,7 +117,7 @@ impl Convert {
             unix_seconds: common::unix_seconds(),
         };
         let replace = self.force && !same_file(&self.source, &self.target);
-        let quiet = self.quiet && !self.progress;
+        let quiet = (self.quiet || self.output.json()) && !self.progress;
         let bar = common::progress(sectors * SECTOR_BYTES, "converting", quiet);
         let result = stream::write(reader, &params, (&self.target, replace), &bar);
         bar.finish_and_clear();
@@ -145,7 +152,7 @@ impl Convert {
         let mut writer = target.engine;
         writer.hurry();
         let mut flight = Flight::new(writer, WRITES_MAX);
-        let quiet = self.quiet && !self.progress;
+        let quiet = (self.quiet || self.output.json()) && !self.progress;
         let bar = common::progress(sectors * SECTOR_BYTES, "converting", quiet);
         let (full_tx, full_rx) = sync_channel(PIECES_MAX);
         let (spare_tx, spare_rx) = sync_channel(PIECES_MAX);

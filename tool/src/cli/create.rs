@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use platter_image::{Access, Backing, CreateParams, Format, SECTOR_BYTES};
 
-use super::common::{self, Failure, OpenFlags, Outcome};
+use super::common::{self, Failure, OpenFlags, Outcome, OutputFlags};
 use super::size::{self, Bytes};
 
 /// Make a new image
@@ -29,6 +29,8 @@ pub struct Create {
     /// Print nothing
     #[arg(short)]
     quiet: bool,
+    #[command(flatten)]
+    output: OutputFlags,
     #[command(flatten)]
     open: OpenFlags,
     file: PathBuf,
@@ -163,10 +165,9 @@ impl Create {
             replace: self.force,
         };
         new.make()?;
-        if !self.quiet {
-            let size = Bytes(sectors * SECTOR_BYTES);
-            println!("Created {}: {}, {size}", self.file.display(), format.name());
-        }
+        let bytes = sectors * SECTOR_BYTES;
+        let text = format!("Created {}: {}, {}", self.file.display(), format.name(), Bytes(bytes));
+        common::say_done(&self.output, self.quiet, &text, &self.file, bytes);
         Ok(0)
     }
 }

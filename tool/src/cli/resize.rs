@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use platter_image::{Access, SECTOR_BYTES};
 
-use super::common::{self, Failure, OpenFlags, Outcome};
+use super::common::{self, Failure, OpenFlags, Outcome, OutputFlags};
 use super::size::{self, Bytes};
 
 /// Make a disk longer
@@ -17,6 +17,8 @@ pub struct Resize {
     /// Print nothing
     #[arg(short)]
     quiet: bool,
+    #[command(flatten)]
+    output: OutputFlags,
     #[command(flatten)]
     open: OpenFlags,
     file: PathBuf,
@@ -51,9 +53,8 @@ impl Resize {
             engine.resize(wanted / SECTOR_BYTES).map_err(told)?;
         }
         engine.close().map_err(told)?;
-        if !self.quiet {
-            println!("{name}: {} ({wanted} bytes)", Bytes(wanted));
-        }
+        let text = format!("{name}: {} ({wanted} bytes)", Bytes(wanted));
+        common::say_done(&self.output, self.quiet, &text, &self.file, wanted);
         Ok(0)
     }
 }

@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Args};
-use platter_image::{Format, SnapshotInfo};
+use platter_image::{Format, SECTOR_BYTES, SnapshotInfo};
 use serde_json::Value;
 
 use super::common::{self, OpenFlags, Outcome, OutputFlags};
@@ -86,7 +86,8 @@ impl Snapshot {
             replace: false,
         };
         new.make()?;
-        println!("Created {} over {}", overlay.display(), self.file.display());
+        let text = format!("Created {} over {}", overlay.display(), self.file.display());
+        common::say_done(&self.output, false, &text, overlay, base.sectors * SECTOR_BYTES);
         Ok(0)
     }
 }

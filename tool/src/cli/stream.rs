@@ -7,11 +7,12 @@ use std::path::Path;
 
 use indicatif::ProgressBar;
 use miniz_oxide::deflate::compress_to_vec_zlib;
-use platter_image::{CreateFault, CreateParams, SECTOR_BYTES, VmdkStream};
+use platter_image::{Access, CreateFault, CreateParams, SECTOR_BYTES, VmdkStream};
 
 use super::common::Failure;
 use crate::engine::Engine;
 use crate::flow::{Flow, Piece, is_zero};
+use crate::lock::lock;
 
 /// The level at which zlib is usually run.
 const LEVEL: u8 = 6;
@@ -25,7 +26,7 @@ pub fn write(
 ) -> Result<(), Failure> {
     let stream = VmdkStream::new(params).map_err(|why| refused(path, &why))?;
     let mut options = OpenOptions::new();
-    options.write(true).create_new(!replace).create(true).truncate(replace);
+    options.read(true).write(true).create_new(!replace).create(true).truncate(false);
     let file = options.open(path).map_err(|error| match error.kind() {
         std::io::ErrorKind::AlreadyExists => {
             let why = "cannot create: it is there already (--force replaces it)";
@@ -33,6 +34,8 @@ pub fn write(
         }
         _ => failed(path, "create", &error),
     })?;
+    lock(&file, Access::ReadWrite).map_err(|error| failed(path, "replace", &error))?;
+    file.set_len(0).map_err(|error| failed(path, "empty", &error))?;
     let result = fill(reader, stream, (path, file), params.sectors, bar);
     if result.is_err() {
         // What is half made is of no use.
@@ -109,7 +112,7 @@ mod tests {
     use super::*;
     use crate::engine::options;
     use crate::medium::{DiskFolder, RamFolder};
-    use platter_image::{Access, Format};
+    use platter_image::Format;
 
     #[test]
     fn what_is_streamed_reads_the_same_and_zeros_take_no_room() {

@@ -1,9 +1,12 @@
 //! The same operations by platter on one copy and by QEMU on another, then each continues on
-//! the image the other wrote; after every round all four readings must agree, qemu-img check
-//! must find platter's image sound, and platter's check QEMU's.
+//! the image the other wrote; between rounds the images are resized, get overlays, are committed
+//! and get internal snapshots. After every round all four readings must agree, with those of
+//! other authors' readers where there are any; qemu-img check must find platter's image sound,
+//! and platter's check QEMU's.
 //!
-//! Would miss: what QEMU gets wrong too (VHD chains, VHDX differencing, formats it cannot
-//! write: see the second-opinion scripts), and crashes (see powercut).
+//! Would miss: what QEMU gets wrong too or cannot do at all (VHD chains, VHDX and VDI
+//! differencing, seSparse: the engine's own tests ask other readers there), and crashes (see
+//! powercut).
 
 use std::panic::catch_unwind;
 use std::sync::Arc;
@@ -14,8 +17,10 @@ use platter_tool::engine::Engine;
 use platter_tool::flight::Flight;
 use platter_tool::medium::DiskFolder;
 
-use crate::cases::{Built, Case, Check, Scratch, chosen};
+use crate::between::{Past, change};
+use crate::cases::{Case, Check, Scratch, chosen};
 use crate::model::{BACKING, INITIAL, Kind, SECTOR, ZERO};
+use crate::readers;
 use crate::rng::Rng;
 use crate::run::{check, pick_range, seed_options, seeds};
 
@@ -27,13 +32,15 @@ struct Step {
     pattern: u8,
 }
 
-fn pick_steps(rng: &mut Rng, case: &Case, sectors: u64, first_pattern: u8) -> Vec<Step> {
+fn pick_steps(rng: &mut Rng, case: &Case, copies: &[Copy], first_pattern: u8) -> Vec<Step> {
+    let sectors = copies[0].model.sets.len() as u64;
+    let over = copies.iter().any(|copy| copy.model.backing.is_some());
     let count = 4 + rng.below(9) as u8;
     let steps = (0..count).map(|at| {
         let (sector, count) = pick_range(rng, case.unit, sectors);
         let kinds = [Kind::Write, Kind::Write, Kind::Write, Kind::Zero, Kind::Discard, Kind::Flush];
         let mut kind = rng.pick(&kinds);
-        if kind == Kind::Zero && case.format == "qed" && case.base.is_some() {
+        if kind == Kind::Zero && case.format == "qed" && over {
             // QEMU fills a zero cluster that it writes in part with the base's bytes.
             kind = Kind::Write;
         }
@@ -119,14 +126,21 @@ fn read_by_platter(case: &Case, scratch: &Scratch, top: &str) -> Vec<u8> {
 }
 
 /// What the sectors of one copy may read as: a set, and the last pattern written.
-struct Model {
-    sets: Vec<(u64, u8)>,
+pub struct Model {
+    pub sets: Vec<(u64, u8)>,
+    pub initial: Vec<u8>,
+    pub backing: Option<Vec<u8>>,
 }
 
 /// Bit of a set: the pattern written.
 const WRITTEN: u64 = 8;
 
 impl Model {
+    /// A disk that is known to hold these bytes.
+    pub fn new(initial: Vec<u8>, backing: Option<Vec<u8>>) -> Model {
+        Model { sets: vec![(INITIAL, 0); initial.len() / SECTOR], initial, backing }
+    }
+
     fn apply(&mut self, step: &Step) {
         let range = step.sector as usize..(step.sector + step.count) as usize;
         for (set, pattern) in &mut self.sets[range] {
@@ -139,16 +153,15 @@ impl Model {
         }
     }
 
-    fn hold(&self, built: &Built, who: &str, disk: &[u8]) {
+    fn hold(&self, who: &str, disk: &[u8]) {
         assert_eq!(disk.len() / SECTOR, self.sets.len(), "{who}: the disk's size");
         for (sector, bytes) in disk.chunks_exact(SECTOR).enumerate() {
             let (set, pattern) = self.sets[sector];
             let at = sector * SECTOR..(sector + 1) * SECTOR;
-            let initial = set & INITIAL != 0 && built.initial[at.clone()] == *bytes;
-            let backing = built.backing.as_ref().is_some_and(|disk| disk[at] == *bytes);
-            let good = initial
+            let is = |disk: &Vec<u8>| disk.get(at.clone()).is_some_and(|old| old == bytes);
+            let good = (set & INITIAL != 0 && is(&self.initial))
                 || (set & ZERO != 0 && bytes.iter().all(|&b| b == 0))
-                || (set & BACKING != 0 && backing)
+                || (set & BACKING != 0 && self.backing.as_ref().is_some_and(is))
                 || (set & WRITTEN != 0 && bytes.iter().all(|&b| b == pattern));
             let bytes = &bytes[..16];
             assert!(good, "{who}: sector {sector} holds {bytes:02x?}, not {set:#x} {pattern:#x}");
@@ -156,38 +169,60 @@ impl Model {
     }
 }
 
+/// One of the two images under test.
+pub struct Copy {
+    pub scratch: Scratch,
+    pub top: String,
+    pub model: Model,
+    pub past: Past,
+}
+
 fn try_seed(case: &Case, seed: u64) {
     let built = case.build();
     let mut rng = Rng::new(seed ^ 0x6469_6666);
-    let copies = [Scratch::new(case.name), Scratch::new(case.name)];
-    copies.iter().for_each(|copy| copy.write(&built.files));
-    let sectors = (built.initial.len() / SECTOR) as u64;
-    let mut models = [0, 1].map(|_| Model { sets: vec![(INITIAL, 0); sectors as usize] });
-    for round in 0..3 {
-        let steps = pick_steps(&mut rng, case, sectors, 40 + round as u8 * 16);
+    let mut copies = [0, 1].map(|_| Copy {
+        scratch: Scratch::new(case.name),
+        top: built.top.clone(),
+        model: Model::new(built.initial.clone(), built.backing.clone()),
+        past: Past::default(),
+    });
+    copies.iter().for_each(|copy| copy.scratch.write(&built.files));
+    for round in 0..4 {
         // The copy of even rounds is the other's in odd ones.
         let ours = round % 2;
-        by_platter(case, &copies[ours], &built.top, &steps, seed);
-        by_qemu(case, &copies[1 - ours], &built.top, &steps);
-        models.iter_mut().for_each(|model| steps.iter().for_each(|step| model.apply(step)));
-        let who = format!("round {round}, platter's");
-        hold_copy(case, &built, &copies[ours], &models[ours], &who);
-        let who = format!("round {round}, QEMU's");
-        hold_copy(case, &built, &copies[1 - ours], &models[1 - ours], &who);
+        if round > 0 {
+            change(&mut rng, case, &mut copies, ours);
+        }
+        let steps = pick_steps(&mut rng, case, &copies, 40 + round as u8 * 16);
+        by_platter(case, &copies[ours].scratch, &copies[ours].top, &steps, seed);
+        by_qemu(case, &copies[1 - ours].scratch, &copies[1 - ours].top, &steps);
+        for (at, copy) in copies.iter_mut().enumerate() {
+            steps.iter().for_each(|step| copy.model.apply(step));
+            let writer = if at == ours { "platter" } else { "QEMU" };
+            hold_copy(case, copy, &format!("round {round}, {writer}'s {}", copy.top));
+        }
     }
+    copies.iter().for_each(|copy| copy.past.hold(&copy.scratch));
 }
 
-/// Both readers agree on a copy, with each other and the model, and the checks are content.
-fn hold_copy(case: &Case, built: &Built, copy: &Scratch, model: &Model, who: &str) {
-    let read = read_by_platter(case, copy, &built.top);
-    model.hold(built, &format!("{who} image read by platter"), &read);
-    let read_qemu = copy.read_by_qemu(case.qemu, &built.top);
-    model.hold(built, &format!("{who} image read by QEMU"), &read_qemu[..read.len()]);
-    assert!(read_qemu[..read.len()] == read, "{who} image: the two readers differ");
+/// All readers agree on a copy, with each other and the model, and the checks are content. What
+/// the disk holds is certain from then on.
+fn hold_copy(case: &Case, copy: &mut Copy, who: &str) {
+    let Copy { scratch, top, model, .. } = copy;
+    let read = read_by_platter(case, scratch, top);
+    model.hold(&format!("{who} read by platter"), &read);
+    let read_qemu = scratch.read_by_qemu(case.qemu, top);
+    assert!(read_qemu.get(..read.len()) == Some(&read), "{who}: QEMU reads something else");
     if case.check != Check::No {
-        let (code, text) = copy.qemu_check(case.qemu, &built.top, false);
-        assert!(code == 0, "{who} image: qemu-img check says {code}: {text}");
+        let (code, text) = scratch.qemu_check(case.qemu, top, false);
+        assert!(code == 0, "{who}: qemu-img check says {code}: {text}");
     }
+    // No reader knows what follows the end of a shorter base.
+    let over = model.backing.is_some();
+    if model.backing.as_ref().is_none_or(|base| base.len() == read.len()) {
+        readers::hold(case, scratch, top, over, &read, who);
+    }
+    *model = Model::new(read, model.backing.take());
 }
 
 fn all(format: &str) {
