@@ -30,17 +30,17 @@ const fn row(writes: bool, pages: usize, depth: usize, bounds: [u64; 3]) -> Row 
 /// event, one of 64 KiB two and one and a half, at any depth.
 const ROWS: [Row; 12] = [
     row(false, 1, 1, [100, 200, 250]),
-    row(false, 1, 32, [10, 20, 10]),
-    row(false, 1, 128, [5, 12, 2]),
+    row(false, 1, 32, [10, 15, 10]),
+    row(false, 1, 128, [5, 8, 2]),
     row(false, 16, 1, [200, 200, 250]),
-    row(false, 16, 32, [35, 60, 10]),
-    row(false, 16, 128, [35, 60, 2]),
+    row(false, 16, 32, [35, 32, 10]),
+    row(false, 16, 128, [35, 32, 2]),
     row(true, 1, 1, [100, 200, 250]),
-    row(true, 1, 32, [10, 20, 10]),
-    row(true, 1, 128, [5, 12, 2]),
+    row(true, 1, 32, [10, 15, 10]),
+    row(true, 1, 128, [5, 8, 2]),
     row(true, 16, 1, [200, 200, 250]),
-    row(true, 16, 32, [35, 60, 10]),
-    row(true, 16, 128, [35, 60, 2]),
+    row(true, 16, 32, [35, 32, 10]),
+    row(true, 16, 128, [35, 32, 2]),
 ];
 
 #[test]

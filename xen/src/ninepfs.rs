@@ -451,14 +451,19 @@ impl FrontRing {
         self.out_prod = self.out_prod.wrapping_add(reservation.len);
     }
 
-    /// Makes sealed messages visible and tells the server, if there are any. The interface has
-    /// no word for "I am awake", so each move of `out_prod` is told.
-    pub fn push<H: Hypervisor>(&mut self, hv: &mut H) {
+    /// Makes sealed messages visible. True if there are any: the server must be
+    /// [told](Self::tell), for the interface has no word for "I am awake".
+    pub fn push<H: Hypervisor>(&mut self, hv: &mut H) -> bool {
         if self.out_prod == self.out_shown {
-            return;
+            return false;
         }
         self.out_shown = self.out_prod;
         hv.store_u32(self.interface, OUT_PROD, self.out_prod);
+        true
+    }
+
+    /// Sends the server an event.
+    pub fn tell<H: Hypervisor>(&self, hv: &mut H) {
         hv.notify(self.port);
     }
 

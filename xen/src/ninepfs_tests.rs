@@ -68,7 +68,7 @@ fn messages_of_every_alignment_pass_both_ways() {
         let to = ring.reserve(&hv, size).unwrap().unwrap();
         ring.put(&mut hv, &to, 0, &sent);
         ring.seal(to);
-        ring.push(&mut hv);
+        assert!(ring.push(&mut hv));
         assert_eq!(server_take(&mut hv, &ring, size), sent);
         server_put(&mut hv, &ring, &sent);
         let head = ring.peek(&hv, 4096).unwrap().unwrap();
@@ -89,7 +89,7 @@ fn nothing_is_visible_before_publish() {
     ring.put(&mut hv, &to, 0, &[1; 100]);
     assert_eq!(hv.load_u32(ring.interface, OUT_PROD), 0);
     ring.seal(to);
-    ring.push(&mut hv);
+    assert!(ring.push(&mut hv));
     assert_eq!(hv.load_u32(ring.interface, OUT_PROD), 100);
     assert_eq!(hv.notified[0], 1);
 }
@@ -99,7 +99,7 @@ fn a_full_ring_has_no_room_and_a_mad_one_is_broken() {
     let (mut hv, mut ring) = ring(1);
     let to = ring.reserve(&hv, 4096).unwrap().unwrap();
     ring.seal(to);
-    ring.push(&mut hv);
+    assert!(ring.push(&mut hv));
     assert!(ring.reserve(&hv, 1).unwrap().is_none());
     hv.store_u32(ring.interface, OUT_CONS, 4097);
     assert_eq!(ring.reserve(&hv, 1).unwrap_err(), Broken::Index);

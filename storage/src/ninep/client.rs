@@ -249,8 +249,8 @@ impl Client {
     }
 
     /// Finds a ring with room for a request of `out` bytes and its answer of `answer` bytes.
-    /// `Ok(None)`: not now. A turn's requests go on one ring while it has room, for each ring
-    /// costs an event; a plain server's rings take one request each.
+    /// `Ok(None)`: not now. A turn's requests go on one ring while it has room, which is less to
+    /// look at; a plain server's rings take one request each.
     fn reserve<H: Hypervisor>(
         &mut self,
         hv: &H,
@@ -696,8 +696,13 @@ impl<H: Hypervisor> Store<H> for Client {
     }
 
     fn push(&mut self, hv: &mut H) {
+        let mut told = false;
         for lane in &mut self.lanes {
-            lane.ring.push(hv);
+            if lane.ring.push(hv) && !(told && self.extended) {
+                // A server of the dialect looks at all rings at the first event.
+                lane.ring.tell(hv);
+                told = true;
+            }
         }
         // The next turn's requests go on the next ring: no ring is served at another's expense.
         self.lane_next = (self.lane_next + 1) % self.lanes.len().max(1);
