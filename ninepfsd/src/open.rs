@@ -9,9 +9,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::io::{Errno, IoSliceMut, ReadWriteFlags, preadv2};
-use rustix::time::{ClockId, clock_gettime};
 
 use crate::os::memory::{How, RWF_DONTCACHE};
+use crate::os::times_slept;
 use crate::share::Cache;
 
 /// A file or directory that a fid has opened.
@@ -86,8 +86,8 @@ fn can_dontcache(file: &File) -> bool {
     preadv2(file, &mut [IoSliceMut::new(&mut [0])], 1 << 42, DONTCACHE).is_ok()
 }
 
-/// What one request may take at once, on average; and mostly asleep, for a host or hypervisor
-/// that takes the processor away is no reason to have others do the work.
+/// What one request may take at once, on average, where that slept: a processor that is taken
+/// away is no reason to have others do the work.
 const SLOW: Duration = Duration::from_millis(1);
 /// Requests that go to workers once it took longer.
 const WORKERS_TURNS: u32 = 64;
@@ -98,7 +98,7 @@ pub struct Patience {
     /// Requests that still go to workers.
     workers: u32,
     /// Since when one was tried in this turn, and how many were served.
-    since: Option<(Instant, Duration)>,
+    since: Option<(Instant, i64)>,
     served: u32,
 }
 
@@ -125,7 +125,7 @@ impl Patience {
             self.workers -= 1;
             return None;
         }
-        self.since.get_or_insert_with(|| (Instant::now(), processor()));
+        self.since.get_or_insert_with(|| (Instant::now(), times_slept()));
         match transfer(false) {
             Err(Errno::INTR | Errno::FAULT) => None,
             result => Some(result),
@@ -141,18 +141,11 @@ impl Patience {
     /// A turn is over: was trying worth it?
     pub fn judge(&mut self) {
         let served = std::mem::take(&mut self.served);
-        let Some((since, used)) = self.since.take() else { return };
-        let elapsed = since.elapsed();
-        if elapsed > SLOW * served && (processor() - used) * 2 < elapsed {
+        let Some((since, slept)) = self.since.take() else { return };
+        if since.elapsed() > SLOW * served && times_slept() > slept {
             self.workers = WORKERS_TURNS;
         }
     }
-}
-
-/// What this thread has used.
-fn processor() -> Duration {
-    let now = clock_gettime(ClockId::ThreadCPUTime);
-    Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
 }
 
 /// Would miss: whether a millisecond is the right measure for a disk.

@@ -151,7 +151,7 @@ const FILES: [libc::c_long; 26] = [
 ];
 
 /// What every program with threads does.
-const MEMORY_AND_THREADS: [libc::c_long; 29] = [
+const MEMORY_AND_THREADS: [libc::c_long; 30] = [
     libc::SYS_mmap,
     libc::SYS_munmap,
     libc::SYS_mremap,
@@ -175,6 +175,7 @@ const MEMORY_AND_THREADS: [libc::c_long; 29] = [
     libc::SYS_restart_syscall,
     libc::SYS_clock_gettime,
     libc::SYS_clock_nanosleep,
+    libc::SYS_getrusage,
     libc::SYS_getrandom,
     libc::SYS_getpid,
     libc::SYS_gettid,

@@ -17,6 +17,17 @@ fn ioctl<T>(fd: &OwnedFd, request: libc::c_ulong, argument: &mut T) -> io::Resul
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
+/// How often the calling thread has gone to sleep by itself: waited for something, as against
+/// having been made to wait.
+pub fn times_slept() -> i64 {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: the kernel fills the structure that it is given; zeros are a value of it too.
+    unsafe {
+        libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr());
+        usage.assume_init().ru_nvcsw
+    }
+}
+
 /// `_IOC(_IOC_NONE, group, number, size)`, which Xen's devices use for all their requests.
 const fn request(group: u8, number: u8, size: usize) -> libc::c_ulong {
     ((size as libc::c_ulong) << 16) | ((group as libc::c_ulong) << 8) | number as libc::c_ulong
