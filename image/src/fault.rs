@@ -28,7 +28,7 @@ pub enum FaultKind {
 }
 
 /// Longest name kept with a fault, bytes (ours; qcow2's feature names have up to 46).
-const NAME_BYTES_MAX: usize = 62;
+const NAME_BYTES_MAX: usize = 46;
 
 /// What an image itself calls the thing that is refused: its words, never more than printed.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -198,6 +198,11 @@ pub(crate) trait Layer {
         0
     }
 
+    /// May a cluster be packed by zstd?
+    fn unpacks_zstd(&self) -> bool {
+        false
+    }
+
     /// The parent, of a layer that knew it only once it was ready (asked once).
     fn late_parent(&mut self) -> Option<Parent> {
         None

@@ -38,8 +38,8 @@ pub struct Options {
     /// Other files that the image names may be opened, within the same directory tree.
     pub allow_names: bool,
     /// Memory for cached metadata, bytes: all that this image will ever hold, but for as much
-    /// again for the index of a chain, some hundred bytes for each of its layers, and one or two
-    /// clusters for compressed formats.
+    /// again for the index of a chain, some hundred bytes for each of its layers, and, for
+    /// compressed formats, one or two clusters and a decoder (130 KiB for zstd).
     pub budget_bytes: usize,
     /// Freshness for identifiers that a format wants new (VMDK CID, VHDX GUIDs).
     pub seed: u64,
@@ -113,7 +113,7 @@ impl Image {
         Image {
             files: Files::new(name, options.access, info, options.allow_names),
             meta: Meta::new(options.budget_bytes),
-            unpacker: Unpacker::new(0),
+            unpacker: Unpacker::new(0, false),
             resolved: Resolved::none(),
             layers: Vec::new(),
             origins: Vec::new(),
@@ -159,7 +159,8 @@ impl Image {
         }
         // All that serving will need is taken now.
         let unpacked = self.layers.iter().map(|l| l.get_ref().unpacked_bytes()).max();
-        self.unpacker = Unpacker::new(unpacked.unwrap_or(0) as usize);
+        let zstd = self.layers.iter().any(|l| l.get_ref().unpacks_zstd());
+        self.unpacker = Unpacker::new(unpacked.unwrap_or(0) as usize, zstd);
         if self.layers.len() > 1 {
             let grains = self.layers.iter().map(|l| l.get_ref().details().cluster_bytes);
             let grain = grains.filter(|&bytes| bytes > 0).min().unwrap_or(u64::MAX);

@@ -49,12 +49,13 @@ struct Slot {
 /// The decoders' own memory, for one thread.
 pub struct Decoders {
     deflate: Box<DecompressorOxide>,
-    zstd: Zstd,
+    /// Only where it is needed: it has 130 KiB.
+    zstd: Option<Zstd>,
 }
 
 impl Default for Decoders {
     fn default() -> Decoders {
-        Decoders { deflate: Box::default(), zstd: Zstd::new() }
+        Decoders { deflate: Box::default(), zstd: Some(Zstd::new()) }
     }
 }
 
@@ -119,8 +120,9 @@ pub(crate) struct Unpacker {
 }
 
 impl Unpacker {
-    /// For clusters of up to `unpacked_max` bytes; none at all when it is 0.
-    pub fn new(unpacked_max: usize) -> Unpacker {
+    /// For clusters of up to `unpacked_max` bytes; none at all when it is 0. `zstd`: some are
+    /// packed so.
+    pub fn new(unpacked_max: usize, zstd: bool) -> Unpacker {
         let count = match unpacked_max {
             0 => 0,
             max if max <= TWO_UP_TO_BYTES => 2,
@@ -137,7 +139,8 @@ impl Unpacker {
         Unpacker {
             slots: (0..count).map(|_| slot()).collect(),
             unpacked_max,
-            decoders: (count > 0).then(Decoders::default),
+            decoders: (count > 0)
+                .then(|| Decoders { deflate: Box::default(), zstd: zstd.then(Zstd::new) }),
             clock: 0,
         }
     }
@@ -246,7 +249,7 @@ fn unpack(
     let done = match packed.codec {
         Codec::Deflate => inflate(deflate, input, cluster, 0),
         Codec::Zlib => inflate(deflate, input, cluster, flags::TINFL_FLAG_PARSE_ZLIB_HEADER),
-        Codec::Zstd => zstd.unpack(input, cluster),
+        Codec::Zstd => zstd.as_mut().expect("told at open").unpack(input, cluster),
     };
     match done {
         Some(len) if len == cluster.len() => Ok(()),
@@ -322,7 +325,7 @@ mod tests {
     fn deflate_comes_out_whole_or_not_at_all() {
         let data: Vec<u8> = (0..65536u32).map(|i| (i / 7 % 251) as u8).collect();
         let stream = miniz_oxide::deflate::compress_to_vec(&data, 6);
-        let mut unpacker = Unpacker::new(65536);
+        let mut unpacker = Unpacker::new(65536, false);
         let cluster = packed(Codec::Deflate, stream.len() as u32);
         let at = run(&mut unpacker, &cluster, &stream).unwrap();
         assert_eq!(unpacker.bytes(at, 65536), data);
@@ -330,7 +333,7 @@ mod tests {
         assert_eq!(unpacker.get(&cluster), Ok(at));
 
         let short = miniz_oxide::deflate::compress_to_vec(&data[..65535], 6);
-        let mut unpacker = Unpacker::new(65536);
+        let mut unpacker = Unpacker::new(65536, false);
         let cluster = packed(Codec::Deflate, short.len() as u32);
         assert!(matches!(run(&mut unpacker, &cluster, &short), Err(Stop::Fault(_))));
     }
@@ -338,7 +341,7 @@ mod tests {
     #[test]
     fn a_bomb_ends_at_one_cluster() {
         let stream = miniz_oxide::deflate::compress_to_vec(&vec![0; 64 << 20], 9);
-        let mut unpacker = Unpacker::new(65536);
+        let mut unpacker = Unpacker::new(65536, false);
         let cluster = packed(Codec::Deflate, stream.len() as u32);
         let at = run(&mut unpacker, &cluster, &stream).unwrap();
         assert_eq!(unpacker.bytes(at, 65536), [0; 65536]);

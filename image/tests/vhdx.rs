@@ -547,7 +547,9 @@ fn two_headers_with_one_number_must_be_the_same() {
 fn hostile_tables_fail_the_request_and_change_nothing() {
     let full = new(9000, 1 << 20, &[("subformat", "fixed")]);
     let mib = MIB as u64;
-    for entry in [6, mib | 6, 2 * mib | 6, 3 * mib | 6, 4, 7, 5 * mib | 7, !7 | 6, (1 << 50) | 6] {
+    for entry in
+        [6, mib | 6, (2 * mib) | 6, (3 * mib) | 6, 4, 7, (5 * mib) | 7, !7 | 6, (1 << 50) | 6]
+    {
         let mut bytes = full.clone();
         put(&mut bytes, BAT + 8, &entry.to_le_bytes());
         let folder = RamFolder::new();

@@ -207,6 +207,10 @@ impl Layer for Qcow2 {
         if self.kind.data_file { 0 } else { self.cluster_bytes() as u32 }
     }
 
+    fn unpacks_zstd(&self) -> bool {
+        self.header.zstd
+    }
+
     fn note(&self) -> Option<&'static str> {
         if self.header.size_bytes.is_multiple_of(SECTOR_BYTES) {
             return None;
