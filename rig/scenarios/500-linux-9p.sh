@@ -27,8 +27,10 @@ scenario() {
     step "mount, names, verified random I/O"
     guest_must guest '
         set -e
-        until ls /sys/bus/xen/drivers/9pnet_xen/9pfs-* >/dev/null 2>&1; do sleep 1; done
-        mount -t 9p -o trans=xen,version=9p2000.L,msize=262144 share /mnt
+        # Until the server has taken the share up.
+        until mount -t 9p -o trans=xen,version=9p2000.L,msize=262144 share /mnt; do
+            sleep 1
+        done 2>/dev/null
         mkdir /mnt/folder
         echo one >/mnt/folder/a
         mv /mnt/folder/a /mnt/b
