@@ -41,3 +41,43 @@ image vmdk vmdk sparse "" 1M
 image vmdk vmdk zeroed zeroed_grain=on 1M
 image vdi vdi dynamic "" 1M
 image vdi vdi static static=on 512k
+
+# Disks by sfdisk, lvm2 and mke2fs, from the storage crate's vectors: a mode byte, then records.
+vectors=../storage/vectors
+mkdir -p corpus/disk_paths corpus/disk_structures corpus/disk_backend
+for name in gpt mbr gpt-4kn ext4-default ext4-1k ext4-maps; do
+    case $name in *4kn) mode='\001' ;; *) mode='\000' ;; esac
+    { printf "$mode"; cat "$vectors/$name.sparse"; } >"corpus/disk_paths/$name"
+done
+python3 - "$vectors" corpus <<'PYTHON'
+import struct, sys
+
+def records(path):
+    data, at = open(path, "rb").read(), 0
+    while at + 8 <= len(data):
+        number = struct.unpack_from("<Q", data, at)[0]
+        size = 1 if number >> 63 else 512
+        yield number, data[at + 8:at + 8 + size]
+        at += 8 + size
+
+vectors, corpus = sys.argv[1:]
+group = bytearray(b"\0")
+for disk in range(3):
+    for number, body in records(f"{vectors}/lvm-pv{disk}.sparse"):
+        group += struct.pack("<Q", number | disk << 56) + body
+open(f"{corpus}/disk_paths/lvm", "wb").write(group)
+disk = b"".join(body for _, body in records(f"{vectors}/lvm-pv0.sparse") if len(body) == 512)
+for start in (at for at in range(0, len(disk), 512) if disk[at:at + 512].find(b" {\n") > 0):
+    end = disk.find(b"\0", start)
+    open(f"{corpus}/disk_structures/text{start}", "wb").write(disk[start:end])
+for name in ("default", "1k", "maps"):
+    blocks = dict(records(f"{vectors}/ext4-{name}.sparse"))
+    image = b"".join(blocks.get(at, b"").ljust(512, b"\0") for at in range(2, 130))
+    open(f"{corpus}/disk_structures/ext4-{name}", "wb").write(image)
+nodes = ["2", "131072", "512", "4096", "0", "1", "1", "512", "32", "4", "4", "1", "0"]
+answer = bytes([4]) + bytes(8) + b"\0" * 4 + bytes([0]) + struct.pack("<I", 1)
+for order in ("0", "4"):
+    nodes[10] = order
+    text = "\n".join(nodes).encode()
+    open(f"{corpus}/disk_backend/order{order}", "wb").write(text + b"\n" + answer * 8)
+PYTHON

@@ -2,6 +2,7 @@
 //! discarded, checked and opened again. Nothing may panic, whatever it says; what was written
 //! must be read back as long as the image takes writes.
 
+pub mod disks;
 pub mod ninep;
 
 use platter_image::{Access, CheckParams, Format, Options, Repair};
