@@ -302,6 +302,12 @@ impl Image {
         self.layers[0].get().resize(&mut ctx, sectors)
     }
 
+    /// Whoever owns a file that we cannot grow (a device) has made it longer: there is room for
+    /// [`resize`](Self::resize) now.
+    pub fn file_grew(&mut self, file: FileNo, size_bytes: u64) {
+        self.files.grow(file, size_bytes);
+    }
+
     /// Starts a check of the top layer, with nothing else in flight; repair needs an image
     /// opened for writing.
     pub fn check_begin(&mut self, params: CheckParams) -> Result<(), ImageFault> {

@@ -4,7 +4,9 @@
 use platter_image::Format;
 use platter_sim::disks::{DiskKind, Pace};
 use platter_sim::guest::Habits;
+use platter_sim::machine::View;
 use platter_sim::world::{DiskGuest, S, World};
+use platter_xen::{DomId, Hypervisor};
 
 const MS: u64 = 1_000_000;
 
@@ -158,4 +160,41 @@ fn a_disk_taken_away_in_order_fails_and_one_that_comes_back_serves() {
     world.run_guests(120_000 * MS);
     assert_eq!(world.guests[0].errors, after, "it is back");
     world.wind_up(true);
+}
+
+#[test]
+fn a_disk_that_grows_grows_its_guests_disk() {
+    let mut world = world(8, DiskKind::Blk, 512, vec![]);
+    let line = world.line("/xvda,format=raw");
+    world.attach(&line);
+    world.run_until("a verdict", 11_000 * MS, |w| w.toolstack.verdict(&line, true).is_some());
+    let path = format!("{}/sectors", line.be());
+    assert_eq!(world.xs.number(0, &path), Some(128));
+    // A guest must be there: nothing is looked at for nobody.
+    let fe = |world: &mut World, key: &str, value: &str| {
+        let path = format!("{}/{key}", line.fe());
+        world.xs.write(line.guest, &path, value.as_bytes()).expect("its own");
+    };
+    let view = world.machine.view(line.guest);
+    let (gref, port) = connect(view);
+    fe(&mut world, "ring-ref", &gref);
+    fe(&mut world, "event-channel", &port);
+    fe(&mut world, "protocol", "x86_64-abi");
+    fe(&mut world, "state", "3");
+    world.run_for(500 * MS);
+    if let Some(blk) = &mut world.disks.blk {
+        blk.grow(&mut world.xs, 1 << 20);
+    }
+    world.poke_disks();
+    world.run_until("the growth", 10_000 * MS, |w| w.xs.number(0, &path) == Some(2048));
+}
+
+/// A ring page and a port for platter, as xenstore wants them.
+fn connect(mut hv: View<'_>) -> (String, String) {
+    let page = hv.frames_alloc(1).expect("guests have memory");
+    hv.store_u32(page, 4, 1);
+    hv.store_u32(page, 12, 1);
+    let gref = hv.grant(DomId(S), page, true).expect("guests have grants");
+    let port = hv.alloc_unbound(DomId(S)).expect("guests have ports");
+    (gref.0.to_string(), port.0.to_string())
 }

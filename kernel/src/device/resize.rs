@@ -1,10 +1,10 @@
 //! Growing a disk while it is served.
 //!
-//! A raw file is grown by whoever owns the share: its size is looked at now and then. Any other
+//! A raw file or disk is grown by whoever owns it: its size is looked at now and then. Any other
 //! image is grown by us, when the toolstack's domain writes the new size in bytes to `resize` in
 //! the backend directory. The guest learns of it by `sectors` and our state written once more.
 
-use platter_image::{Format, ResizePlan, SECTOR_BYTES, Stop};
+use platter_image::{FileNo, Format, ResizePlan, SECTOR_BYTES, Stop};
 use platter_storage::{Answer, Store, StoreFault, Submit, Tag};
 use platter_xen::xenstore::decimal;
 use platter_xen::{Bus, Hypervisor};
@@ -28,10 +28,7 @@ impl Device {
             return;
         };
         self.size_ns = world.now_ns + SIZE_NS;
-        let DiskFile { handle, can_grow, .. } = disk.files[0];
-        if !can_grow {
-            return;
-        }
+        let DiskFile { handle, .. } = disk.files[0];
         let op = Op::new(self.index, Stretch { handle, offset: 0, len: 0 }, OpKind::Size);
         let Ok(id) = world.engine.ops.insert(op) else { return };
         let slot = &mut world.engine.stores[handle.store as usize];
@@ -49,6 +46,10 @@ impl Device {
         disk.ops -= 1;
         disk.kick = true;
         if let Ok(Answer::Size(bytes)) = answer {
+            if !disk.files[0].can_grow {
+                // A disk of ours was made longer by its own domain.
+                disk.image.file_grew(FileNo(0), bytes);
+            }
             self.wanted_sectors = bytes / SECTOR_BYTES;
         }
     }
