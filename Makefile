@@ -69,10 +69,11 @@ rig: kernels
 bench: kernels
 	$(RIG) bench $(NAMES)
 
-# The image engine beside qemu-img, on the same files.
+# The image engine beside qemu-img and other Rust engines, on the same files.
 .PHONY: bench-image
 bench-image: prerequisites tool
-	sh tool/bench/image.sh target/release/platter
+	$(CARGO) build --release --manifest-path tool/bench/peers/Cargo.toml --target-dir build/peers
+	bash tool/bench/image.sh target/release/platter build/peers/release/platter-bench-peers
 
 # Each fuzz target for SECONDS; needs a nightly toolchain and cargo-fuzz.
 SECONDS ?= 60

@@ -157,6 +157,7 @@ fn codes_and_words_are_those_that_scripts_expect() {
     assert!(info.contains("virtual size: 10 MiB (10485760 bytes)"), "{info}");
     let map = folder.good(&["map", "--output=json", "b.qcow2"]);
     assert!(map.contains("\"length\":10485760") && map.contains("\"zero\":true"), "{map}");
+    assert_eq!(folder.run(&["check", "a.raw"]).status.code(), Some(63));
     folder.refused(&["resize", "b.qcow2", "1M"], "b.qcow2");
     folder.good(&["create", "--json", "-o", "cluster_size=4k", "j.qcow2", "9M"]);
     for args in [

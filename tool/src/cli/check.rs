@@ -1,17 +1,17 @@
 //! `platter check`: are the tables of an image consistent? Exit codes are qemu-img's: 0 sound,
-//! 1 not completed, 2 corrupt, 3 leaked space only.
+//! 1 not completed, 2 corrupt, 3 leaked space only, 63 nothing to check.
 
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use platter_image::{Access, CheckParams, CheckReport, Repair};
+use platter_image::{Access, CheckParams, CheckReport, Format, Repair};
 use serde_json::json;
 
-use super::common::{self, OpenFlags, Outcome, OutputFlags};
+use super::common::{self, Failure, OpenFlags, Outcome, OutputFlags};
 
 /// Check an image's tables, and repair them if told to
 ///
-/// Exit codes: 0 sound, 1 not completed, 2 corrupt, 3 leaked space only.
+/// Exit codes: 0 sound, 1 not completed, 2 corrupt, 3 leaked space only, 63 nothing to check.
 #[derive(Args)]
 pub struct Check {
     /// The image's format
@@ -45,6 +45,10 @@ impl Check {
             Some(What::All) => (Access::ReadWrite, Repair::All),
         };
         let opened = common::open(&self.file, self.format.as_deref(), access, &self.open)?;
+        if opened.format == Format::Raw {
+            let message = format!("{}: a raw disk has no tables to check", self.file.display());
+            return Err(Failure::new(message).with_code(63));
+        }
         let mut engine = opened.engine;
         let params = CheckParams { repair, budget_bytes: 64 << 20 };
         let bar = common::progress(0, "checking", self.quiet || self.output.json());

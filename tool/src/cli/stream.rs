@@ -1,6 +1,7 @@
 //! `platter convert -O vmdk -o subformat=streamOptimized`: the one target that is not an image
 //! to write into but a stream, laid out once from front to end with compressed grains.
 
+use std::collections::{BTreeMap, VecDeque};
 use std::fs::{File, OpenOptions};
 use std::io::{BufWriter, Write};
 use std::path::Path;
@@ -13,9 +14,12 @@ use super::common::Failure;
 use crate::engine::Engine;
 use crate::flow::{Flow, Piece, is_zero};
 use crate::lock::lock;
+use crate::pool::Pool;
 
 /// The level at which zlib is usually run.
 const LEVEL: u8 = 6;
+/// Grains being packed at once.
+const GRAINS_MAX: usize = 32;
 
 /// Writes the disk that `reader` holds to a new file at `path`.
 pub fn write(
@@ -52,6 +56,46 @@ fn failed(path: &Path, doing: &str, error: &std::io::Error) -> Failure {
     Failure::new(format!("{}: cannot {doing}: {error}", path.display()))
 }
 
+/// Grains on their way into the file: packed by many threads, written in their order.
+struct Packer<'a, P> {
+    stream: VmdkStream,
+    put: P,
+    path: &'a Path,
+    pool: Pool<(u64, Vec<u8>)>,
+    /// Grains being packed, in order, and what is packed of them.
+    order: VecDeque<u64>,
+    packed: BTreeMap<u64, Vec<u8>>,
+}
+
+impl<P: FnMut(&[u8]) -> Result<(), Failure>> Packer<'_, P> {
+    /// Takes a grain over, unless it is zeros; the bytes are zeros then.
+    fn add(&mut self, number: u64, grain: &mut [u8]) -> Result<(), Failure> {
+        if is_zero(grain) {
+            return Ok(());
+        }
+        while self.pool.out() >= GRAINS_MAX {
+            self.write(1)?;
+        }
+        let bytes = grain.to_vec();
+        grain.fill(0);
+        self.order.push_back(number);
+        self.pool.submit(move |_| (number, compress_to_vec_zlib(&bytes, LEVEL)));
+        Ok(())
+    }
+
+    /// Waits for so many grains and writes those whose turn it is.
+    fn write(&mut self, at_least: usize) -> Result<(), Failure> {
+        self.packed.extend(self.pool.take(at_least));
+        while let Some(number) = self.order.front() {
+            let Some(packed) = self.packed.remove(number) else { break };
+            let bytes = self.stream.grain(*number, &packed);
+            (self.put)(bytes.map_err(|why| refused(self.path, &why))?)?;
+            self.order.pop_front();
+        }
+        Ok(())
+    }
+}
+
 fn fill(
     reader: Engine,
     mut stream: VmdkStream,
@@ -64,24 +108,19 @@ fn fill(
     let grain_sectors = grain_bytes as u64 / SECTOR_BYTES;
     let mut put = |bytes: &[u8]| out.write_all(bytes).map_err(|e| failed(path, "write", &e));
     put(stream.start())?;
+    let threads = std::thread::available_parallelism().map_or(1, |count| count.get());
+    let (pool, order, packed) = (Pool::new(threads), VecDeque::new(), BTreeMap::new());
+    let mut packer = Packer { stream, put, path, pool, order, packed };
     let mut flow = Flow::new(reader, sectors);
     // A grain under way: which one, and its bytes; stretches of zeros end within grains.
     let mut grain = vec![0; grain_bytes];
     let mut spare = None;
-    let mut end_grain = |number: u64, grain: &mut [u8]| {
-        if !is_zero(grain) {
-            let packed = compress_to_vec_zlib(grain, LEVEL);
-            put(stream.grain(number, &packed).map_err(|why| refused(path, &why))?)?;
-            grain.fill(0);
-        }
-        Ok::<(), Failure>(())
-    };
     let mut number = 0;
     while let Some(Piece { sector, count, bytes }) = flow.next(spare.take())? {
         let mut at = sector;
         while at < sector + count {
             if at / grain_sectors != number {
-                end_grain(number, &mut grain)?;
+                packer.add(number, &mut grain)?;
                 number = at / grain_sectors;
             }
             let end = ((at / grain_sectors + 1) * grain_sectors).min(sector + count);
@@ -99,7 +138,9 @@ fn fill(
         spare = bytes;
         bar.inc(count * SECTOR_BYTES);
     }
-    end_grain(number, &mut grain)?;
+    packer.add(number, &mut grain)?;
+    packer.write(packer.pool.out())?;
+    let mut stream = packer.stream;
     out.write_all(stream.finish()).map_err(|e| failed(path, "write", &e))?;
     let file = out.into_inner().map_err(|e| failed(path, "write", e.error()))?;
     file.sync_all().map_err(|e| failed(path, "sync", &e))
