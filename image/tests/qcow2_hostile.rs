@@ -322,8 +322,14 @@ fn entries_that_name_metadata_or_nowhere_do_no_harm() {
         engine.read(0, &mut sector).unwrap();
         if target != copied {
             let fault = engine.write(0, &[9; 512]).unwrap_err().to_string();
-            assert!(fault.contains("names metadata or space beyond the file"), "{fault}");
             assert!(engine.discard(0, 128).is_err());
+            if target == copied | 1 << 55 {
+                // The file may have been cut short: that is no reason for the mark.
+                assert!(fault.contains("names space beyond the file"), "{fault}");
+                assert_eq!(writes(&folder), 0);
+                continue;
+            }
+            assert!(fault.contains("an L2 entry that names metadata"), "{fault}");
             marked(&folder, &bytes);
             engine.read(0, &mut sector).unwrap();
         }

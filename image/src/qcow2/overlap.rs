@@ -23,6 +23,8 @@ use super::refcount::Run;
 /// Entries of the L1 and the refcount table that are known to the filter or compared (ours: the
 /// tables of 4 TiB with clusters of 64 KiB; what larger ones name beyond that is not compared).
 const ENTRIES_MAX: u64 = 8192;
+/// An entry that may be there in a file that was cut short: refused, but no reason for the mark.
+pub(super) const BEYOND_FILE: &str = "an L2 entry that names space beyond the file";
 /// Words of the filter: 4 KiB, eight bits for each table of 2 TiB in clusters of 64 KiB.
 const FILTER_WORDS: usize = 512;
 
@@ -80,10 +82,11 @@ impl Compared {
 
 impl Qcow2 {
     /// Entries of the L1 table, and of the refcount table below the file's end, to look at.
-    fn entries_compared(&self) -> (u64, u64) {
+    fn entries_compared(&self, ctx: &Ctx) -> (u64, u64) {
         let blocks = u64::from(self.header.reftable_clusters) << (self.kind.cluster_bits - 3);
         // Past the file's end the table has no blocks.
-        let used = (self.writer().space.end() >> self.block_counts_bits()) + 1;
+        let end = ctx.files.size(self.file) >> self.kind.cluster_bits;
+        let used = (end >> self.block_counts_bits()) + 1;
         let entries = u64::from(self.header.l1_entries).min(ENTRIES_MAX);
         (entries, blocks.min(used).min(ENTRIES_MAX))
     }
@@ -100,7 +103,7 @@ impl Qcow2 {
 
     /// Fills the filter, at open; keeps its place between calls.
     pub(super) fn fill_filter(&mut self, ctx: &mut Ctx) -> Step<()> {
-        let (entries, blocks) = self.entries_compared();
+        let (entries, blocks) = self.entries_compared(ctx);
         while self.writer().tables.scanned < entries + blocks {
             let n = self.writer().tables.scanned;
             let cluster = self.table_at(ctx, n, entries)?;
@@ -118,7 +121,7 @@ impl Qcow2 {
         run: Run,
         what: &'static str,
     ) -> Step<()> {
-        let (entries, blocks) = self.entries_compared();
+        let (entries, blocks) = self.entries_compared(ctx);
         // More entries than the cache may hold: what was compared is not looked at again.
         let kept = &mut self.writer_mut().compared;
         let (at, mut n) = kept.place_of(run);
@@ -179,6 +182,7 @@ impl Qcow2 {
     pub(super) fn note_damage<T>(&mut self, result: Step<T>) -> Step<T> {
         if let (Err(Stop::Fault(fault)), Some(writer)) = (&result, &mut self.writer)
             && fault.kind == FaultKind::Corrupt
+            && fault.field != BEYOND_FILE
             && self.header.incompatible & INCOMPATIBLE_CORRUPT == 0
         {
             writer.damage.get_or_insert(*fault);

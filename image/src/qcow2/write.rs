@@ -20,7 +20,7 @@ use super::header::{
     AUTOCLEAR_DATA_FILE_RAW, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY, Stretch, field,
 };
 use super::map::{L2, Subcluster};
-use super::overlap::{Compared, Filter};
+use super::overlap::{BEYOND_FILE, Compared, Filter};
 use super::refcount::{Run, Space};
 use super::resize::Growth;
 
@@ -165,8 +165,11 @@ impl Qcow2 {
         }
         let end = offset.saturating_add(len);
         let size = ctx.files.size(self.file).next_multiple_of(self.cluster_bytes());
-        if end > size || self.writer().overlaps_guarded(offset, len) {
-            let what = "an L2 entry that names metadata or space beyond the file";
+        if end > size {
+            return Err(ImageFault::corrupt(self.file, BEYOND_FILE, at, offset).into());
+        }
+        if self.writer().overlaps_guarded(offset, len) {
+            let what = "an L2 entry that names metadata";
             return Err(ImageFault::corrupt(self.file, what, at, offset).into());
         }
         Ok(())
