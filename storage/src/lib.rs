@@ -22,6 +22,8 @@ pub mod ext4;
 #[cfg(test)]
 #[path = "../../xen/src/fake.rs"]
 mod fake;
+#[cfg(test)]
+mod harness;
 pub mod lvm;
 #[cfg(test)]
 mod machine;

@@ -10,8 +10,9 @@ use platter_xen::vbd::BACK_KEYS;
 use super::*;
 use crate::blkback_model::BlkbackModel;
 use crate::block_store::BlockStore;
+use crate::harness::{Harness, pattern};
 use crate::machine::Fake;
-use crate::{Access, Answer, Done, FileId, Store, Submit, Tag, Window};
+use crate::{Answer, Done, FileId, Store, Tag};
 
 struct World {
     hv: Fake,
@@ -107,6 +108,21 @@ impl World {
         self.store.poll(&mut self.hv, 0)
     }
 
+    fn open(&mut self) -> FileId {
+        self.settle();
+        assert!(self.front().is_connected());
+        self.poll();
+        self.open_path("xvda")
+    }
+}
+
+impl Harness for World {
+    type Device = Blkfront;
+
+    fn parts(&mut self) -> (&mut BlockStore<Blkfront>, &mut Fake) {
+        (&mut self.store, &mut self.hv)
+    }
+
     fn done(&mut self) -> Done {
         for _ in 0..1000 {
             if let Some(done) = self.poll() {
@@ -116,56 +132,6 @@ impl World {
         }
         panic!("no answer");
     }
-
-    fn open(&mut self) -> FileId {
-        self.settle();
-        assert!(self.front().is_connected());
-        self.poll();
-        self.store.open(&mut self.hv, Tag(1), "xvda", Access::ReadWrite).unwrap();
-        match self.done().result {
-            Ok(Answer::Opened(opened)) => opened.file,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    fn write(&mut self, tag: u32, file: FileId, offset: u64, bytes: &[u8]) -> u32 {
-        let mut put = |hv: &mut Fake, window: Window| {
-            let run = window.runs[0];
-            hv.write(run.region, run.offset, &bytes[..run.len]);
-            true
-        };
-        let len = bytes.len() as u32;
-        let submit = self.store.write(&mut self.hv, Tag(tag), file, offset, len, &mut put);
-        match submit.unwrap() {
-            Submit::Taken(len) => len,
-            Submit::NoRoom => 0,
-        }
-    }
-
-    fn write_all(&mut self, file: FileId, mut offset: u64, mut bytes: &[u8]) {
-        while !bytes.is_empty() {
-            let taken = self.write(7, file, offset, bytes);
-            assert_eq!(self.done().result, Ok(Answer::Written(taken)));
-            offset += u64::from(taken);
-            bytes = &bytes[taken as usize..];
-        }
-    }
-
-    fn read(&mut self, file: FileId, offset: u64, len: u32) -> Vec<u8> {
-        self.store.read(&mut self.hv, Tag(2), file, offset, len).unwrap();
-        let Ok(Answer::Read(window)) = self.done().result else { panic!("not read") };
-        let run = window.runs[0];
-        self.hv.bytes(run.region, run.offset, run.len)
-    }
-
-    fn flush(&mut self, file: FileId) -> Result<Answer, StoreFault> {
-        self.store.flush(&mut self.hv, Tag(3), file).unwrap();
-        self.done().result
-    }
-}
-
-fn pattern(len: usize) -> Vec<u8> {
-    (0..len).map(|at| (at / 512 * 31 + at) as u8).collect()
 }
 
 #[test]

@@ -9,9 +9,10 @@ use std::rc::Rc;
 
 use super::*;
 use crate::block_store::BlockStore;
+use crate::harness::{Harness, pattern};
 use crate::machine::{Fake, Registers};
 use crate::nvme_model::{Dma, NvmeModel};
-use crate::{Access, Answer, FileId, Store, Submit, Tag, Window};
+use crate::{Answer, FileId, Store, Tag};
 
 type Model = Rc<RefCell<NvmeModel>>;
 
@@ -89,41 +90,12 @@ impl World {
         None
     }
 
-    fn done(&mut self) -> crate::Done {
-        self.done_within(60).expect("an answer within a minute")
-    }
-
     fn open(&mut self) -> FileId {
         for _ in 0..50 {
             self.poll();
             self.step(1);
         }
-        self.store.open(&mut self.hv, Tag(1), "nvme0n1", Access::ReadWrite).unwrap();
-        match self.done().result {
-            Ok(Answer::Opened(opened)) => opened.file,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    fn write(&mut self, tag: u32, file: FileId, offset: u64, bytes: &[u8]) -> u32 {
-        let mut put = |hv: &mut Fake, window: Window| {
-            let run = window.runs[0];
-            hv.write(run.region, run.offset, &bytes[..run.len]);
-            true
-        };
-        let len = bytes.len() as u32;
-        let submit = self.store.write(&mut self.hv, Tag(tag), file, offset, len, &mut put);
-        match submit.unwrap() {
-            Submit::Taken(len) => len,
-            Submit::NoRoom => 0,
-        }
-    }
-
-    fn read(&mut self, file: FileId, offset: u64, len: u32) -> Vec<u8> {
-        self.store.read(&mut self.hv, Tag(2), file, offset, len).unwrap();
-        let Ok(Answer::Read(window)) = self.done().result else { panic!("not read") };
-        let run = window.runs[0];
-        self.hv.bytes(run.region, run.offset, run.len)
+        self.open_path("nvme0n1")
     }
 
     fn nvme(&self) -> &Nvme {
@@ -131,8 +103,16 @@ impl World {
     }
 }
 
-fn pattern(len: usize) -> Vec<u8> {
-    (0..len).map(|at| (at / 512 * 31 + at) as u8).collect()
+impl Harness for World {
+    type Device = Nvme;
+
+    fn parts(&mut self) -> (&mut BlockStore<Nvme>, &mut Fake) {
+        (&mut self.store, &mut self.hv)
+    }
+
+    fn done(&mut self) -> crate::Done {
+        self.done_within(60).expect("an answer within a minute")
+    }
 }
 
 #[test]
