@@ -153,9 +153,14 @@ impl Server {
                 freed = true;
             }
         }
-        // The bytes of all that was read go to the guests together, and then their room back.
+        // The bytes of all that was read go to the guests together, then their room is given
+        // back; what goes on after that may take it.
+        self.engine.copies.run(hv);
+        for slot in &mut self.engine.stores {
+            slot.store.release(hv);
+            slot.full &= !went_on;
+        }
         self.settle_copies(hv);
-        self.engine.stores.iter_mut().for_each(|slot| slot.store.release(hv));
         if went_on | freed {
             self.devices.iter_mut().flatten().filter_map(|d| d.disk.as_mut()).for_each(|disk| {
                 disk.kick = true;

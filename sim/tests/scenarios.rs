@@ -174,6 +174,23 @@ fn the_rest_of_a_short_operation_waits_for_room() {
 }
 
 #[test]
+fn no_request_waits_for_a_timer() {
+    // What is in a ring is seen by an event or by the turn that is under way: the first timer of
+    // an idle server is half a second away.
+    for seed in 0..12 {
+        let mut world = world(seed, seed % 2 == 0, 1 + seed as u32 % 3);
+        let think_ns = [0, 30_000, 400_000][seed as usize % 3];
+        for (format, depth) in [(Format::Raw, 1), (Format::Raw, 8), (Format::Vdi, 4)] {
+            let habits = Habits { depth, think_ns, requests: 300, ..Habits::calm() };
+            world.add_guest(format, 2048, habits);
+        }
+        world.run_guests(120_000 * MS);
+        let slowest = world.guests.iter().flat_map(|guest| &guest.latencies_ns).max();
+        assert!(slowest.is_some_and(|ns| *ns < 100 * MS), "seed {seed}: {slowest:?} ns");
+    }
+}
+
+#[test]
 fn refused_disks_say_why_and_leave_few_nodes() {
     // Each refusal left three nodes for ever, each attached disk one: the quota is 1000.
     let mut world = world(3, false, 8);
