@@ -40,6 +40,8 @@ scenario() {
     step "what is left"
     expect_equal "open files of the server" "$files" "$(ls "/proc/$server/fd" | wc -l)"
     grep -E "VmRSS|Threads" "/proc/$server/status"
+    [ "$(awk '/VmRSS/ { print $2 }' "/proc/$server/status")" -lt 65536 ] ||
+        fail "the server takes more than 64 MiB"
     within 60 domain_is_gone bad || fail "the hostile guest does not go"
     console_has bad "done job=0 .*status=ok" || fail "$(console_of bad | tail -n3)"
     within 10 nothing_mapped || fail "mappings are left: $(grep -c gntdev "/proc/$server/maps")"
