@@ -18,6 +18,7 @@ mod scenario;
 mod setup;
 mod suite;
 mod test;
+mod vmlinux;
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};

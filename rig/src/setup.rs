@@ -17,6 +17,7 @@ use crate::command::{Run, exists};
 use crate::initrd;
 use crate::mirror::Mirror;
 use crate::suite::{Layout, Suite, text};
+use crate::vmlinux;
 
 /// Commands that the set-up runs on the host, each with the package that has it.
 const HOST_TOOLS: [(&str, &str); 4] =
@@ -205,12 +206,14 @@ impl Maker<'_> {
 
     fn guest(&self, kernel: &Made) -> Result<Made> {
         let sources = initrd::guest_sources(self.layout)?;
-        let recipe = format!("guest initrd, kernel {}\n{sources}", kernel.0);
+        let recipe = format!("guest initrd and vmlinux, kernel {}\n{sources}", kernel.0);
         self.step(&self.layout.suite(self.suite), "guest", &recipe, |log| {
             let folder = self.layout.guest(self.suite);
             remove(&folder, log)?;
             fs::create_dir_all(&folder)?;
-            fs::copy(self.layout.suite(self.suite).join("vmlinuz"), folder.join("vmlinuz"))?;
+            let vmlinuz = folder.join("vmlinuz");
+            fs::copy(self.layout.suite(self.suite).join("vmlinuz"), &vmlinuz)?;
+            vmlinux::unpack(&vmlinuz, &folder.join("vmlinux"))?;
             initrd::guest(self.layout, self.suite, &folder)
         })
     }
