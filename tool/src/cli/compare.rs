@@ -10,6 +10,7 @@ use platter_image::{Access, SECTOR_BYTES};
 use serde_json::json;
 
 use super::common::{self, Failure, OpenFlags, Outcome, OutputFlags};
+use crate::buffer::Buffer;
 use crate::engine::Engine;
 use crate::fault::Fault;
 use crate::flow::{Flow, Piece, is_zero};
@@ -62,10 +63,14 @@ impl Compare {
         let quiet = self.quiet || self.output.json();
         let bar = common::progress(sizes.0.max(sizes.1) * SECTOR_BYTES, "comparing", quiet);
         let differs = thread::scope(|scope| {
-            let (tx, left) = sync_channel(2);
-            scope.spawn(move || send_all(first, sizes.0, &tx));
-            let (tx, right) = sync_channel(2);
-            scope.spawn(move || send_all(second, sizes.1, &tx));
+            let (tx, pieces) = sync_channel(2);
+            let (spares, spares_rx) = sync_channel(4);
+            scope.spawn(move || send_all(first, sizes.0, &tx, &spares_rx));
+            let left = Side { pieces, spares, path: &self.first, piece: None };
+            let (tx, pieces) = sync_channel(2);
+            let (spares, spares_rx) = sync_channel(4);
+            scope.spawn(move || send_all(second, sizes.1, &tx, &spares_rx));
+            let right = Side { pieces, spares, path: &self.second, piece: None };
             self.compare(left, right, common, |done| bar.set_position(done * SECTOR_BYTES))
         });
         bar.finish_and_clear();
@@ -103,13 +108,11 @@ impl Compare {
     /// The first byte that differs.
     fn compare(
         &self,
-        left: Pieces,
-        right: Pieces,
+        mut left: Side,
+        mut right: Side,
         common: u64,
         progress: impl Fn(u64),
     ) -> Result<Option<u64>, Failure> {
-        let mut left = Side { pieces: left, path: &self.first, piece: None };
-        let mut right = Side { pieces: right, path: &self.second, piece: None };
         let mut at = 0;
         loop {
             let (a, b) = (left.view(at)?, right.view(at)?);
@@ -132,9 +135,14 @@ impl Compare {
 }
 
 /// Sends all pieces and the fault that ended them; ends quietly when nobody listens.
-fn send_all(engine: Engine, sectors: u64, pieces: &SyncSender<Result<Piece, Fault>>) {
+fn send_all(
+    engine: Engine,
+    sectors: u64,
+    pieces: &SyncSender<Result<Piece, Fault>>,
+    spares: &Receiver<Buffer>,
+) {
     let mut flow = Flow::new(engine, sectors);
-    while let Some(piece) = flow.next(None).transpose() {
+    while let Some(piece) = flow.next(spares.try_recv().ok()).transpose() {
         let last = piece.is_err();
         if pieces.send(piece).is_err() || last {
             return;
@@ -144,6 +152,8 @@ fn send_all(engine: Engine, sectors: u64, pieces: &SyncSender<Result<Piece, Faul
 
 struct Side<'a> {
     pieces: Pieces,
+    /// Buffers to be used again.
+    spares: SyncSender<Buffer>,
     path: &'a PathBuf,
     piece: Option<Piece>,
 }
@@ -164,6 +174,10 @@ impl Side<'_> {
     fn view(&mut self, sector: u64) -> Result<Option<View<'_>>, Failure> {
         let over = |piece: &Piece| piece.sector + piece.count <= sector;
         if self.piece.as_ref().is_none_or(over) {
+            if let Some(bytes) = self.piece.take().and_then(|piece| piece.bytes) {
+                // A full pool is as good.
+                let _ = self.spares.try_send(bytes);
+            }
             self.piece = match self.pieces.recv() {
                 Ok(piece) => {
                     let told = |fault| common::in_folder(self.path, fault).with_code(3);
