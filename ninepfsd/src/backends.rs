@@ -158,10 +158,14 @@ impl Backends {
         if !fe.starts_with(&format!("/local/domain/{domid}/")) || self.known.len() >= BACKENDS_MAX {
             return Ok(());
         }
+        // Whoever makes a share without a transaction (`attach`) writes its state last.
+        if state(xs, be)? == XenbusState::Unknown {
+            return Ok(());
+        }
         let path = xs.read_text(&format!("{be}/path"))?.unwrap_or_default();
         self.seen += 1;
-        let (token, state) = (TRUSTED + self.seen, XenbusState::Unknown);
-        let mut backend = Backend { fe, token, lines: 0, state, device: None, number: 0 };
+        let (token, unknown) = (TRUSTED + self.seen, XenbusState::Unknown);
+        let mut backend = Backend { fe, token, lines: 0, state: unknown, device: None, number: 0 };
         let next = match self.share(&path) {
             Ok(_) => {
                 xs.write(&format!("{be}/versions"), VERSION)?;
