@@ -17,6 +17,10 @@ pub fn attach(xs: &mut Xenstore, home: &str, domain: &str, tag: &str, path: &str
     let fe = format!("{shares}/{number}");
     let be = format!("{home}/backend/9pfs/{domid}/{number}");
     let own = home.rsplit('/').next().unwrap_or("0").to_string();
+    // What is made below a directory inherits who may read it, and a daemon that is at work adds
+    // its own nodes as soon as it finds the state.
+    xs.write(&be, "")?;
+    xs.set_perms(&be, &[format!("n{own}"), format!("r{domid}")])?;
     for (key, value) in [
         ("frontend", fe.as_str()),
         ("frontend-id", &domid.to_string()),
@@ -26,9 +30,7 @@ pub fn attach(xs: &mut Xenstore, home: &str, domain: &str, tag: &str, path: &str
         ("state", "1"),
     ] {
         xs.write(&format!("{be}/{key}"), value)?;
-        xs.set_perms(&format!("{be}/{key}"), &[format!("n{own}"), format!("r{domid}")])?;
     }
-    xs.set_perms(&be, &[format!("n{own}"), format!("r{domid}")])?;
     let note = format!("/libxl/{domid}/device/9pfs/{number}");
     xs.write(&format!("{note}/frontend"), &fe)?;
     xs.write(&format!("{note}/backend"), &be)?;
