@@ -378,7 +378,8 @@ refuse_once() {
 }
 
 # expect_refused TARGET PATTERN [w|r]: a guest with this target must not come to life; xl must say
-# so within 2 s (as many times more as the host is slow), and the reason must stand on the storage domain's console and in its xenstore.
+# so within 2 s (as many times more as the host is slow), and the reason must stand on the storage
+# domain's console and in its xenstore.
 # The best of three counts: a busy host stops the whole machine for seconds at times.
 expect_refused() {
     local seen reason try
