@@ -380,15 +380,15 @@ refuse_once() {
 # expect_refused TARGET PATTERN [w|r]: a guest with this target must not come to life; xl must say
 # so within 2 s (as many times more as the host is slow), and the reason must stand on the storage
 # domain's console and in its xenstore.
-# The best of three counts: a busy host stops the whole machine for seconds at times.
+# The best of six counts: a busy host stops the whole machine for seconds at times.
 expect_refused() {
     local seen reason try
     step "refused: $1"
     seen=$(console_of storage | wc -l)
-    for try in 1 2 3; do
+    for try in 1 2 3 4 5 6; do
         refuse_once "$1" "${3:-w}"
         if awk -v s="${SLOWNESS:-1}" '{ exit !($1 < 2 * s) }' "$RUN/took"; then break; fi
-        [ "$try" -lt 3 ] || fail "the refusal of $1 took $(cat "$RUN/took") s, three times"
+        [ "$try" -lt 6 ] || fail "the refusal of $1 took $(cat "$RUN/took") s, six times"
     done
     reason=$(console_of storage | tail -n +"$((seen + 1))")
     expect_match "the console after target=$1" "$2" "$reason"
