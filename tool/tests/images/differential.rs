@@ -219,7 +219,8 @@ fn hold_copy(case: &Case, copy: &mut Copy, who: &str) {
     }
     // No reader knows what follows the end of a shorter base.
     let over = model.backing.is_some();
-    if model.backing.as_ref().is_none_or(|base| base.len() == read.len()) {
+    let short = case.base.is_some_and(|(_, _, kib)| kib < case.size_kib);
+    if !short && model.backing.as_ref().is_none_or(|base| base.len() == read.len()) {
         readers::hold(case, scratch, top, over, &read, who);
     }
     *model = Model::new(read, model.backing.take());

@@ -15,7 +15,9 @@ fn for_case(case: &Case, over: bool) -> Vec<&'static str> {
         // dissect fails on subclusters and brings no zstd; libqcow knows neither, nor data files
         // nor zero clusters, and takes zeros for some that zlib packed.
         "qcow2" if has("extended_l2") || has("zstd") => vec![],
-        "qcow2" if has("compat=0.10") && !over => vec!["libqcow", "dissect"],
+        // dissect takes a version 2 image's backing format for the feature bits of version 3.
+        "qcow2" if has("compat=0.10") && over => vec![],
+        "qcow2" if has("compat=0.10") => vec!["libqcow", "dissect"],
         "qcow2" => vec!["dissect"],
         "qcow" if !over && !case.name.contains("packed") => vec!["libqcow"],
         "vhd" => vec!["libvhdi", "dissect"],
