@@ -6,7 +6,7 @@
 mod foreign;
 
 use foreign::*;
-use platter_image::{CheckParams, Create, CreateParams, Format, Repair};
+use platter_image::{CheckParams, CreateParams, Format, Repair};
 use platter_tool::medium::RamFolder;
 
 const CASES: &[(Format, &[(&str, &str)])] = &[
@@ -27,20 +27,6 @@ const CASES: &[(Format, &[(&str, &str)])] = &[
     (Format::Vmdk, &[("subformat", "twoGbMaxExtentSparse")]),
     (Format::Vmdk, &[("subformat", "twoGbMaxExtentFlat")]),
 ];
-
-/// Puts a new image and the files it brings into a folder.
-pub fn create(folder: &RamFolder, params: &CreateParams) {
-    let mut plan = Create::new(params).unwrap_or_else(|fault| panic!("create: {fault}"));
-    let names: Vec<_> = plan.files().iter().map(|file| file.name.clone()).collect();
-    let mut files: Vec<_> = plan.files().iter().map(|file| vec![0; file.bytes as usize]).collect();
-    while let Some(write) = plan.next_write() {
-        files[write.file][write.offset as usize..][..write.bytes.len()]
-            .copy_from_slice(write.bytes);
-    }
-    for (name, bytes) in names.into_iter().zip(files) {
-        folder.put(name.as_deref().unwrap_or(params.name), bytes);
-    }
-}
 
 #[test]
 fn a_sound_image_of_any_format_has_no_leaks_and_repair_leaves_it_alone() {

@@ -7,7 +7,7 @@
 mod foreign;
 
 use foreign::*;
-use platter_image::{Create, CreateParams, Format, Options};
+use platter_image::{CreateParams, Format, Options};
 use platter_tool::engine::Engine;
 use platter_tool::medium::{Event, RamFolder, apply};
 
@@ -45,19 +45,6 @@ const CASES: &[Case] = &[
     case(Format::Vmdk, &[], 0, (3001, 100_000_001)),
     case(Format::Vmdk, &[("subformat", "monolithicFlat")], 0, (3001, 12_345)),
 ];
-
-fn create(folder: &RamFolder, params: &CreateParams) {
-    let mut plan = Create::new(params).unwrap_or_else(|fault| panic!("create: {fault}"));
-    let names: Vec<_> = plan.files().iter().map(|file| file.name.clone()).collect();
-    let mut files: Vec<_> = plan.files().iter().map(|file| vec![0; file.bytes as usize]).collect();
-    while let Some(write) = plan.next_write() {
-        files[write.file][write.offset as usize..][..write.bytes.len()]
-            .copy_from_slice(write.bytes);
-    }
-    for (name, bytes) in names.into_iter().zip(files) {
-        folder.put(name.as_deref().unwrap_or(params.name), bytes);
-    }
-}
 
 /// An image with data all over, its folder and the disk.
 fn written(case: &Case, name: &str) -> (RamFolder, Vec<u8>) {

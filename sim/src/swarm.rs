@@ -116,19 +116,27 @@ pub fn run(seed: u64) {
             world.run_guests(300_000 * MS);
             wind_up(&mut world, &plan, seed);
         }
-        End::Cut => {
-            world.run_for(rng.between(1, 1200) * MS);
-            world.cut_power();
-            world.verify_images(true);
-        }
+        End::Cut => cut(&mut world, &mut rng),
         End::Shutdown => {
-            world.run_for(rng.between(1, 600) * MS);
-            world.xs.write(0, "/local/domain/1/control/shutdown", b"poweroff").expect("dom0");
-            world.run_until("the shutdown", 15_000 * MS, |world| world.ended.is_some());
+            shut_down(&mut world, &mut rng);
             world.verify_images(!plan.is_clean());
         }
     }
     tell(&world);
+}
+
+/// The power fails at some time.
+fn cut(world: &mut World, rng: &mut Rng) {
+    world.run_for(rng.between(1, 1200) * MS);
+    world.cut_power();
+    world.verify_images(true);
+}
+
+/// `xl shutdown` at some time, until platter has ended.
+fn shut_down(world: &mut World, rng: &mut Rng) {
+    world.run_for(rng.between(1, 600) * MS);
+    world.xs.write(0, "/local/domain/1/control/shutdown", b"poweroff").expect("dom0");
+    world.run_until("the shutdown", 15_000 * MS, |world| world.ended.is_some());
 }
 
 /// What a run did, for those who wonder whether it did anything.

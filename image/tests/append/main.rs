@@ -19,20 +19,6 @@ use platter_image::{Create, CreateParams, Format};
 use platter_tool::engine::Engine;
 use platter_tool::medium::RamFolder;
 
-/// Puts a new image and the files it brings into a folder.
-fn create(folder: &RamFolder, params: &CreateParams) {
-    let mut plan = Create::new(params).unwrap_or_else(|fault| panic!("create: {fault}"));
-    let mut files: Vec<_> = plan.files().iter().map(|file| vec![0; file.bytes as usize]).collect();
-    let names: Vec<_> = plan.files().iter().map(|file| file.name.clone()).collect();
-    while let Some(write) = plan.next_write() {
-        files[write.file][write.offset as usize..][..write.bytes.len()]
-            .copy_from_slice(write.bytes);
-    }
-    for (name, bytes) in names.into_iter().zip(files) {
-        folder.put(name.as_deref().unwrap_or(params.name), bytes);
-    }
-}
-
 /// Copies a RAM folder's files to disk.
 fn copy_out(folder: &RamFolder, scratch: &Scratch) {
     for name in folder.names() {

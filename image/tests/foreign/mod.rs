@@ -81,6 +81,20 @@ pub fn made(params: &CreateParams) -> Vec<u8> {
     bytes
 }
 
+/// Puts a new image and the files it brings into a folder.
+pub fn create(folder: &RamFolder, params: &CreateParams) {
+    let mut plan = Create::new(params).unwrap_or_else(|fault| panic!("create: {fault}"));
+    let names: Vec<_> = plan.files().iter().map(|file| file.name.clone()).collect();
+    let mut files: Vec<_> = plan.files().iter().map(|file| vec![0; file.bytes as usize]).collect();
+    while let Some(write) = plan.next_write() {
+        files[write.file][write.offset as usize..][..write.bytes.len()]
+            .copy_from_slice(write.bytes);
+    }
+    for (name, bytes) in names.into_iter().zip(files) {
+        folder.put(name.as_deref().unwrap_or(params.name), bytes);
+    }
+}
+
 pub fn params(format: Format, sectors: u64) -> CreateParams<'static> {
     CreateParams {
         format,

@@ -22,6 +22,15 @@ pub type Spans = [(usize, usize); 2];
 /// `RWF_DONTCACHE` (Linux 6.14): the page cache lets go of the bytes at once.
 pub const RWF_DONTCACHE: libc::c_int = 0x80;
 
+/// preadv2 and pwritev2 (preadv2(2)), which differ in nothing but the direction.
+type Vectored = unsafe extern "C" fn(
+    libc::c_int,
+    *const libc::iovec,
+    libc::c_int,
+    libc::off_t,
+    libc::c_int,
+) -> libc::ssize_t;
+
 /// How a file is read or written.
 #[derive(Clone, Copy, Default, Debug)]
 pub struct How {
@@ -114,11 +123,7 @@ impl Mapping {
         offset: u64,
         how: How,
     ) -> Result<usize, Errno> {
-        let (vectors, count) = self.vectors(spans);
-        let (fd, at) = (file.as_raw_fd(), offset_of(offset)?);
-        // SAFETY: the vectors lie within the mapping, which outlives the call; the kernel writes
-        // there and nobody holds a reference into it.
-        done(unsafe { libc::preadv2(fd, vectors.as_ptr(), count, at, how.flags()) })
+        self.transfer(libc::preadv2, spans, file, offset, how)
     }
 
     /// Writes `spans` straight into `file` at `offset`: how many bytes went.
@@ -129,10 +134,23 @@ impl Mapping {
         offset: u64,
         how: How,
     ) -> Result<usize, Errno> {
+        self.transfer(libc::pwritev2, spans, file, offset, how)
+    }
+
+    fn transfer(
+        &self,
+        call: Vectored,
+        spans: Spans,
+        file: &File,
+        offset: u64,
+        how: How,
+    ) -> Result<usize, Errno> {
         let (vectors, count) = self.vectors(spans);
         let (fd, at) = (file.as_raw_fd(), offset_of(offset)?);
-        // SAFETY: as above; the kernel reads there, whatever the other party writes meanwhile.
-        done(unsafe { libc::pwritev2(fd, vectors.as_ptr(), count, at, how.flags()) })
+        // SAFETY: `call` is preadv2 or pwritev2; the vectors lie within the mapping, which outlives
+        // the call; the kernel reads or writes there, whatever the other party writes meanwhile,
+        // and nobody holds a reference into it.
+        done(unsafe { call(fd, vectors.as_ptr(), count, at, how.flags()) })
     }
 
     fn vectors(&self, spans: Spans) -> ([libc::iovec; 2], libc::c_int) {

@@ -3,7 +3,7 @@
 
 use platter_image::Format;
 
-use super::{End, MS, habits, tell};
+use super::{End, MS, cut, habits, shut_down, tell};
 use crate::disks::{DiskKind, Pace};
 use crate::hostile::Hostile;
 use crate::rng::Rng;
@@ -97,15 +97,9 @@ pub fn run(seed: u64) {
             world.disks.pace = Pace { latency_ns: plan.pace.latency_ns, ..Pace::CALM };
             world.wind_up(!plan.is_clean());
         }
-        End::Cut => {
-            world.run_for(rng.between(1, 1200) * MS);
-            world.cut_power();
-            world.verify_images(true);
-        }
+        End::Cut => cut(&mut world, &mut rng),
         End::Shutdown => {
-            world.run_for(rng.between(1, 600) * MS);
-            world.xs.write(0, "/local/domain/1/control/shutdown", b"poweroff").expect("dom0");
-            world.run_until("the shutdown", 15_000 * MS, |world| world.ended.is_some());
+            shut_down(&mut world, &mut rng);
             if plan.is_clean() {
                 check_left(&world);
             }

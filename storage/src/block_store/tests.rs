@@ -8,6 +8,7 @@ use std::rc::Rc;
 use super::*;
 use crate::Opened;
 use crate::disk::{DiskDone, DiskIo, DiskOp, DiskSubmit, DiskTag};
+use crate::harness::Harness;
 use crate::machine::Fake;
 use crate::vectors::expand;
 
@@ -137,6 +138,18 @@ struct World {
     disks: Vec<Mem>,
 }
 
+impl Harness for World {
+    type Device = Mem;
+
+    fn parts(&mut self) -> (&mut BlockStore<Mem>, &mut Fake) {
+        (&mut self.store, &mut self.hv)
+    }
+
+    fn done(&mut self) -> Done {
+        (0..10_000).find_map(|_| self.poll()).expect("an answer")
+    }
+}
+
 impl World {
     fn new(disks: &[(&str, Mem)]) -> World {
         let mut hv = Fake::new(4096);
@@ -157,11 +170,6 @@ impl World {
         self.store.poll(&mut self.hv, 0)
     }
 
-    /// The next answer; idle polls in between are counted.
-    fn done(&mut self) -> Done {
-        (0..10_000).find_map(|_| self.poll()).expect("an answer")
-    }
-
     fn open(&mut self, path: &str, access: Access) -> Result<Opened, StoreFault> {
         self.store.open(&mut self.hv, Tag(99), path, access)?;
         let done = self.done();
@@ -170,28 +178,6 @@ impl World {
             Answer::Opened(opened) => opened,
             other => panic!("{other:?}"),
         })
-    }
-
-    fn write(&mut self, tag: u32, file: FileId, offset: u64, bytes: &[u8]) -> u32 {
-        let mut put = |hv: &mut Fake, window: Window| {
-            let run = window.runs[0];
-            hv.write(run.region, run.offset, &bytes[..run.len]);
-            true
-        };
-        let len = bytes.len() as u32;
-        match self.store.write(&mut self.hv, Tag(tag), file, offset, len, &mut put).unwrap() {
-            Submit::Taken(len) => len,
-            Submit::NoRoom => 0,
-        }
-    }
-
-    fn write_all(&mut self, file: FileId, mut offset: u64, mut bytes: &[u8]) {
-        while !bytes.is_empty() {
-            let taken = self.write(7, file, offset, bytes);
-            assert_eq!(self.done().result, Ok(Answer::Written(taken)));
-            offset += u64::from(taken);
-            bytes = &bytes[taken as usize..];
-        }
     }
 
     fn read_all(&mut self, file: FileId, mut offset: u64, len: usize) -> Vec<u8> {
