@@ -58,9 +58,8 @@ impl Copies {
         self.owners.len() < PIECES_MAX
     }
 
-    /// Queues copies of all of `window`'s bytes from or to the guest's bytes starting at `at`
-    /// (bytes from the start of the request). A window may be longer than what is copied once:
-    /// `len` bytes are, the window's over and over.
+    /// Queues copies of all that `from` says, from or to the guest's bytes starting at `at`
+    /// (bytes from the start of the request).
     pub fn queue<H: Hypervisor>(
         &mut self,
         hv: &mut H,

@@ -34,6 +34,17 @@ pub fn carry_out(plan: &mut Create, path: &Path, replace: bool) -> Result<(), Fa
     result
 }
 
+/// Opens a file to be made anew, with its lock; with `replace` it may be there already. What is
+/// in use is not touched, so emptying it is left to the caller.
+pub(crate) fn claim(path: &Path, replace: bool) -> Result<File, Fault> {
+    let fault = |doing, error| Fault::io(&path.to_string_lossy(), doing, error);
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).create_new(!replace);
+    let file = options.open(path).map_err(|error| fault("create", explain(error)))?;
+    lock(&file, Access::ReadWrite).map_err(|error| fault("replace", error))?;
+    Ok(file)
+}
+
 fn write_all(
     plan: &mut Create,
     paths: &[PathBuf],
@@ -43,12 +54,7 @@ fn write_all(
     let fault = |path: &Path, doing, error| Fault::io(&path.to_string_lossy(), doing, error);
     let mut files = Vec::new();
     for (path, wanted) in paths.iter().zip(plan.files()) {
-        let mut options = OpenOptions::new();
-        options.read(true).write(true);
-        // What is in use is not emptied, so it is looked at first.
-        options.create(true).truncate(false).create_new(!replace);
-        let file = options.open(path).map_err(|error| fault(path, "create", explain(error)))?;
-        lock(&file, Access::ReadWrite).map_err(|error| fault(path, "replace", error))?;
+        let file = claim(path, replace)?;
         made.push(path.clone());
         file.set_len(0).map_err(|error| fault(path, "empty", error))?;
         file.set_len(wanted.bytes).map_err(|error| fault(path, "set the length", error))?;

@@ -7,7 +7,6 @@ use platter_storage::any::AnyDevice;
 use platter_storage::blkfront::{BackNodes, Blkfront, FrontStep};
 use platter_xen::vbd;
 use platter_xen::xenbus::XenbusState;
-use platter_xen::xenstore::decimal;
 use platter_xen::{DomId, Hypervisor};
 
 use super::{Drive, FrontSlot, block_store};
@@ -69,12 +68,11 @@ impl FrontSlot {
         hv: &mut H,
     ) {
         let Drive::Disk { device, .. } = self.drive else { return };
-        let id = self.value("backend-id").and_then(decimal).and_then(|id| u16::try_from(id).ok());
-        let be = self.text("backend").map(String::from);
+        let backend = self.named_backend();
         let fresh = self.value("state") == Some(b"1");
         let Ok(store) = block_store(engine, hv, self.frames_max) else { return };
         let (AnyDevice::Blkfront(front), pool) = store.device_mut(device) else { return };
-        let (Some(be), Some(id)) = (be, id) else {
+        let Some((be, domid)) = backend else {
             front.unplug();
             self.forget_backend(xs);
             log::info!("disk '{}' was taken away", self.name);
@@ -85,7 +83,7 @@ impl FrontSlot {
         if known && !(fresh && front.own_state() != XenbusState::Initialising) {
             return;
         }
-        front.replug(hv, pool, DomId(id));
+        front.replug(hv, pool, domid);
         log::info!("disk '{}' has a new backend", self.name);
         if !known {
             self.forget_backend(xs);

@@ -274,6 +274,13 @@ impl FrontSlot {
         self.values.get(key).map(Vec::as_slice)
     }
 
+    /// The backend's directory and domain, as our own directory names them.
+    fn named_backend(&self) -> Option<(String, DomId)> {
+        let id =
+            self.value("backend-id").and_then(decimal).and_then(|id| u16::try_from(id).ok())?;
+        Some((self.text("backend")?.into(), DomId(id)))
+    }
+
     /// Our own directory is read: who serves us.
     fn front_read<H: Hypervisor + Bus>(
         &mut self,
@@ -281,13 +288,12 @@ impl FrontSlot {
         xs: &mut Xs,
         hv: &mut H,
     ) {
-        let id = self.value("backend-id").and_then(decimal).and_then(|id| u16::try_from(id).ok());
-        let (Some(be), Some(id)) = (self.text("backend").map(String::from), id) else { return };
+        let Some((be, domid)) = self.named_backend() else { return };
         self.be = be;
         let taken = match self.kind {
-            FrontKind::Share => self.take_share(engine, DomId(id)),
-            FrontKind::Disk => self.take_disk(engine, hv, DomId(id)),
-            FrontKind::Pci => self.take_pci(engine, hv, DomId(id)),
+            FrontKind::Share => self.take_share(engine, domid),
+            FrontKind::Disk => self.take_disk(engine, hv, domid),
+            FrontKind::Pci => self.take_pci(engine, hv, domid),
         };
         match taken {
             Ok(()) => {

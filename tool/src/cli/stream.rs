@@ -2,18 +2,18 @@
 //! to write into but a stream, laid out once from front to end with compressed grains.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use indicatif::ProgressBar;
 use miniz_oxide::deflate::compress_to_vec_zlib;
-use platter_image::{Access, CreateFault, CreateParams, SECTOR_BYTES, VmdkStream};
+use platter_image::{CreateFault, CreateParams, SECTOR_BYTES, VmdkStream};
 
 use super::common::Failure;
+use crate::create::claim;
 use crate::engine::Engine;
 use crate::flow::{Flow, Piece, is_zero};
-use crate::lock::lock;
 use crate::pool::Pool;
 
 /// The level at which zlib is usually run.
@@ -29,16 +29,7 @@ pub fn write(
     bar: &ProgressBar,
 ) -> Result<(), Failure> {
     let stream = VmdkStream::new(params).map_err(|why| refused(path, &why))?;
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).create_new(!replace).create(true).truncate(false);
-    let file = options.open(path).map_err(|error| match error.kind() {
-        std::io::ErrorKind::AlreadyExists => {
-            let why = "cannot create: it is there already (--force replaces it)";
-            Failure::new(format!("{}: {why}", path.display()))
-        }
-        _ => failed(path, "create", &error),
-    })?;
-    lock(&file, Access::ReadWrite).map_err(|error| failed(path, "replace", &error))?;
+    let file = claim(path, replace)?;
     file.set_len(0).map_err(|error| failed(path, "empty", &error))?;
     let result = fill(reader, stream, (path, file), params.sectors, bar);
     if result.is_err() {
@@ -153,7 +144,7 @@ mod tests {
     use super::*;
     use crate::engine::options;
     use crate::medium::{DiskFolder, RamFolder};
-    use platter_image::Format;
+    use platter_image::{Access, Format};
 
     #[test]
     fn what_is_streamed_reads_the_same_and_zeros_take_no_room() {
