@@ -69,15 +69,29 @@ impl<'a> Backward<'a> {
     #[inline(always)]
     pub fn skip(&mut self, count: u32) {
         self.word <<= count & 63;
-        self.left -= count as isize;
+        self.count(count);
     }
 
     /// Up to 32 bits, and up to 57 since the last refill.
     #[inline(always)]
     pub fn take(&mut self, count: u32) -> u32 {
-        let value = self.peek(count);
-        self.skip(count);
+        let value = self.read(count);
+        self.count(count);
         value
+    }
+
+    /// `take` in two halves, for those who take several: bits that are yet to be counted ...
+    #[inline(always)]
+    pub fn read(&mut self, count: u32) -> u32 {
+        let value = self.peek(count);
+        self.word <<= count & 63;
+        value
+    }
+
+    /// ... and their count.
+    #[inline(always)]
+    pub fn count(&mut self, count: u32) {
+        self.left -= count as isize;
     }
 }
 

@@ -107,20 +107,35 @@ pub(super) const MATCHES_DEFAULT: Default = (
 );
 
 /// What a state's symbol means, and where the state leads: the bits that are added to the base
-/// for the next one.
+/// for the next one. In one word, so that it is fetched at once: value, base, extra, bits.
 #[derive(Clone, Copy, Default)]
-pub(super) struct State {
-    pub value: u32,
-    base: u16,
-    pub extra: u8,
-    pub bits: u8,
-}
+pub(super) struct State(u64);
 
 impl State {
+    fn new((value, extra): (u32, u8), base: u16, bits: u8) -> State {
+        let high = u64::from(value) << 32 | u64::from(base) << 16;
+        State(high | u64::from(extra) << 8 | u64::from(bits))
+    }
+
+    #[inline(always)]
+    pub fn value(self) -> u32 {
+        (self.0 >> 32) as u32
+    }
+
+    #[inline(always)]
+    pub fn extra(self) -> u32 {
+        (self.0 >> 8) as u32 & 0xff
+    }
+
+    #[inline(always)]
+    pub fn bits(self) -> u32 {
+        self.0 as u32 & 0xff
+    }
+
     /// The next state, from as many bits as this one names.
     #[inline(always)]
     pub fn next(self, bits: u32) -> u32 {
-        u32::from(self.base).wrapping_add(bits)
+        ((self.0 >> 16) as u32 & 0xffff) + bits
     }
 }
 
@@ -162,8 +177,7 @@ impl<const SIZE: usize> Table<SIZE> {
 
     /// One symbol for ever, without bits.
     fn set_single(&mut self, symbol: u8) -> Option<()> {
-        let &(value, extra) = self.meanings.get(usize::from(symbol))?;
-        self.states[0] = State { value, base: 0, extra, bits: 0 };
+        self.states[0] = State::new(*self.meanings.get(usize::from(symbol))?, 0, 0);
         (self.log, self.is_set) = (0, true);
         Some(())
     }
@@ -199,9 +213,8 @@ impl<const SIZE: usize> Table<SIZE> {
             let number = next[usize::from(symbol)];
             next[usize::from(symbol)] += 1;
             let bits = log - number.checked_ilog2()?;
-            let (value, extra) = self.meanings[usize::from(symbol)];
             let base = ((usize::from(number) << bits) - size) as u16;
-            *state = State { value, base, extra, bits: bits as u8 };
+            *state = State::new(self.meanings[usize::from(symbol)], base, bits as u8);
         }
         (self.log, self.is_set) = (log, true);
         Some(())

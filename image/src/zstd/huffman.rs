@@ -62,11 +62,11 @@ impl Huffman {
             bits.refill();
             let turn = count % 2;
             let state = table.state(states[turn]);
-            *weights[..255].get_mut(count)? = state.value as u8;
+            *weights[..255].get_mut(count)? = state.value() as u8;
             count += 1;
-            states[turn] = state.next(bits.take(state.bits.into()));
+            states[turn] = state.next(bits.take(state.bits()));
             if bits.left < 0 {
-                *weights[..255].get_mut(count)? = table.state(states[1 - turn]).value as u8;
+                *weights[..255].get_mut(count)? = table.state(states[1 - turn]).value() as u8;
                 return Some(count + 1);
             }
         }

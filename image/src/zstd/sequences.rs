@@ -15,6 +15,10 @@ const STEP: usize = 16;
 const BITS_A_REFILL: u32 = 57;
 const STATE_BITS_MAX: u32 = 9 + 9 + 8;
 
+/// Sequences decoded before they are carried out: each of the two loops has the processor's
+/// registers to itself then, a tenth of the time (so they are not inlined into one either).
+const BATCH: usize = 64;
+
 /// What is being written to.
 pub(super) struct Output<'a> {
     bytes: &'a mut [u8],
@@ -62,44 +66,6 @@ impl<'a> Output<'a> {
             (from, self.len, left) = (from + piece, self.len + piece, left - piece);
         }
         Some(())
-    }
-
-    /// `push` of bytes `at` on and `repeat` in steps; false if there is no room for that.
-    #[inline(always)]
-    fn push_and_repeat(
-        &mut self,
-        literals: &[u8],
-        (at, count): (usize, usize),
-        (offset, again): (usize, usize),
-    ) -> bool {
-        let len = self.len;
-        let middle = len + count;
-        let end = middle + again;
-        let inside = at + count + STEP <= literals.len() && end + STEP <= self.bytes.len();
-        if !inside || offset < STEP || offset > middle {
-            return false;
-        }
-        let mut done = 0;
-        loop {
-            let step: &[u8; STEP] = literals[at + done..].first_chunk().expect("there is room");
-            *self.bytes[len + done..].first_chunk_mut().expect("there is room") = *step;
-            done += STEP;
-            if done >= count {
-                break;
-            }
-        }
-        let from = middle - offset;
-        let mut done = 0;
-        loop {
-            let step: [u8; STEP] = *self.bytes[from + done..].first_chunk().expect("before it");
-            *self.bytes[middle + done..].first_chunk_mut().expect("there is room") = step;
-            done += STEP;
-            if done >= again {
-                break;
-            }
-        }
-        self.len = end;
-        true
     }
 }
 
@@ -150,65 +116,151 @@ impl Sequences {
         self.decode(count, rest, literals, output)
     }
 
-    /// Decodes and carries out the sequences; ends early at a full output.
+    /// Decodes and carries out the sequences, a batch after the other; ends early at a full
+    /// output.
     fn decode(
         &mut self,
         count: usize,
         stream: &[u8],
-        literals: &[u8],
+        mut literals: &[u8],
         output: &mut Output,
     ) -> Option<()> {
         let mut bits = Backward::new(stream)?;
-        let mut length = bits.take(self.lengths.log);
-        let mut offset = bits.take(self.offsets.log);
-        let mut matched = bits.take(self.matches.log);
-        let mut used = 0;
-        for n in 0..count {
-            let l = self.lengths.state(length);
-            let o = self.offsets.state(offset);
-            let m = self.matches.state(matched);
-            bits.refill();
-            let value = o.value as usize + bits.take(o.extra.into()) as usize;
-            let again = (m.value + bits.take(m.extra.into())) as usize;
-            let taken = u32::from(o.extra) + u32::from(m.extra) + u32::from(l.extra);
-            if taken > BITS_A_REFILL - STATE_BITS_MAX {
-                bits.refill();
-            }
-            let now = (l.value + bits.take(l.extra.into())) as usize;
-            let distance = self.offset(value, now == 0)?;
-            if !output.push_and_repeat(literals, (used, now), (distance, again)) {
-                output.push(literals.get(used..used + now)?);
-                output.repeat(distance, again)?;
-                if output.room() == 0 {
-                    return Some(());
-                }
-            }
-            used += now;
-            if n + 1 < count {
-                length = l.next(bits.take(l.bits.into()));
-                matched = m.next(bits.take(m.bits.into()));
-                offset = o.next(bits.take(o.bits.into()));
-            }
-            if bits.left < 0 {
-                return None;
+        let mut states =
+            [bits.take(self.lengths.log), bits.take(self.offsets.log), bits.take(self.matches.log)];
+        let mut batch = [Sequence::default(); BATCH];
+        let mut left = count;
+        while left > 0 {
+            let now = left.min(BATCH);
+            left -= now;
+            self.batch(&mut bits, &mut states, &mut batch[..now], left == 0)?;
+            literals = carry_out(&batch[..now], &mut self.recent, literals, output)?;
+            if output.room() == 0 {
+                return Some(());
             }
         }
-        output.push(&literals[used..]);
+        output.push(literals);
         (bits.left == 0).then_some(())
     }
 
-    /// What an offset value means (3.1.1.5).
-    #[inline(always)]
-    fn offset(&mut self, value: usize, no_literals: bool) -> Option<usize> {
-        let [a, b, c] = self.recent;
-        let (offset, recent) = match (value, no_literals) {
-            (4.., _) => (value - 3, [value - 3, a, b]),
-            (1, false) => (a, [a, b, c]),
-            (1, true) | (2, false) => (b, [b, a, c]),
-            (2, true) | (3, false) => (c, [c, a, b]),
-            _ => (a.checked_sub(1)?, [a.checked_sub(1)?, a, b]),
-        };
-        self.recent = recent;
-        Some(offset)
+    #[inline(never)]
+    fn batch(
+        &self,
+        bits: &mut Backward,
+        states: &mut [u32; 3],
+        batch: &mut [Sequence],
+        is_last: bool,
+    ) -> Option<()> {
+        let (lengths, offsets, matches) = (&self.lengths, &self.offsets, &self.matches);
+        let [mut length, mut offset, mut matched] = *states;
+        let mut last = 0;
+        for sequence in batch {
+            let l = lengths.state(length);
+            let o = offsets.state(offset);
+            let m = matches.state(matched);
+            bits.refill();
+            sequence.offset = o.value().wrapping_add(bits.read(o.extra()));
+            sequence.matched = m.value().wrapping_add(bits.read(m.extra()));
+            let extra = o.extra() + m.extra() + l.extra();
+            last = l.bits() + m.bits() + o.bits();
+            if extra > BITS_A_REFILL - STATE_BITS_MAX {
+                bits.count(o.extra() + m.extra());
+                bits.refill();
+                sequence.literals = l.value().wrapping_add(bits.read(l.extra()));
+                bits.count(l.extra() + last);
+            } else {
+                sequence.literals = l.value().wrapping_add(bits.read(l.extra()));
+                bits.count(extra + last);
+            }
+            length = l.next(bits.read(l.bits()));
+            matched = m.next(bits.read(m.bits()));
+            offset = o.next(bits.read(o.bits()));
+        }
+        *states = [length, offset, matched];
+        if is_last {
+            // No state follows the last sequence.
+            bits.left += last as isize;
+        }
+        (bits.left >= 0).then_some(())
     }
+}
+
+#[derive(Clone, Copy, Default)]
+struct Sequence {
+    literals: u32,
+    matched: u32,
+    /// Not yet what it means (3.1.1.5).
+    offset: u32,
+}
+
+/// Gives the literals that are left.
+#[inline(never)]
+fn carry_out<'a>(
+    batch: &[Sequence],
+    recent: &mut [usize; 3],
+    literals: &'a [u8],
+    output: &mut Output,
+) -> Option<&'a [u8]> {
+    let mut offsets = *recent;
+    let mut used = 0;
+    for sequence in batch {
+        let (count, again) = (sequence.literals as usize, sequence.matched as usize);
+        let offset = distance(&mut offsets, sequence.offset as usize, count == 0)?;
+        let start = used;
+        used += count;
+        let len = output.len;
+        let middle = len + count;
+        let end = middle + again;
+        if let Some(source) = literals.get(start..used + STEP)
+            && let Some(bytes) = output.bytes.get_mut(..end + 2 * STEP)
+            && (1..=middle).contains(&offset)
+        {
+            bytes[len..len + STEP].copy_from_slice(&source[..STEP]);
+            if count > STEP {
+                bytes[len + STEP..middle].copy_from_slice(&source[STEP..count]);
+            }
+            let mut from = middle - offset;
+            bytes.copy_within(from..from + STEP, middle);
+            let mut at = middle + STEP;
+            if offset < STEP {
+                // Twice as much of what repeats at once, until that makes a step.
+                let mut back = 2 * offset;
+                while back < STEP {
+                    bytes.copy_within(from..from + STEP, from + back);
+                    back *= 2;
+                }
+                at = from + back;
+            } else {
+                from += STEP;
+            }
+            while at < end {
+                bytes.copy_within(from..from + STEP, at);
+                (from, at) = (from + STEP, at + STEP);
+            }
+            output.len = end;
+        } else {
+            output.push(literals.get(start..used)?);
+            output.repeat(offset, again)?;
+            if output.room() == 0 {
+                return Some(&[]);
+            }
+        }
+    }
+    *recent = offsets;
+    literals.get(used..)
+}
+
+/// What an offset value means (3.1.1.5), and the last three offsets after it.
+#[inline(always)]
+fn distance(recent: &mut [usize; 3], value: usize, no_literals: bool) -> Option<usize> {
+    let [a, b, c] = *recent;
+    let distance;
+    (distance, *recent) = match (value, no_literals) {
+        (4.., _) => (value - 3, [value - 3, a, b]),
+        (1, false) => (a, [a, b, c]),
+        (1, true) | (2, false) => (b, [b, a, c]),
+        (2, true) | (3, false) => (c, [c, a, b]),
+        _ => (a.checked_sub(1)?, [a.checked_sub(1)?, a, b]),
+    };
+    Some(distance)
 }
