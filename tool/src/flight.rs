@@ -10,15 +10,15 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use platter_image::{
-    Apart, Decoders, FileNo, Image, PLANS_MAX, PackedCluster, Place, Prepared, SECTOR_BYTES,
-    SectorRange, Step, Stop,
+    Apart, FileNo, Image, PLANS_MAX, PackedCluster, Place, Prepared, SECTOR_BYTES, SectorRange,
+    Step, Stop,
 };
 
 use crate::buffer::Buffer;
 use crate::engine::{Carried, Engine};
 use crate::fault::{Cause, Fault};
 use crate::medium::Medium;
-use crate::pool::Pool;
+use crate::pool::{Desk, Pool};
 
 /// Requests in flight at most: the plans that an image has room for.
 pub const DEPTH_MAX: usize = PLANS_MAX;
@@ -58,6 +58,8 @@ enum Part {
 pub struct Flight {
     engine: Engine,
     pool: Pool<Answer>,
+    /// With one request at a time there is nothing to gain from other threads: this one does it.
+    alone: Option<Box<Desk>>,
     depth: usize,
     reads: VecDeque<Read>,
     /// The first write that failed since the last time one was told.
@@ -72,8 +74,9 @@ impl Flight {
     pub fn new(engine: Engine, depth: usize) -> Flight {
         let depth = depth.clamp(1, DEPTH_MAX);
         let pool = Pool::new(depth.min(THREADS_MAX));
+        let alone = (depth == 1).then(Box::default);
         let (reads, failed) = (VecDeque::new(), None);
-        Flight { engine, pool, depth, reads, failed, writing: false, next_sector: 0 }
+        Flight { engine, pool, alone, depth, reads, failed, writing: false, next_sector: 0 }
     }
 
     /// The engine, with nothing in flight.
@@ -126,15 +129,24 @@ impl Flight {
             } else {
                 part
             };
-            parts.push((len, part));
+            match &mut self.alone {
+                Some(desk) => {
+                    let result = read_part(&part, desk, &mut bytes[at..at + len]);
+                    result.map_err(|(file, cause)| fault(&self.engine, file, cause))?;
+                }
+                None => parts.push((len, part)),
+            }
             at += len;
         }
         self.next_sector = sector + bytes.len() as u64 / SECTOR_BYTES;
+        if self.alone.is_some() {
+            return Ok(Some(bytes));
+        }
         if bytes.len() <= AT_ONCE_BYTES && read_at_once(&parts, &mut bytes) {
             return Ok(Some(bytes));
         }
-        self.pool.submit(move |decoders| {
-            let result = read_parts(&parts, decoders, &mut bytes);
+        self.pool.submit(move |desk| {
+            let result = read_parts(&parts, desk, &mut bytes);
             Answer::Read { tag, bytes, result }
         });
         Ok(None)
@@ -177,6 +189,9 @@ impl Flight {
     ) -> Result<(), Fault> {
         assert!(self.writing || self.pool.out() == 0, "reads and writes do not mix");
         self.writing = true;
+        if self.alone.is_some() {
+            return self.engine.write(sector, &bytes[from..to]);
+        }
         let mut at = from;
         while at < to {
             while !self.has_room() {
@@ -238,8 +253,7 @@ impl Flight {
                     self.reads.push_back(Read { tag, bytes });
                 }
                 Answer::Read { result: Err((file, cause)), .. } => {
-                    let file = String::from(self.engine.path(file));
-                    failed = Some(Fault { file, cause });
+                    failed = Some(fault(&self.engine, file, cause));
                 }
                 Answer::Wrote { prepared, result: Ok(()), .. } => {
                     self.engine.image().commit(prepared);
@@ -271,39 +285,47 @@ fn read_at_once(parts: &[(usize, Part)], bytes: &mut [u8]) -> bool {
     true
 }
 
+fn fault(engine: &Engine, file: FileNo, cause: Cause) -> Fault {
+    Fault { file: String::from(engine.path(file)), cause }
+}
+
 fn read_parts(
     parts: &[(usize, Part)],
-    decoders: &mut Decoders,
+    desk: &mut Desk,
     bytes: &mut [u8],
 ) -> Result<(), (FileNo, Cause)> {
-    let io = |error| Cause::Io { doing: "read", error };
     let mut at = 0;
     for (len, part) in parts {
-        let into = &mut bytes[at..at + len];
-        match part {
-            Part::Zero => into.fill(0),
-            Part::There => {}
-            Part::File { file, medium, offset } => {
-                medium.read_at(*offset, into).map_err(|error| (*file, io(error)))?;
-            }
-            Part::Packed { medium, cluster } => {
-                let file = cluster.file();
-                let (offset, len) = cluster.stretch();
-                let mut stretch = vec![0; len];
-                medium.read_at(offset, &mut stretch).map_err(|error| (file, io(error)))?;
-                let whole = into.len() == cluster.unpacked_bytes();
-                let unpacked = if whole {
-                    cluster.unpack(decoders, &stretch, into)
-                } else {
-                    let mut all = vec![0; cluster.unpacked_bytes()];
-                    let unpacked = cluster.unpack(decoders, &stretch, &mut all);
-                    into.copy_from_slice(&all[cluster.skip()..][..into.len()]);
-                    unpacked
-                };
-                unpacked.map_err(|fault| (file, Cause::Image(Box::new(fault))))?;
-            }
-        }
+        read_part(part, desk, &mut bytes[at..at + len])?;
         at += len;
+    }
+    Ok(())
+}
+
+fn read_part(part: &Part, desk: &mut Desk, into: &mut [u8]) -> Result<(), (FileNo, Cause)> {
+    let io = |error| Cause::Io { doing: "read", error };
+    match part {
+        Part::Zero => into.fill(0),
+        Part::There => {}
+        Part::File { file, medium, offset } => {
+            medium.read_at(*offset, into).map_err(|error| (*file, io(error)))?;
+        }
+        Part::Packed { medium, cluster } => {
+            let Desk { decoders, packed, unpacked } = desk;
+            let file = cluster.file();
+            let (offset, len) = cluster.stretch();
+            packed.resize(len, 0);
+            medium.read_at(offset, packed).map_err(|error| (file, io(error)))?;
+            let done = if into.len() == cluster.unpacked_bytes() {
+                cluster.unpack(decoders, packed, into)
+            } else {
+                unpacked.resize(cluster.unpacked_bytes(), 0);
+                let done = cluster.unpack(decoders, packed, unpacked);
+                into.copy_from_slice(&unpacked[cluster.skip()..][..into.len()]);
+                done
+            };
+            done.map_err(|fault| (file, Cause::Image(Box::new(fault))))?;
+        }
     }
     Ok(())
 }

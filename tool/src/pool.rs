@@ -10,8 +10,16 @@ use std::thread::{self, JoinHandle};
 
 use platter_image::Decoders;
 
-/// What a thread is to do, with decoders of its own.
-type Job<T> = Box<dyn FnOnce(&mut Decoders) -> T + Send>;
+/// What a thread has for itself, to be used again by each job.
+#[derive(Default)]
+pub struct Desk {
+    pub decoders: Decoders,
+    /// A packed cluster, and one of which only a part is wanted.
+    pub packed: Vec<u8>,
+    pub unpacked: Vec<u8>,
+}
+
+type Job<T> = Box<dyn FnOnce(&mut Desk) -> T + Send>;
 
 struct State<T> {
     jobs: VecDeque<Job<T>>,
@@ -65,7 +73,7 @@ impl<T: Send + 'static> Pool<T> {
         self.out
     }
 
-    pub fn submit(&mut self, job: impl FnOnce(&mut Decoders) -> T + Send + 'static) {
+    pub fn submit(&mut self, job: impl FnOnce(&mut Desk) -> T + Send + 'static) {
         self.out += 1;
         let mut state = self.shared.lock();
         state.jobs.push_back(Box::new(job));
@@ -108,12 +116,12 @@ impl<T> Drop for Pool<T> {
 }
 
 fn work<T>(shared: &Shared<T>) {
-    let mut decoders = Decoders::default();
+    let mut desk = Desk::default();
     let mut state = shared.lock();
     loop {
         if let Some(job) = state.jobs.pop_front() {
             drop(state);
-            let answer = job(&mut decoders);
+            let answer = job(&mut desk);
             state = shared.lock();
             state.answers.push_back(answer);
             if state.answers.len() >= state.wanted {
