@@ -1,8 +1,6 @@
 #: title A PVH guest writes and reads its disk
 #: needs platter.elf
 #: storage any
-#: suites trixie
-# On Xen 4.17 under this QEMU a PVH guest powers off before its first line, whatever its disk.
 # Would miss: PVH on hardware; here its kernel has to do without XSAVE.
 
 scenario() {

@@ -217,12 +217,15 @@ impl Job<'_> {
 
     /// QEMU's command line, run from its own root by that root's own loader.
     fn qemu(&self, folder: &Path) -> Command {
-        let root = self.layout.host_root();
+        let root = self.layout.host_root(self.suite);
         let suite = self.layout.suite(self.suite);
         // However this process ends, QEMU ends with it.
         let mut qemu = Command::new("setpriv");
         qemu.args(["--pdeathsig", "KILL"]).arg(root.join("lib64/ld-linux-x86-64.so.2"));
-        qemu.arg("--library-path").arg(root.join("usr/lib/x86_64-linux-gnu"));
+        let libraries = root.join("usr/lib/x86_64-linux-gnu");
+        // Else it looks for its modules, emulation among them, where the host would have them.
+        qemu.env("QEMU_MODULE_DIR", libraries.join("qemu"));
+        qemu.arg("--library-path").arg(libraries);
         qemu.arg(root.join("usr/bin/qemu-system-x86_64"));
         for firmware in ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"] {
             qemu.arg("-L").arg(root.join(firmware));

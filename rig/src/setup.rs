@@ -154,9 +154,10 @@ impl Maker<'_> {
 
     /// Nothing is made from it: QEMU is run out of it.
     fn host_root(&self) -> Result<Made> {
-        let recipe = format!("debootstrap trixie {HOST_PACKAGES}");
-        self.step(&self.layout.rig(), "host-root", &recipe, |log| {
-            debootstrap("trixie", HOST_PACKAGES, &self.layout.host_root(), log)
+        let recipe = format!("debootstrap {} {HOST_PACKAGES}", self.suite.name());
+        self.step(&self.layout.suite(self.suite), "host-root", &recipe, |log| {
+            let root = self.layout.host_root(self.suite);
+            debootstrap(self.suite.name(), HOST_PACKAGES, &root, log)
         })
     }
 

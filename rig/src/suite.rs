@@ -72,14 +72,15 @@ impl Layout {
         self.repository.join("build/rig")
     }
 
-    /// The Debian root that QEMU is run from; always trixie's.
-    pub fn host_root(&self) -> PathBuf {
-        self.rig().join("host")
-    }
-
     /// The folder of one suite's parts.
     pub fn suite(&self, suite: Suite) -> PathBuf {
         self.rig().join(suite.name())
+    }
+
+    /// The Debian root that QEMU is run from. Each Xen has the QEMU of its own release: under a
+    /// younger one a PVH guest of Xen 4.17 powers off before its first line.
+    pub fn host_root(&self, suite: Suite) -> PathBuf {
+        self.suite(suite).join("host")
     }
 
     /// The suite's dom0 root, unpacked.
