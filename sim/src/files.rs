@@ -126,9 +126,14 @@ impl Files {
         self.changes
     }
 
+    /// Bytes that all files have.
+    pub fn used_bytes(&self) -> u64 {
+        self.files.values().map(|file| file.live.len() as u64).sum()
+    }
+
     /// False when there is no space for it.
     pub fn write(&mut self, path: &str, offset: u64, bytes: &[u8]) -> bool {
-        let used: u64 = self.files.values().map(|file| file.live.len() as u64).sum();
+        let used = self.used_bytes();
         let Some(file) = self.files.get_mut(path) else { return false };
         let end = offset + bytes.len() as u64;
         let grows = end.saturating_sub(file.live.len() as u64);

@@ -31,6 +31,10 @@ const EBADF: u32 = 9;
 const ENOSPC: u32 = 28;
 const EOPNOTSUPP: u32 = 95;
 const TWRITE_HEAD: usize = 16;
+/// Where an answer has its kind, and an answer to a read its count.
+const KIND_AT: usize = 4;
+const COUNT_AT: usize = 7;
+const RREAD: u8 = 117;
 
 /// What goes wrong, in cases of 1000.
 #[derive(Clone, Copy, Debug, Default)]
@@ -40,7 +44,8 @@ pub struct Faults {
     /// Of these, those that end within a sector.
     pub ragged: u64,
     pub error: u64,
-    /// Answers with a flipped bit in their first bytes.
+    /// Answers with a flipped bit in their size or kind, or in the count of what was read: lies
+    /// that a client can find out.
     pub garbage: u64,
 }
 
@@ -288,7 +293,8 @@ impl Server {
         bytes.truncate(len);
         bytes.extend_from_slice(&data);
         if self.rng.chance(self.faults.garbage) {
-            let at = self.rng.below(bytes.len().min(24) as u64) as usize;
+            let at = *self.rng.pick(&[0, 1, 2, 3, KIND_AT, COUNT_AT]);
+            let at = if at == COUNT_AT && bytes[KIND_AT] != RREAD { KIND_AT } else { at };
             bytes[at] ^= 1 << self.rng.below(8);
         }
         let ring = &mut self.rings[job.ring];

@@ -49,6 +49,8 @@ struct Plan {
     noisy_death: bool,
     destroys: u64,
     hostiles: u64,
+    /// Bytes by which the host's files may grow before its disk is full.
+    room_bytes: Option<u64>,
 }
 
 impl Plan {
@@ -63,6 +65,9 @@ impl Plan {
         if rng.chance(200) {
             faults.error = *rng.pick(&[2, 20]);
         }
+        if end == End::WindUp && rng.chance(100) {
+            faults.garbage = *rng.pick(&[1, 10]);
+        }
         if end == End::Cut {
             // A sector of a real disk is whole or not there.
             faults.ragged = 0;
@@ -71,11 +76,13 @@ impl Plan {
         let noisy_death = rng.chance(700);
         let destroys = if rng.chance(300) { 1 } else { 0 };
         let hostiles = if rng.chance(500) { rng.between(1, 2) } else { 0 };
-        Plan { end, faults, deaths, noisy_death, destroys, hostiles }
+        let room_bytes = rng.chance(100).then(|| rng.below(1 << 20));
+        Plan { end, faults, deaths, noisy_death, destroys, hostiles, room_bytes }
     }
 
     fn is_clean(&self) -> bool {
-        self.faults.error == 0 && self.faults.garbage == 0 && self.deaths == 0
+        let faults = self.faults.error + self.faults.garbage + self.deaths;
+        faults == 0 && self.room_bytes.is_none()
     }
 }
 
@@ -95,6 +102,9 @@ pub fn run(seed: u64) {
     }
     for _ in 0..plan.hostiles {
         Hostile::join(&mut world, &mut rng);
+    }
+    if let Some(room_bytes) = plan.room_bytes {
+        world.host.files.space_bytes = world.host.files.used_bytes() + room_bytes;
     }
     for _ in 0..plan.deaths {
         world.run_for(rng.between(1, 200) * MS);
