@@ -36,11 +36,48 @@ image qed qed plain cluster_size=4k,table_size=2 1M
 image qed qed large "" 1M
 image vhd vpc dynamic "" 1M
 image vhd vpc fixed subformat=fixed 512k
-image vhdx vhdx dynamic block_size=1M,log_size=1M 1M
 image vmdk vmdk sparse "" 1M
 image vmdk vmdk zeroed zeroed_grain=on 1M
 image vdi vdi dynamic "" 1M
 image vdi vdi static static=on 512k
+
+# The zstd target takes the streams themselves.
+mkdir -p corpus/image_zstd
+for level in 1 3 19; do
+    head -c 65536 corpus.sh ../image/src/zstd.rs ../image/src/meta.rs | head -c 65536 >"$work/z"
+    zstd -q -f -$level "$work/z" -o corpus/image_zstd/text$level || true
+done
+
+# VHDX as records: number of a sector and the sector, of those that are not zeros; then the file's
+# sectors and the script. One of them with a log that waits to be replayed.
+mkdir -p corpus/image_vhdx
+sparse() {
+    python3 - "$1" "$2" <<'PYTHON'
+import bz2, struct, sys
+
+source, target = sys.argv[1:]
+data = (bz2.open if source.endswith(".bz2") else open)(source, "rb").read()[: 24 << 20]
+# What lies beyond is the guest's.
+tables = data[: 5 << 20]
+with open(target, "wb") as out:
+    for at in range(0, len(tables), 512):
+        sector = tables[at:at + 512]
+        if any(sector):
+            out.write(struct.pack("<H", at // 512) + sector.ljust(512, b"\0"))
+    out.write(struct.pack("<H", len(data) // 512) + b"\3\0\1\2\10\100\377\7")
+PYTHON
+}
+for block in 1 2; do
+    rm -f "$work/i"
+    qemu-img create -q -f vhdx -o block_size=${block}M,log_size=1M "$work/i" 3M
+    qemu-io -f vhdx -c "write -P 1 0 5k" -c "write -P 2 2M 3k" "$work/i" >/dev/null
+    sparse "$work/i" corpus/image_vhdx/block$block
+done
+sparse ../tool/tests/samples/iotest-dirtylog-10G-4M.vhdx.bz2 corpus/image_vhdx/dirty
+printf '\000\060\003\000\001\002\010\100\377\207' >corpus/image_vhdx/child
+platter=../target/release/platter
+$platter create -q -f vhdx -o block_size=1M,logical_sector_size=4096 "$work/k.vhdx" 3M
+sparse "$work/k.vhdx" corpus/image_vhdx/large-sectors
 
 # Disks by sfdisk, lvm2 and mke2fs, from the storage crate's vectors: a mode byte, then records.
 vectors=../storage/vectors

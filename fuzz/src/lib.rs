@@ -4,8 +4,10 @@
 
 pub mod disks;
 pub mod ninep;
+pub mod vhdx;
+pub mod zstd;
 
-use platter_image::{Access, CheckParams, Format, Options, Repair};
+use platter_image::{Access, CheckParams, Create, CreateParams, Format, Options, Repair};
 use platter_tool::engine::Engine;
 use platter_tool::medium::RamFolder;
 
@@ -19,12 +21,19 @@ const GUEST_BYTES: usize = 4096;
 /// The last bytes of an input say what is done; the rest is the file.
 pub fn image(format: &str, input: &[u8]) {
     let Some((file, script)) = input.split_last_chunk::<8>() else { return };
-    if file.len() > FILE_BYTES_MAX {
-        return;
+    if file.len() <= FILE_BYTES_MAX {
+        exercise(format, file.to_vec(), None, script);
     }
+}
+
+/// Does with a file what the script says; beside it lies the parent it may name.
+fn exercise(format: &str, file: Vec<u8>, parent: Option<(&str, &[u8])>, script: &[u8; 8]) {
     let format = Format::by_name(format).expect("a format of ours");
     let folder = RamFolder::new();
-    folder.put("top", file.to_vec());
+    folder.put("top", file);
+    if let Some((name, bytes)) = parent {
+        folder.put(name, bytes.to_vec());
+    }
     folder.limit(GROWN_BYTES_MAX);
     for access in [Access::ReadOnly, Access::ReadWrite] {
         let options =
@@ -57,4 +66,14 @@ pub fn image(format: &str, input: &[u8]) {
         }
         let _ = engine.close();
     }
+}
+
+/// A new image's bytes.
+fn made(params: &CreateParams) -> Vec<u8> {
+    let mut create = Create::new(params).expect("a plain image");
+    let mut file = vec![0; create.files()[0].bytes as usize];
+    while let Some(write) = create.next_write() {
+        file[write.offset as usize..][..write.bytes.len()].copy_from_slice(write.bytes);
+    }
+    file
 }
