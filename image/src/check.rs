@@ -5,6 +5,7 @@
 //! cache, so it becomes durable by the flush that the caller runs after it, in the usual order.
 
 use crate::fault::ImageFault;
+use crate::types::FileNo;
 
 /// Problems kept with their place; the rest is only counted.
 pub const PROBLEMS_MAX: usize = 16;
@@ -82,6 +83,18 @@ pub enum CheckProgress {
     More {
         done: u64,
         total: u64,
+    },
+    /// A repair moves something: copy these bytes (they do not overlap), then call again.
+    Copy {
+        file: FileNo,
+        from: u64,
+        to: u64,
+        bytes: u64,
+    },
+    /// Flush, make the file so many bytes long, sync it, then call again.
+    Cut {
+        file: FileNo,
+        bytes: u64,
     },
     Done(CheckReport),
 }

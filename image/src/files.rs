@@ -67,6 +67,12 @@ impl Files {
         info.size_bytes = info.size_bytes.max(end_bytes);
     }
 
+    /// The caller made the file shorter.
+    pub fn cut(&mut self, file: FileNo, end_bytes: u64) {
+        let info = self.files[file.0 as usize].info.as_mut().expect("an open file");
+        info.size_bytes = info.size_bytes.min(end_bytes);
+    }
+
     /// The file that `named_by` calls `name`: opened already, or to be opened by the caller
     /// (the step stops with `Busy` and the next `open_step` says which).
     pub fn open(&mut self, named_by: FileNo, name: &str, access: Access) -> Step<FileNo> {

@@ -319,10 +319,16 @@ impl Image {
         self.layers[0].get().check_begin(&mut ctx, params)
     }
 
-    /// The next part of the check; handle stops as for any planner. Flush after the last.
+    /// The next part of the check; handle stops as for any planner, and do what it asks for.
+    /// Flush after the last.
     pub fn check_step(&mut self) -> Step<CheckProgress> {
         let mut ctx = ctx!(self);
-        self.layers[0].get().check_step(&mut ctx)
+        let progress = self.layers[0].get().check_step(&mut ctx)?;
+        if matches!(progress, CheckProgress::Copy { .. }) {
+            // What the index of the chain says of places is over.
+            self.resolved.forget_all();
+        }
+        Ok(progress)
     }
 
     fn check_writable(&self) -> Result<(), ImageFault> {

@@ -294,6 +294,23 @@ impl Meta {
         }
     }
 
+    /// Forgets clean blocks that a range touches, so that they are read again: what they hold
+    /// was changed beside the cache. All must be clean, and nothing in flight.
+    pub fn read_again(&mut self, file: FileNo, offset: u64, len: u64) -> Step<()> {
+        let blocks = offset / BLOCK_BYTES..offset.saturating_add(len).div_ceil(BLOCK_BYTES);
+        let touched = |slot: &Slot| {
+            slot.state == State::Ready && slot.file == file && blocks.contains(&slot.block)
+        };
+        if self.slots.iter().any(|slot| touched(slot) && slot.dirty != 0) {
+            return Err(Stop::NeedFlush);
+        }
+        for slot in self.slots.iter_mut().filter(|slot| touched(slot)) {
+            assert!(slot.pins == 0 && slot.writing == 0, "a block in use");
+            *slot = EMPTY;
+        }
+        Ok(())
+    }
+
     /// Takes in what a `Miss` asked for. Anything else is ignored: only a block that is being
     /// loaded may be filled, so a late answer never overwrites a newer block.
     pub fn fill(&mut self, block: BlockRef, bytes: &[u8]) {

@@ -10,7 +10,7 @@ mod foreign;
 use std::collections::BTreeSet;
 
 use foreign::*;
-use platter_image::{Backing, CreateParams, Format, Options};
+use platter_image::{Backing, CheckParams, CreateParams, Format, Options, Repair};
 use platter_tool::engine::Engine;
 use platter_tool::medium::{Event, RamFolder, apply};
 
@@ -182,6 +182,142 @@ fn judge(world: &RamFolder, top: &str, options: &Options, model: &Model, when: &
         assert_eq!(report.corruptions, 0, "{when}: {:?}", report.problems);
         engine.close().unwrap();
         engine = open(world, top, options.clone());
+    }
+}
+
+/// An image of seven blocks, the named ones of which nothing names any more, and what it reads as.
+fn leaky(lost: &[u32], kind: &str) -> (RamFolder, Vec<u8>) {
+    let (block_bytes, sectors) = (512 << 10, 7 * 1024 - 9);
+    let folder = RamFolder::new();
+    let base = CreateParams { cluster_bytes: block_bytes, ..params(Format::Vhd, sectors) };
+    folder.put("p.vhd", made(&base));
+    if kind == "differencing" {
+        let identity = open(&folder, "p.vhd", ro(Format::Vhd)).image().identity();
+        let backing = Backing { name: "p.vhd", format: Format::Vhd, identity, sectors };
+        folder.put("c.vhd", made(&CreateParams { backing: Some(backing), seed: 2, ..base }));
+    } else {
+        folder.put("c.vhd", made(&base));
+    }
+    let mut engine = open(&folder, "c.vhd", rw(Format::Vhd));
+    for n in [3, 0, 6, 1, 5, 2, 4] {
+        engine.write(n * 1024 + 30, &vec![n as u8 + 1; 900 * 512]).unwrap();
+    }
+    engine.close().unwrap();
+    let mut bytes = folder.bytes("c.vhd").unwrap();
+    let table = u64::from_be_bytes(bytes[528..536].try_into().unwrap()) as usize;
+    for entry in lost {
+        bytes[table + *entry as usize * 4..][..4].fill(0xff);
+    }
+    folder.put("c.vhd", bytes);
+    let disk = read_all(&mut open(&folder, "c.vhd", ro(Format::Vhd)));
+    (folder, disk)
+}
+
+#[test]
+fn leaked_blocks_of_a_vhd_are_given_back() {
+    let scratch = Scratch::new("vhd-repair");
+    for (kind, lost) in [("dynamic", &[0, 3][..]), ("differencing", &[2, 6]), ("dynamic", &[4])] {
+        for budget_bytes in [0, 1 << 20] {
+            let (folder, disk) = leaky(lost, kind);
+            let mut engine = open(&folder, "c.vhd", rw(Format::Vhd));
+            let check = |engine: &mut Engine, repair| {
+                engine.check(CheckParams { repair, budget_bytes }, |_, _| {}).unwrap()
+            };
+            let found = check(&mut engine, Repair::Nothing);
+            assert_eq!(found.leaks, lost.len() as u64, "{lost:?}: {found:#?}");
+            let len = folder.bytes("c.vhd").unwrap().len();
+            let fixed = check(&mut engine, Repair::Leaks);
+            assert_eq!((fixed.leaks, fixed.leaks_fixed), (found.leaks, found.leaks), "{fixed:#?}");
+            let cut = len - folder.bytes("c.vhd").unwrap().len();
+            assert!(cut >= lost.len() * (512 << 10), "only {cut} bytes are given back");
+            assert!(read_all(&mut engine) == disk, "{kind} {lost:?}");
+            // Life goes on in the same session.
+            engine.write(lost[0] as u64 * 1024 + 7, &[0x77; 4096]).unwrap();
+            engine.close().unwrap();
+            let mut disk = disk;
+            disk[(lost[0] as usize * 1024 + 7) * 512..][..4096].fill(0x77);
+            let mut engine = open(&folder, "c.vhd", ro(Format::Vhd));
+            assert!(read_all(&mut engine) == disk, "{kind} {lost:?}, a write later");
+            let after = check(&mut engine, Repair::Nothing);
+            assert_eq!((after.corruptions, after.leaks), (0, 0), "{after:#?}");
+            assert!(engine.image().notes().next().is_none(), "the footer is where it belongs");
+            if kind == "dynamic" {
+                scratch.put("c.vhd", &folder.bytes("c.vhd").unwrap());
+                assert!(scratch.by_qemu("vpc", "c.vhd") == disk, "QEMU reads it");
+            }
+        }
+    }
+}
+
+/// A BAT that was moved, with what follows it, is no gap, whatever its length.
+#[test]
+fn nothing_is_moved_onto_a_table_between_blocks() {
+    let folder = RamFolder::new();
+    let base = CreateParams { cluster_bytes: 4096, ..params(Format::Vhd, 64) };
+    folder.put("a.vhd", made(&base));
+    let mut engine = open(&folder, "a.vhd", rw(Format::Vhd));
+    engine.write(0, &[1; 512]).unwrap();
+    engine.resize(40_000).unwrap();
+    engine.write(39_000, &[2; 512]).unwrap();
+    let disk = read_all(&mut engine);
+    engine.close().unwrap();
+    let mut engine = open(&folder, "a.vhd", rw(Format::Vhd));
+    for repair in [Repair::Nothing, Repair::Leaks] {
+        let report = engine.check(CheckParams { repair, budget_bytes: 0 }, |_, _| {}).unwrap();
+        assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:#?}");
+    }
+    assert!(read_all(&mut engine) == disk);
+}
+
+#[test]
+fn a_power_cut_while_a_vhd_is_repaired_loses_nothing() {
+    for (seed, lost) in [(1, &[0, 3][..]), (2, &[3, 0, 6, 1]), (3, &[6])] {
+        let kind = if seed == 2 { "differencing" } else { "dynamic" };
+        let (folder, disk) = leaky(lost, kind);
+        let mut rng = Rng(seed);
+        let names = folder.names();
+        let mut durable: Vec<_> = names.iter().map(|n| folder.bytes(n).unwrap()).collect();
+        folder.record();
+        let mut engine = open(&folder, "c.vhd", rw(Format::Vhd));
+        let repair = CheckParams { repair: Repair::All, budget_bytes: 0 };
+        assert_eq!(engine.check(repair, |_, _| {}).unwrap().leaks_fixed, lost.len() as u64);
+        engine.write(20, &[9; 512]).unwrap();
+        engine.close().unwrap();
+        let mut pending = Vec::new();
+        let events = folder.events();
+        assert!(events.iter().any(|event| matches!(event, Event::SetLen { .. })));
+        for at in 0..=events.len() {
+            for _ in 0..12 {
+                let world = RamFolder::new();
+                for (name, bytes) in names.iter().zip(cut(&durable, &pending, &mut rng)) {
+                    world.put(name, bytes);
+                }
+                let when = format!("seed {seed}, cut {at} of {}", events.len());
+                let engine = Engine::open(&world, "c.vhd", rw(Format::Vhd));
+                let mut engine = engine.unwrap_or_else(|fault| panic!("{when}: {fault}"));
+                let mut read = read_all(&mut engine);
+                let written = &mut read[20 * 512..21 * 512];
+                if written == [9; 512] {
+                    written.copy_from_slice(&disk[20 * 512..21 * 512]);
+                }
+                assert!(read == disk, "{when}");
+                let report = engine.check(repair, |_, _| {}).unwrap();
+                assert_eq!((report.corruptions, report.leaks), (0, report.leaks_fixed), "{when}");
+                let again = read_all(&mut engine);
+                assert!(again[21 * 512..] == disk[21 * 512..], "{when}: repaired again");
+                engine.close().unwrap();
+                let report = check_all(&mut open(&world, "c.vhd", ro(Format::Vhd)));
+                assert_eq!((report.corruptions, report.leaks), (0, 0), "{when}: {report:#?}");
+            }
+            match events.get(at) {
+                Some(Event::Sync { .. }) => {
+                    pending.iter().for_each(|event| apply(&mut durable, event));
+                    pending.clear();
+                }
+                Some(event) => pending.push(event.clone()),
+                None => {}
+            }
+        }
     }
 }
 

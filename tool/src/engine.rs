@@ -362,6 +362,16 @@ impl Engine {
         loop {
             match self.drive(Image::check_step)? {
                 CheckProgress::More { done, total } => progress(done, total),
+                CheckProgress::Copy { file, from, to, bytes: len } => {
+                    self.media.prelude(Prelude::Copy { file, from, to, len })?;
+                }
+                CheckProgress::Cut { file, bytes } => {
+                    self.flush()?;
+                    let open = self.media.file(file);
+                    let told = |error| Fault::io(&open.path, "cut", error);
+                    open.medium.set_len(bytes).map_err(told)?;
+                    self.media.sync(file)?;
+                }
                 CheckProgress::Done(report) => {
                     if self.image.is_dirty() {
                         self.flush()?;

@@ -295,6 +295,12 @@ pub(super) fn empty_batmap(map_offset: u64, entries: u32) -> [u8; 512] {
     b
 }
 
+/// Where the batmap lies that the start of the sector behind the BAT tells of, and its bytes.
+pub(super) fn batmap(b: &[u8; 20]) -> Option<(u64, u64)> {
+    let len = u32_at(b, 16) as u64 * SECTOR_BYTES;
+    b.starts_with(b"tdbatmap").then(|| (u64_at(b, 8), len))
+}
+
 fn put(b: &mut [u8], at: usize, bytes: &[u8]) {
     b[at..at + bytes.len()].copy_from_slice(bytes);
 }
@@ -319,6 +325,18 @@ pub(super) struct Locator {
     /// Bytes.
     pub data_length: u32,
     pub data_offset: u64,
+}
+
+impl Locator {
+    /// Bytes kept for its data, whichever unit its maker used; 0 for an unused one.
+    pub fn bytes(&self) -> u64 {
+        if self.code == [0; 4] {
+            return 0;
+        }
+        let space = self.space as u64;
+        let kept = if space < SECTOR_BYTES { space * SECTOR_BYTES } else { space };
+        kept.max(self.data_length as u64)
+    }
 }
 
 /// A valid dynamic disk header.

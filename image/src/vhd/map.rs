@@ -52,14 +52,6 @@ impl Vhd {
             || touches(self.table_offset, self.entries as u64 * 4)
     }
 
-    /// First byte behind the footer's copy, the header and a BAT right behind them. A BAT that
-    /// was moved lies between blocks.
-    pub(super) fn metadata_end(&self) -> u64 {
-        let table_end =
-            (self.table_offset + self.entries as u64 * 4).next_multiple_of(SECTOR_BYTES);
-        table_end.max(self.header_offset + HEADER_BYTES as u64)
-    }
-
     pub(super) fn map_range(&self, ctx: &mut Ctx, range: SectorRange) -> Step<(Found, u64)> {
         if self.kind == Kind::Fixed {
             let found = Found::Data { file: self.file, offset: range.start_bytes() };

@@ -12,6 +12,7 @@ mod create;
 mod header;
 mod map;
 mod name;
+mod repair;
 mod resize;
 mod write;
 

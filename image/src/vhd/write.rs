@@ -162,6 +162,23 @@ impl Writer {
         self.footer_dirty = true;
     }
 
+    /// A repair gives places back; none may be used again that was kept for that.
+    pub fn forget_spares(&mut self) {
+        self.spares.clear();
+    }
+
+    /// A repair found that everything ends at `end`: nothing behind it is in use. Says how long
+    /// the file is to be, if it can be cut.
+    pub fn end_at(&mut self, end: u64) -> Option<u64> {
+        self.next = end;
+        if !self.can_grow() {
+            return None;
+        }
+        self.footer_dirty = true;
+        self.fresh_from = end + FOOTER_BYTES as u64;
+        Some(self.fresh_from)
+    }
+
     /// Where a fixed disk's footer goes now that the disk ends at `end`.
     pub fn move_fixed_footer(&mut self, end: u64) {
         self.wipe.get_or_insert(self.next);
@@ -457,7 +474,7 @@ impl Vhd {
 
     /// Where a block goes that may start at byte `from`: its data begins at a multiple of
     /// 4 KiB, as XenServer does it, for aligned I/O and so that no cache block holds data.
-    fn place(&self, from: u64) -> u64 {
+    pub(super) fn place(&self, from: u64) -> u64 {
         let from = from.next_multiple_of(SECTOR_BYTES);
         (from + self.bitmap_bytes).next_multiple_of(BLOCK_BYTES) - self.bitmap_bytes
     }

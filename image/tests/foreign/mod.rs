@@ -155,9 +155,9 @@ pub fn check_all(engine: &mut Engine) -> CheckReport {
     engine.image().check_begin(params).unwrap();
     loop {
         let step = engine.drive(|image| image.check_step());
-        match step.unwrap_or_else(|fault| panic!("check: {fault}")) {
-            CheckProgress::More { .. } => {}
-            CheckProgress::Done(report) => return report,
+        let progress = step.unwrap_or_else(|fault| panic!("check: {fault}"));
+        if let CheckProgress::Done(report) = progress {
+            return report;
         }
     }
 }

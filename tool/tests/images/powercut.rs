@@ -7,7 +7,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use platter_image::Access;
+use platter_image::{Access, CheckParams, Repair};
 use platter_tool::engine::Engine;
 use platter_tool::medium::{Event, RamFolder, apply};
 
@@ -185,6 +185,15 @@ fn judge(case: &Case, built: &Built, files: &[Vec<u8>], sets: &[u64], seed: u64,
     assert_eq!(engine.sectors(), sets.len() as u64, "the disk's size");
     read_all(built, &mut engine, sets, "after the cut");
     run::check(&mut engine, true, "after the cut");
+    if rng.chance(10) {
+        let params = CheckParams { repair: Repair::All, budget_bytes: 64 << 10 };
+        let report = engine.check(params, |_, _| {});
+        let report = report.unwrap_or_else(|fault| panic!("repairing after the cut: {fault}"));
+        let mends = ["qcow2", "vhd", "vhdx"].contains(&case.format);
+        assert!(!mends || report.leaks == report.leaks_fixed, "repair after the cut: {report:#?}");
+        read_all(built, &mut engine, sets, "after the cut and a repair");
+        run::check(&mut engine, !mends, "after the cut and a repair");
+    }
     if rng.chance(25) {
         // Life goes on: a write, a clean close, and all is as the model says.
         let op = model::OPS_MAX - 1;
