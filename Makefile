@@ -53,7 +53,8 @@ kernels: kernel loadgen hostile ninepfsd
 ninepfsd:
 	$(CARGO) build --release -p platter-9pfsd
 	mkdir -p build
-	cp target/release/platter-9pfsd build/
+	cp target/release/platter-9pfsd ninepfsd/platter-9pfsd.service \
+		ninepfsd/platter-9pfsd.sysusers build/
 
 .PHONY: tool
 tool:

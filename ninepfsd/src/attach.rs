@@ -7,7 +7,13 @@ use crate::xenstore::Xenstore;
 
 /// Writes both ends' nodes as libxl would, and the note by which libxl takes them away with the
 /// domain.
-pub fn attach(xs: &mut Xenstore, home: &str, domain: &str, tag: &str, path: &str) -> Result<()> {
+pub fn attach(
+    xs: &mut Xenstore,
+    home: &str,
+    domain: &str,
+    tag: &str,
+    (path, max_space_mib): (&str, u32),
+) -> Result<()> {
     let domid = domain_id(xs, domain)?;
     let shares = format!("/local/domain/{domid}/device/9pfs");
     let taken = xs.list(&shares)?;
@@ -27,6 +33,7 @@ pub fn attach(xs: &mut Xenstore, home: &str, domain: &str, tag: &str, path: &str
         ("online", "1"),
         ("path", path),
         ("security_model", "none"),
+        ("max-space", &max_space_mib.to_string()),
         ("state", "1"),
     ] {
         xs.write(&format!("{be}/{key}"), value)?;

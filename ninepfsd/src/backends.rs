@@ -6,15 +6,18 @@
 //! of log.
 
 use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex};
 
 use anyhow::Result;
 use platter_xen::ninepfs::{ORDER_MAX, RINGS_MAX, VERSION, parse_front_nodes};
 use platter_xen::xenbus::XenbusState;
+use rustix::event::{EventfdFlags, eventfd};
 
 use crate::device::{Device, Devices};
 use crate::share::{Policy, Share};
+use crate::usage::FILES_MAX;
 use crate::workers::Workers;
 use crate::xenstore::{Event, TRUSTED, Xenstore};
 
@@ -24,6 +27,7 @@ pub const KINDS: [&str; 2] = ["9pfs", "xen_9pfs"];
 const BACKENDS_MAX: usize = 1024;
 /// Lines of log that one share may cause: its frontend decides how many there would be.
 const LINES_MAX: u32 = 32;
+const FREE: &str = "nobody panics with it in hand";
 
 /// A directory that may be shared, and how.
 #[derive(Clone, Debug)]
@@ -52,13 +56,45 @@ pub struct Ended {
     why: String,
 }
 
+/// Where the threads of devices say that they ended; readable once one has.
+pub struct Ends {
+    list: Mutex<Vec<Ended>>,
+    /// An eventfd.
+    bell: OwnedFd,
+}
+
+impl Ends {
+    pub fn new() -> std::io::Result<Ends> {
+        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Ends { list: Mutex::default(), bell })
+    }
+
+    fn put(&self, ended: Ended) {
+        self.list.lock().expect(FREE).push(ended);
+        // It fails only when it has counted for centuries.
+        let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
+    }
+
+    /// All that ended since the last time.
+    pub fn take(&self) -> Vec<Ended> {
+        let _ = rustix::io::read(&self.bell, &mut [0; 8]);
+        std::mem::take(&mut *self.list.lock().expect(FREE))
+    }
+}
+
+impl AsFd for Ends {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.bell.as_fd()
+    }
+}
+
 pub struct Backends {
     /// `/local/domain/N` of the domain that we run in.
     home: String,
     allowed: Vec<Allowed>,
     devices: Devices,
     workers: Workers,
-    ended: Sender<Ended>,
+    ends: Arc<Ends>,
     known: HashMap<String, Backend>,
     /// Devices started, and shares seen, so far.
     started: u64,
@@ -71,10 +107,10 @@ impl Backends {
         allowed: Vec<Allowed>,
         devices: Devices,
         workers: Workers,
-        ended: Sender<Ended>,
+        ends: Arc<Ends>,
     ) -> Backends {
         let known = HashMap::new();
-        Backends { home, allowed, devices, workers, ended, known, started: 0, seen: 0 }
+        Backends { home, allowed, devices, workers, ends, known, started: 0, seen: 0 }
     }
 
     /// Something changed in xenstore.
@@ -162,11 +198,11 @@ impl Backends {
         if state(xs, be)? == XenbusState::Unknown {
             return Ok(());
         }
-        let path = xs.read_text(&format!("{be}/path"))?.unwrap_or_default();
+        let share = self.share(xs, be)?;
         self.seen += 1;
         let (token, unknown) = (TRUSTED + self.seen, XenbusState::Unknown);
         let mut backend = Backend { fe, token, lines: 0, state: unknown, device: None, number: 0 };
-        let next = match self.share(&path) {
+        let next = match share {
             Ok(_) => {
                 xs.write(&format!("{be}/versions"), VERSION)?;
                 xs.write(&format!("{be}/max-rings"), &RINGS_MAX.to_string())?;
@@ -184,8 +220,16 @@ impl Backends {
         Ok(())
     }
 
-    fn share(&self, path: &str) -> Result<Share, String> {
-        let path = Path::new(path);
+    /// The share that a backend's nodes ask for.
+    fn share(&self, xs: &mut Xenstore, be: &str) -> Result<Result<Share, String>> {
+        let path = xs.read_text(&format!("{be}/path"))?.unwrap_or_default();
+        // As libxl writes it for a `p9=` line: MiB, 0 for none.
+        let mib = xs.read_text(&format!("{be}/max-space"))?.and_then(|text| text.parse().ok());
+        let bytes = mib.unwrap_or(0u64).saturating_mul(1 << 20);
+        Ok(self.share_at(Path::new(&path), bytes))
+    }
+
+    fn share_at(&self, path: &Path, bytes_max: u64) -> Result<Share, String> {
         let allowed = self.allowed.iter().find(|allowed| path.starts_with(&allowed.directory));
         let Some(allowed) = allowed.filter(|_| path.is_absolute()) else {
             return Err(format!(
@@ -193,12 +237,21 @@ impl Backends {
                 path.display()
             ));
         };
-        Share::open(path, allowed.policy)
-            .map_err(|fault| format!("'{}' cannot be shared: {fault}", path.display()))
+        let fault = |fault| format!("'{}' cannot be shared: {fault}", path.display());
+        let share = Share::open(path, allowed.policy.within(bytes_max)).map_err(fault)?;
+        match share.usage_now() {
+            Some(Err(errno)) => Err(format!(
+                "'{}' has a limit, and what it holds cannot be counted (of {FILES_MAX} files at \
+                 most): {errno}",
+                path.display()
+            )),
+            _ => Ok(share),
+        }
     }
 
     fn connect(&mut self, xs: &mut Xenstore, be: &str, fe: &str) -> Result<()> {
         let path = xs.read_text(&format!("{be}/path"))?.unwrap_or_default();
+        let share = self.share(xs, be)?;
         let domid = domid_of(be).expect("shares are known by a directory that says it");
         let rings = parse_front_nodes(
             |name| xs.read(&format!("{fe}/{name}")).ok().flatten(),
@@ -208,13 +261,10 @@ impl Backends {
         let number = self.started;
         let started = rings
             .map_err(|fault| format!("its nodes are refused: {fault:?}"))
-            .and_then(|rings| Ok((rings, self.share(&path)?)))
+            .and_then(|rings| Ok((rings, share?)))
             .and_then(|(rings, share)| {
-                let (ended, be) = (self.ended.clone(), be.to_string());
-                let on_end = move |why| {
-                    // The main thread ends with the process.
-                    let _ = ended.send(Ended { be, number, why });
-                };
+                let (ends, be) = (Arc::clone(&self.ends), be.to_string());
+                let on_end = move |why| ends.put(Ended { be, number, why });
                 let with = (&self.devices, &self.workers);
                 Device::start(domid, &rings, share, with, on_end)
                     .map_err(|fault| format!("cannot connect: {fault:#}"))

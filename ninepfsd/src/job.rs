@@ -10,13 +10,36 @@ use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::{Errno, IoSlice, IoSliceMut, ReadWriteFlags, preadv2, pwritev2};
 
 use crate::buffer::Buffer;
+use crate::usage::Charge;
 
 /// Of one request. A buffer holds the request's data, or takes the answer's.
 pub enum Job {
-    Read { file: Arc<File>, offset: u64, count: u32, buffer: Buffer, how: ReadWriteFlags },
-    Write { file: Arc<File>, offset: u64, count: u32, buffer: Buffer, how: ReadWriteFlags },
-    Sync { file: Arc<File>, data_only: bool },
-    Allocate { file: Arc<File>, mode: AllocateMode, offset: u64, len: u64 },
+    Read {
+        file: Arc<File>,
+        offset: u64,
+        count: u32,
+        buffer: Buffer,
+        how: ReadWriteFlags,
+    },
+    Write {
+        file: Arc<File>,
+        offset: u64,
+        count: u32,
+        buffer: Buffer,
+        how: ReadWriteFlags,
+        charge: Option<Charge>,
+    },
+    Sync {
+        file: Arc<File>,
+        data_only: bool,
+    },
+    Allocate {
+        file: Arc<File>,
+        mode: AllocateMode,
+        offset: u64,
+        len: u64,
+        charge: Option<Charge>,
+    },
 }
 
 /// An answer without its data.
@@ -42,7 +65,7 @@ impl Job {
                 });
                 (done.map(|count| Answer::Read { count }), Some(buffer))
             }
-            Job::Write { file, offset, count, buffer, how } => {
+            Job::Write { file, offset, count, buffer, how, charge: _charge } => {
                 let from = buffer.slice(count as usize);
                 let done = carry_on(from.len(), |at| {
                     let at_file = offset.saturating_add(at as u64);
@@ -56,7 +79,7 @@ impl Job {
             Job::Sync { file, data_only: false } => {
                 (rustix::fs::fsync(&file).map(|()| Answer::Fsync), None)
             }
-            Job::Allocate { file, mode, offset, len } => {
+            Job::Allocate { file, mode, offset, len, charge: _charge } => {
                 (allocate(&file, mode, offset, len).map(|()| Answer::Allocate), None)
             }
         }
@@ -79,10 +102,15 @@ fn carry_on(len: usize, mut step: impl FnMut(usize) -> Result<usize, Errno>) -> 
     Ok(done as u32)
 }
 
+/// A range cut at the end of the file: what is allocated.
+pub fn within_file(file: &File, offset: u64, len: u64) -> Result<u64, Errno> {
+    let size = rustix::fs::fstat(file)?.st_size as u64;
+    Ok(len.min(size.saturating_sub(offset)))
+}
+
 /// None of the modes changes the file's size; a range beyond the end is cut at the end.
 fn allocate(file: &File, mode: AllocateMode, offset: u64, len: u64) -> Result<(), Errno> {
-    let size = rustix::fs::fstat(file)?.st_size as u64;
-    let len = len.min(size.saturating_sub(offset));
+    let len = within_file(file, offset, len)?;
     if len == 0 {
         return Ok(());
     }

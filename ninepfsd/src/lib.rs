@@ -20,5 +20,6 @@ pub mod sandbox;
 pub mod serving;
 pub mod session;
 pub mod share;
+mod usage;
 pub mod workers;
 pub mod xenstore;

@@ -5,18 +5,18 @@
 //! the administrator names.
 
 use std::path::PathBuf;
-use std::sync::mpsc::channel;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
-use platter_9pfsd::backends::{Allowed, Backends, KINDS};
+use platter_9pfsd::backends::{Allowed, Backends, Ends, KINDS};
 use platter_9pfsd::device::Devices;
 use platter_9pfsd::sandbox::{self, Identity};
 use platter_9pfsd::share::{Cache, Policy};
 use platter_9pfsd::workers::Workers;
 use platter_9pfsd::xenstore::{TRUSTED, Xenstore};
 use platter_9pfsd::{attach, session};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 
 /// A small 9p server for Xen domains: serves directories of this domain over 9pfs.
 #[derive(Parser)]
@@ -38,6 +38,9 @@ enum Action {
         tag: String,
         /// The directory, absolute.
         path: String,
+        /// The space that its files may take together, in MiB.
+        #[arg(long, value_name = "MIB", default_value_t = 0)]
+        max_space: u32,
     },
 }
 
@@ -52,6 +55,10 @@ struct Serve {
     /// The largest size that a file may be given, in bytes.
     #[arg(long, value_name = "BYTES", default_value_t = 0)]
     file_bytes_max: u64,
+    /// The space that the files of each share may take together, in bytes, as the file system
+    /// counts it; `max-space=` (MiB) in a domain's `p9=` line can only be less.
+    #[arg(long, value_name = "BYTES", default_value_t = 0)]
+    share_bytes_max: u64,
     /// What becomes of files' bytes in the page cache.
     #[arg(long, value_enum, default_value_t)]
     cache: Cache,
@@ -73,10 +80,10 @@ struct Serve {
 fn main() -> Result<()> {
     match Arguments::parse().command {
         Action::Serve(arguments) => serve(&arguments),
-        Action::Attach { domain, tag, path } => {
+        Action::Attach { domain, tag, path, max_space } => {
             let mut xs = Xenstore::open()?;
             let home = home(&mut xs)?;
-            attach::attach(&mut xs, &home, &domain, &tag, &path)
+            attach::attach(&mut xs, &home, &domain, &tag, (&path, max_space))
         }
     }
 }
@@ -98,30 +105,30 @@ fn serve(arguments: &Serve) -> Result<()> {
         xs.watch(&format!("{home}/backend/{kind}"), TRUSTED)?;
     }
     let workers = Workers::start(arguments.workers.into()).context("cannot start threads")?;
-    let (ended, ends) = channel();
-    let mut backends = Backends::new(home, allowed, devices, workers, ended);
+    let ends = Arc::new(Ends::new()?);
+    let mut backends = Backends::new(home, allowed, devices, workers, Arc::clone(&ends));
     backends.look(&mut xs)?;
     eprintln!("serving");
     loop {
         while let Some(event) = xs.event() {
             backends.heard(&mut xs, &event)?;
         }
-        while let Ok(ended) = ends.try_recv() {
+        for ended in ends.take() {
             backends.device_ended(&mut xs, &ended)?;
         }
-        // A second at most, for threads that ended.
-        let patience = Timespec { tv_sec: 1, tv_nsec: 0 };
-        let mut fds = [PollFd::new(&xs, PollFlags::IN)];
-        match poll(&mut fds, Some(&patience)) {
-            Ok(0) | Err(rustix::io::Errno::INTR) => {}
-            Ok(_) => xs.hear()?,
+        let mut fds = [PollFd::new(&xs, PollFlags::IN), PollFd::new(&*ends, PollFlags::IN)];
+        match poll(&mut fds, None) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(errno) => return Err(errno).context("cannot wait for xenstored"),
+        }
+        if !fds[0].revents().is_empty() {
+            xs.hear()?;
         }
     }
 }
 
 fn allowed(arguments: &Serve) -> Result<Vec<Allowed>> {
-    let Serve { file_bytes_max, cache, .. } = *arguments;
+    let Serve { file_bytes_max, share_bytes_max, cache, .. } = *arguments;
     // Where both are given for a directory, read-only counts.
     let both = [(&arguments.allow_read_only, true), (&arguments.allow, false)];
     let mut allowed = Vec::new();
@@ -131,7 +138,7 @@ fn allowed(arguments: &Serve) -> Result<Vec<Allowed>> {
                 let what = directory.display();
                 bail!("--allow wants the absolute path of a directory, not '{what}'");
             }
-            let policy = Policy { read_only, file_bytes_max, cache };
+            let policy = Policy { read_only, file_bytes_max, share_bytes_max, cache };
             allowed.push(Allowed { directory: directory.clone(), policy });
         }
     }

@@ -5,7 +5,7 @@
 //! everything on tmpfs) it is tried, and [`Patience`] ends when that turns out slow.
 
 use std::fs::File;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::io::{Errno, IoSliceMut, ReadWriteFlags, preadv2};
@@ -13,6 +13,35 @@ use rustix::io::{Errno, IoSliceMut, ReadWriteFlags, preadv2};
 use crate::os::memory::{How, RWF_DONTCACHE};
 use crate::os::times_slept;
 use crate::share::Cache;
+use crate::usage::Charge;
+
+/// That a file is open for writing, among all clients of this server.
+struct Writer((u64, u64));
+
+/// Device and inode of each, once for each fid.
+static WRITERS: Mutex<Vec<(u64, u64)>> = Mutex::new(Vec::new());
+const FREE: &str = "nobody panics with it in hand";
+
+impl Writer {
+    fn of(file: &File) -> Option<Writer> {
+        let stat = rustix::fs::fstat(file).ok()?;
+        let file = (stat.st_dev, stat.st_ino);
+        WRITERS.lock().expect(FREE).push(file);
+        Some(Writer(file))
+    }
+
+    fn is_alone(&self) -> bool {
+        WRITERS.lock().expect(FREE).iter().filter(|file| **file == self.0).count() == 1
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        let mut writers = WRITERS.lock().expect(FREE);
+        let place = writers.iter().position(|file| *file == self.0);
+        writers.swap_remove(place.expect("it was entered"));
+    }
+}
 
 /// A file or directory that a fid has opened.
 pub struct Open {
@@ -20,6 +49,7 @@ pub struct Open {
     /// The same past the page cache, for what is aligned.
     pub direct: Option<Arc<File>>,
     pub writable: bool,
+    writer: Option<Writer>,
     /// Its bytes leave the page cache at once.
     pub dontcache: bool,
     /// The kernel says of this file whether reading or writing would wait.
@@ -46,6 +76,8 @@ pub struct Move<'a> {
     pub offset: u64,
     pub count: u32,
     pub is_write: bool,
+    /// Space that a write may take.
+    pub charge: Option<Charge>,
 }
 
 impl Transfer<'_> {
@@ -63,7 +95,14 @@ impl Open {
     pub fn new(file: File, direct: Option<File>, writable: bool, cache: Cache) -> Open {
         let dontcache = cache == Cache::Dontcache && can_dontcache(&file);
         let foretells = Foretells { read: true, write: true };
-        Open { file: Arc::new(file), direct: direct.map(Arc::new), writable, dontcache, foretells }
+        let writer = writable.then(|| Writer::of(&file)).flatten();
+        let (file, direct) = (Arc::new(file), direct.map(Arc::new));
+        Open { file, direct, writable, writer, dontcache, foretells }
+    }
+
+    /// Nobody writes the file by another fid of any client.
+    pub fn writes_alone(&self) -> bool {
+        self.writer.as_ref().is_some_and(Writer::is_alone)
     }
 
     /// How a worker reads or writes it.

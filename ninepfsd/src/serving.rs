@@ -184,7 +184,7 @@ impl Serving {
                         ring.publish(&self.answer[..len], placed);
                         None
                     }
-                    Err(order) => Some(for_a_worker(ring, &mut self.pool, &order)),
+                    Err(order) => Some(for_a_worker(ring, &mut self.pool, order)),
                 }
             }
         };
@@ -241,7 +241,7 @@ fn at_once<'a>(
     if order.direct().is_some() {
         return Err(order);
     }
-    let Move { ref open, offset, count, is_write } = order;
+    let Move { ref open, offset, count, is_write, .. } = order;
     let transfer = Transfer { file: &open.file, offset, count, dontcache: open.dontcache };
     let mut foretells = if is_write { open.foretells.write } else { open.foretells.read };
     let done = patience.at_once(&mut foretells, count, |now| {
@@ -257,15 +257,15 @@ fn at_once<'a>(
 }
 
 /// The same, with a buffer of its own, for which a write's data is copied.
-fn for_a_worker(ring: &Ring, pool: &mut Pool, order: &Move) -> Job {
-    let Move { ref open, offset, count, is_write } = *order;
-    let file = Arc::clone(order.direct().unwrap_or(&open.file));
+fn for_a_worker(ring: &Ring, pool: &mut Pool, order: Move) -> Job {
+    let file = Arc::clone(order.direct().unwrap_or(&order.open.file));
+    let Move { open, offset, count, is_write, charge } = order;
     let mut buffer = pool.take(count as usize);
     if !is_write {
         return Job::Read { file, offset, count, buffer, how: open.worker_flags() };
     }
     ring.copy_data(buffer.slice_mut(count as usize));
-    Job::Write { file, offset, count, buffer, how: open.worker_flags() }
+    Job::Write { file, offset, count, buffer, how: open.worker_flags(), charge }
 }
 
 /// Bytes of data that follow an answer.

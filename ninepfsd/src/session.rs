@@ -9,14 +9,14 @@ use std::fs::File;
 use std::mem::MaybeUninit;
 
 use platter_storage::ninep::message::{
-    Answer, EXTENTS_MAX, Extent, Malformed, QID_DIR, Qid, RREAD_BYTES, Request, SETATTR_SIZE,
-    VERSION_PLAIN, VERSION_PLATTER, VERSION_UNKNOWN, Writer, open,
+    AllocateMode, Answer, EXTENTS_MAX, Extent, Malformed, QID_DIR, Qid, RREAD_BYTES, Request,
+    SETATTR_SIZE, VERSION_PLAIN, VERSION_PLATTER, VERSION_UNKNOWN, Writer, open,
 };
 use platter_xen::ninepfs::MessageHead;
 use rustix::fs::{FileType, RawDir, SeekFrom, Stat, seek};
 use rustix::io::Errno;
 
-use crate::job::Job;
+use crate::job::{self, Job};
 use crate::locks;
 use crate::more::{self, More, REMOVE_DIRECTORY};
 use crate::open::{Move, Open};
@@ -121,14 +121,20 @@ impl Session {
             Request::Read { fid, offset, count } => {
                 let count = count.min(self.msize.saturating_sub(RREAD_BYTES));
                 let open = self.open(fid)?;
-                return Ok(Outcome::Move(Move { open, offset, count, is_write: false }));
+                return Ok(Outcome::Move(Move {
+                    open,
+                    offset,
+                    count,
+                    is_write: false,
+                    charge: None,
+                }));
             }
             Request::Write { fid, offset, count } => {
                 let end = offset.checked_add(count.into()).ok_or(Errno::FBIG)?;
-                self.writable(fid)?;
+                let open = writable(&mut self.fids, fid)?;
                 self.share.prove_size(end)?;
-                let open = self.writable(fid)?;
-                return Ok(Outcome::Move(Move { open, offset, count, is_write: true }));
+                let charge = self.share.charge(&open.file, offset..end)?;
+                return Ok(Outcome::Move(Move { open, offset, count, is_write: true, charge }));
             }
             Request::Fsync { fid, datasync } => {
                 let file = self.open(fid)?.file.clone();
@@ -141,10 +147,23 @@ impl Session {
             }
             Request::Flush { oldtag } => return Ok(Outcome::Flush { oldtag }),
             Request::Allocate { fid, mode, offset, len } => {
-                let file = self.writable(fid)?.file.clone();
-                return Ok(Outcome::Work(Job::Allocate { file, mode, offset, len }));
+                let file = writable(&mut self.fids, fid)?.file.clone();
+                let end = offset.saturating_add(job::within_file(&file, offset, len)?);
+                let charge = match mode {
+                    AllocateMode::Punch => None,
+                    AllocateMode::Allocate | AllocateMode::Zero => {
+                        self.share.charge(&file, offset..end)?
+                    }
+                };
+                return Ok(Outcome::Work(Job::Allocate { file, mode, offset, len, charge }));
             }
-            Request::Extents { fid, offset, len } => extents(&self.open(fid)?.file, offset, len)?,
+            Request::Extents { fid, offset, len } => {
+                let open = self.open(fid)?;
+                if open.writable && !open.writes_alone() {
+                    return Err(Errno::BUSY);
+                }
+                extents(&open.file, offset, len)?
+            }
         };
         Ok(Outcome::Answer(emit(tag, &answer, out)))
     }
@@ -401,11 +420,11 @@ impl Session {
     fn open(&mut self, fid: u32) -> Result<&mut Open, Errno> {
         self.fid_mut(fid)?.open.as_mut().ok_or(Errno::BADF)
     }
+}
 
-    fn writable(&mut self, fid: u32) -> Result<&mut Open, Errno> {
-        let open = self.open(fid)?;
-        if open.writable { Ok(open) } else { Err(Errno::BADF) }
-    }
+fn writable(fids: &mut HashMap<u32, Fid>, fid: u32) -> Result<&mut Open, Errno> {
+    let open = fids.get_mut(&fid).and_then(|fid| fid.open.as_mut());
+    open.filter(|open| open.writable).ok_or(Errno::BADF)
 }
 
 impl Drop for Session {

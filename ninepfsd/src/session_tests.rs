@@ -154,6 +154,13 @@ fn holes_are_punched_and_found() {
     let covers = |at: u64| extents.iter().any(|e| e.offset <= at && at < e.offset + e.len);
     assert!(covers((1 << 19) + 40_000), "{extents:?}");
     assert!(!covers((1 << 19) + 100) || extents.len() == 1, "{extents:?}");
+    // Not while somebody else may write it.
+    let names = ["sub", "file"].into_iter().collect();
+    world.must(&Request::Walk { fid: 0, newfid: 2, names }, &[]);
+    world.must(&Request::Lopen { fid: 2, flags: open::READ_WRITE }, &[]);
+    world.refused(&Request::Extents { fid: 1, offset: 0, len: 1 }, &[], Errno::BUSY);
+    world.must(&Request::Clunk { fid: 2 }, &[]);
+    world.must(&Request::Extents { fid: 1, offset: 0, len: 1 }, &[]);
     assert_eq!(std::fs::metadata(world.directory.join("sub/file")).expect("it").len(), 1 << 20);
 }
 
@@ -253,6 +260,28 @@ fn what_is_not_allowed_is_refused() {
     world.refused(&Request::Write { fid: 1, offset: u64::MAX, count: 1 }, b"x", Errno::FBIG);
     let size = Request::Setattr { fid: 1, valid: SETATTR_SIZE, size: 1 << 40 };
     world.refused(&size, &[], Errno::FBIG);
+}
+
+#[test]
+fn a_share_is_full_at_its_limit_and_says_so() {
+    let mut world = World::new(Policy { share_bytes_max: 96 << 10, ..Policy::default() });
+    world.open(true);
+    let data = vec![1; 60_000];
+    let write = |offset| Request::Write { fid: 1, offset, count: 60_000 };
+    world.must(&write(0), &data);
+    world.refused(&write(60_000), &data, Errno::NOSPC);
+    world.must(&write(0), &data);
+    // What takes no space is not limited; what would take it is.
+    world.must(&Request::Setattr { fid: 1, valid: SETATTR_SIZE, size: 1 << 40 }, &[]);
+    let allocate = |mode| Request::Allocate { fid: 1, mode, offset: 1 << 20, len: 1 << 18 };
+    world.refused(&allocate(AllocateMode::Allocate), &[], Errno::NOSPC);
+    world.must(&allocate(AllocateMode::Punch), &[]);
+    let (_, body) = world.more(more::id::TSTATFS, |w| w.u32(1));
+    let word = |at: usize| u64::from_le_bytes(body[at..at + 8].try_into().expect("8 bytes"));
+    let block = u64::from(u32::from_le_bytes(body[4..8].try_into().expect("4 bytes")));
+    let (all, free) = (word(8) * block, word(16) * block);
+    assert_eq!(all, 96 << 10);
+    assert!((16 << 10..40 << 10).contains(&free), "{free} of {all}");
 }
 
 #[test]

@@ -5,13 +5,17 @@
 //! Only regular files and directories are ever opened.
 
 use std::fs::File;
+use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use rustix::fs::{
-    AtFlags, FileType, Mode, OFlags, RenameFlags, ResolveFlags, Stat, fstat, mkdirat, openat2,
-    renameat_with, statat, unlinkat,
+    AtFlags, FileType, Mode, OFlags, RenameFlags, ResolveFlags, Stat, StatFs, fstat, mkdirat,
+    openat2, renameat_with, statat, unlinkat,
 };
 use rustix::io::Errno;
+
+use crate::usage::{Charge, Counted, FILES_MAX, Usage};
 
 /// What becomes of a file's bytes in the page cache of this domain.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -31,12 +35,25 @@ pub struct Policy {
     pub read_only: bool,
     /// Largest size that a file may be given, bytes; 0 for none.
     pub file_bytes_max: u64,
+    /// The space that all files together may take, bytes; 0 for none.
+    pub share_bytes_max: u64,
     pub cache: Cache,
+}
+
+impl Policy {
+    /// With another limit for the share's space; the lower one counts, 0 is none.
+    pub fn within(self, bytes_max: u64) -> Policy {
+        let limits = [self.share_bytes_max, bytes_max];
+        let share_bytes_max = limits.into_iter().filter(|bytes| *bytes > 0).min().unwrap_or(0);
+        Policy { share_bytes_max, ..self }
+    }
 }
 
 pub struct Share {
     root: File,
     pub policy: Policy,
+    /// Of a share whose space is limited.
+    usage: Option<Arc<Usage>>,
 }
 
 const RESOLVE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS);
@@ -47,7 +64,11 @@ impl Share {
         if !root.metadata()?.is_dir() {
             return Err(std::io::Error::from_raw_os_error(libc::ENOTDIR));
         }
-        Ok(Share { root, policy })
+        let usage = (policy.share_bytes_max > 0).then(|| Usage::of(&root)).transpose()?;
+        let share = Share { root, policy, usage };
+        // Says at once where openat2 is missing or forbidden.
+        share.stat("")?;
+        Ok(share)
     }
 
     /// A name as one component of a path: never empty, `.`, `..`, nor with a slash in it.
@@ -59,7 +80,7 @@ impl Share {
     }
 
     /// Opens a path relative to the root; the root itself is the empty path.
-    fn open_at(&self, path: &str, flags: OFlags, mode: Mode) -> Result<File, Errno> {
+    pub fn open_at(&self, path: &str, flags: OFlags, mode: Mode) -> Result<File, Errno> {
         let path = if path.is_empty() { "." } else { path };
         // A path alone is not opened: a device or FIFO does nothing then, and openat2 wants
         // no other flags.
@@ -108,6 +129,7 @@ impl Share {
 
     pub fn create(&self, path: &str, mode: u32, exclusive: bool) -> Result<File, Errno> {
         self.prove_writable()?;
+        self.charge_name()?;
         let mut flags = OFlags::RDWR | OFlags::CREATE;
         flags.set(OFlags::EXCL, exclusive);
         let file = self.open_at(path, flags, Mode::from_raw_mode(mode & 0o777))?;
@@ -119,6 +141,7 @@ impl Share {
 
     pub fn make_directory(&self, directory: &str, name: &str, mode: u32) -> Result<(), Errno> {
         self.prove_writable()?;
+        self.charge_name()?;
         let at = self.directory(directory)?;
         mkdirat(&at, name, Mode::from_raw_mode(mode & 0o777))
     }
@@ -150,14 +173,40 @@ impl Share {
         matches!(kind, FileType::Directory | FileType::RegularFile).then_some(kind)
     }
 
-    pub fn statfs(&self) -> Result<rustix::fs::StatFs, Errno> {
-        rustix::fs::fstatfs(&self.root)
+    /// The file system's figures, within what the share is allowed.
+    pub fn statfs(&self) -> Result<StatFs, Errno> {
+        let mut stat = rustix::fs::fstatfs(&self.root)?;
+        if let Some(used) = self.usage_now() {
+            let (used, limit) = (used?, self.policy.share_bytes_max);
+            let blocks = |bytes: u64| bytes / (stat.f_bsize as u64).max(1);
+            let (all, free) = (blocks(limit), blocks(limit.saturating_sub(used.bytes)));
+            stat.f_blocks = stat.f_blocks.min(all);
+            stat.f_bfree = stat.f_bfree.min(free);
+            stat.f_bavail = stat.f_bavail.min(free);
+            stat.f_files = stat.f_files.min(FILES_MAX);
+            stat.f_ffree = stat.f_ffree.min(FILES_MAX.saturating_sub(used.files));
+        }
+        Ok(stat)
     }
 
     /// May a file be made so long?
     pub fn prove_size(&self, end_bytes: u64) -> Result<(), Errno> {
         let max = self.policy.file_bytes_max;
         if max > 0 && end_bytes > max { Err(Errno::FBIG) } else { Ok(()) }
+    }
+
+    /// Whether there is space for a change of `range` of a file. Keep the answer until it is made.
+    pub fn charge(&self, file: &File, range: Range<u64>) -> Result<Option<Charge>, Errno> {
+        self.usage.as_ref().map(|usage| usage.charge(self, file, range)).transpose()
+    }
+
+    fn charge_name(&self) -> Result<(), Errno> {
+        self.usage.as_ref().map_or(Ok(()), |usage| usage.charge_name(self))
+    }
+
+    /// What is in use of a share whose space is limited.
+    pub fn usage_now(&self) -> Option<Result<Counted, Errno>> {
+        self.usage.as_ref().map(|usage| usage.now(self))
     }
 
     pub fn prove_writable(&self) -> Result<(), Errno> {
@@ -175,7 +224,7 @@ fn access(write: bool) -> OFlags {
 
 /// Would miss: what a hostile administrator does; the shares are the administrator's.
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use std::os::unix::fs::symlink;
 
     use super::*;
@@ -228,7 +277,7 @@ mod tests {
     }
 
     /// A directory that goes when the test ends.
-    mod tempdir {
+    pub mod tempdir {
         use std::path::{Path, PathBuf};
         use std::sync::atomic::{AtomicU32, Ordering};
 

@@ -2,7 +2,8 @@
 //!
 //! `extra="attack=all secs=2"`: all attacks in turn, or those named, each that could go on for
 //! ever for so many seconds; `rounds=N` begins again, `linger=N` stays idle for so many seconds so
-//! that others can look at what is left, `die=1` ends with requests under way and no goodbye. One
+//! that others can look at what is left, `slowness=N` has it wait N times as long for a share's
+//! server, `die=1` ends with requests under way and no goodbye. One
 //! line for each attack, and a `done` line; a backend that did not stand it makes the domain end
 //! in a crash. A disk that may only be read can be given as a second one. A guest that has a 9p
 //! share attacks its server instead.
@@ -36,6 +37,7 @@ struct Options {
     seed: u64,
     linger: u64,
     die: bool,
+    slowness: u64,
 }
 
 fn main(mut machine: Machine, boot: BootInfo) -> ! {
@@ -82,6 +84,7 @@ fn attack_share(mut machine: Machine, mut xs: XenStore, share: Disk, options: &O
         share,
         random: Random::new(options.seed),
         attack_ns: options.seconds * SECOND_NS,
+        slowness: options.slowness,
     };
     let (mut made, mut bad) = (0, 0);
     for name in share::ATTACKS {
@@ -130,6 +133,7 @@ fn parse(text: &'static str) -> Result<Options, &'static str> {
         seed: 1,
         linger: 0,
         die: false,
+        slowness: 1,
     };
     for word in text.split_whitespace() {
         let (key, value) = word.split_once('=').ok_or(word)?;
@@ -141,6 +145,7 @@ fn parse(text: &'static str) -> Result<Options, &'static str> {
             "rounds" => options.rounds = number.map_err(|_| word)?,
             "seed" => options.seed = number.map_err(|_| word)?,
             "linger" => options.linger = number.map_err(|_| word)?,
+            "slowness" => options.slowness = number.map_err(|_| word)?,
             "die" => options.die = value == "1",
             _ => return Err(word),
         }

@@ -27,8 +27,10 @@ use crate::ground::Tally;
 pub const ATTACKS: [&str; 8] =
     ["indexes", "sizes", "messages", "tags", "fids", "nonsense-nodes", "state-flap", "churn"];
 
-/// How long a server may take to refuse what it is shown, or to close.
+/// How long a server may take to close a ring whose indexes are wrong; it need not.
 const REFUSAL_NS: u64 = SECOND_NS / 2;
+/// How long an answer may take on a host that is not slow.
+const ANSWER_NS: u64 = 5 * SECOND_NS;
 const ORDER: u32 = 4;
 /// Message numbers (9P2000.L).
 const TVERSION: u8 = 100;
@@ -46,6 +48,8 @@ pub struct ShareGround<'a, G> {
     pub share: Disk,
     pub random: Random,
     pub attack_ns: u64,
+    /// How much slower than an idle host this one is: waits are so many times as long.
+    pub slowness: u64,
 }
 
 /// The first share that the toolstack gave us; its backend's state is watched.
@@ -114,7 +118,7 @@ impl<G: Guest> ShareGround<'_, G> {
     }
 
     fn wait(&mut self, states: &[u8]) -> Result<u8, String> {
-        self.share.wait_for(self.guest, self.xs, states, STEP_NS)
+        self.share.wait_for(self.guest, self.xs, states, STEP_NS * self.slowness)
     }
 
     fn write(&mut self, key: &str, value: &str) {
@@ -194,7 +198,7 @@ impl<G: Guest> ShareGround<'_, G> {
 
     /// The next answer's number; `None` when none comes.
     fn answer(&mut self, link: &mut Link) -> Option<u8> {
-        let until_ns = self.guest.now_ns() + 10 * REFUSAL_NS;
+        let until_ns = self.guest.now_ns() + ANSWER_NS * self.slowness;
         loop {
             self.guest.take_pending(link.port);
             let queued = self.guest.load_u32(link.interface, IN_PROD).wrapping_sub(link.in_cons);
@@ -211,11 +215,13 @@ impl<G: Guest> ShareGround<'_, G> {
                 self.guest.store_u32(link.interface, IN_CONS, link.in_cons);
                 return Some(head[4]);
             }
+            // Asked only when nothing came for a while: xenstore is slower than the server.
+            let nap_ns = self.guest.now_ns() + 50 * MS_NS;
+            self.guest.sleep_until(&[link.port], nap_ns);
             let now_ns = self.guest.now_ns();
-            if now_ns > until_ns || self.has_closed() {
+            if now_ns >= nap_ns && (now_ns > until_ns || self.has_closed()) {
                 return None;
             }
-            self.guest.sleep_until(&[link.port], now_ns + 20 * MS_NS);
         }
     }
 
@@ -410,7 +416,7 @@ impl<G: Guest> ShareGround<'_, G> {
         spoil(self, &link);
         self.show(INITIALISED);
         let states = [CONNECTED, CLOSING, CLOSED];
-        let state = self.share.wait_for(self.guest, self.xs, &states, STEP_NS)?;
+        let state = self.wait(&states)?;
         self.leave(link)?;
         Ok(state != CONNECTED)
     }

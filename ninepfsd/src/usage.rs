@@ -1,0 +1,310 @@
+//! The space that the files of a share take, held against the administrator's limit.
+//!
+//! Counted as quotas count: what the file system gave to regular files (`st_blocks`), so that a
+//! sparse image costs what it holds. All frontends of a directory share one count. What may take
+//! space is charged before it is done, as if everything were new; only when that reaches the
+//! limit are the files looked at again, and so is whether the range has space already. Guards
+//! that no frontend gets beyond the limit, save for the file system's own blocks about a file.
+//! Must never: let pass what cannot be counted, nor walk without an end.
+
+use std::fs::File;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{AtFlags, FileType, OFlags, RawDir, SeekFrom, fstat, seek, statat};
+use rustix::io::Errno;
+
+use crate::share::Share;
+
+/// Files and directories of a share that has a limit: the count ends.
+pub const FILES_MAX: u64 = 65536;
+/// A count is not believed for longer: others than frontends change files too.
+const RECOUNT: Duration = Duration::from_secs(30);
+/// No file system gives less.
+const BLOCK_BYTES: u64 = 4096;
+/// Steps from data to hole that are looked at in one range; what follows counts as holes.
+const STEPS_MAX: usize = 256;
+const LISTING_STEP_BYTES: usize = 16 << 10;
+const FREE: &str = "nobody panics with it in hand";
+
+/// What a count found, in use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counted {
+    pub bytes: u64,
+    /// Directories too.
+    pub files: u64,
+}
+
+/// One directory's count.
+pub struct Usage {
+    /// Device and inode of the directory.
+    root: (u64, u64),
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    counted: Counted,
+    counted_at: Option<Instant>,
+    /// What may have come since, and what may come of requests under way.
+    since: u64,
+    under_way: u64,
+}
+
+impl State {
+    fn bytes(&self) -> u64 {
+        self.counted.bytes.saturating_add(self.since).saturating_add(self.under_way)
+    }
+
+    fn is_stale(&self) -> bool {
+        self.counted_at.is_none_or(|at| at.elapsed() > RECOUNT)
+    }
+
+    fn recount(&mut self, share: &Share) -> Result<(), Errno> {
+        self.counted = count(share)?;
+        (self.since, self.counted_at) = (0, Some(Instant::now()));
+        Ok(())
+    }
+}
+
+/// Space that a request may take, from its admission to its end.
+pub struct Charge {
+    usage: Arc<Usage>,
+    bytes: u64,
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        let mut state = self.usage.state.lock().expect(FREE);
+        state.under_way -= self.bytes;
+        state.since += self.bytes;
+    }
+}
+
+impl Usage {
+    /// The count of a directory, one for all who have it open.
+    pub fn of(root: &File) -> Result<Arc<Usage>, Errno> {
+        static ALL: Mutex<Vec<Weak<Usage>>> = Mutex::new(Vec::new());
+        let stat = fstat(root)?;
+        let root = (stat.st_dev, stat.st_ino);
+        let mut all = ALL.lock().expect(FREE);
+        all.retain(|usage| usage.strong_count() > 0);
+        if let Some(usage) = all.iter().filter_map(Weak::upgrade).find(|usage| usage.root == root) {
+            return Ok(usage);
+        }
+        let usage = Arc::new(Usage { root, state: Mutex::default() });
+        all.push(Arc::downgrade(&usage));
+        Ok(usage)
+    }
+
+    /// Charges a change of `range` of a file, before it is made.
+    pub fn charge(
+        self: &Arc<Usage>,
+        share: &Share,
+        file: &File,
+        range: Range<u64>,
+    ) -> Result<Charge, Errno> {
+        let limit = share.policy.share_bytes_max;
+        let range = range.start / BLOCK_BYTES * BLOCK_BYTES
+            ..range.end.checked_next_multiple_of(BLOCK_BYTES).ok_or(Errno::FBIG)?;
+        let mut bytes = range.end - range.start;
+        let mut state = self.state.lock().expect(FREE);
+        if state.is_stale() {
+            state.recount(share)?;
+        }
+        if state.bytes().saturating_add(bytes) > limit {
+            bytes = bytes_wanting(file, range)?;
+            if bytes > 0 {
+                state.recount(share)?;
+            }
+        }
+        if bytes > 0 && state.bytes().saturating_add(bytes) > limit {
+            return Err(Errno::NOSPC);
+        }
+        state.under_way += bytes;
+        Ok(Charge { usage: Arc::clone(self), bytes })
+    }
+
+    /// Charges one more file or directory.
+    pub fn charge_name(&self, share: &Share) -> Result<(), Errno> {
+        let mut state = self.state.lock().expect(FREE);
+        if state.is_stale() || state.counted.files >= FILES_MAX {
+            state.recount(share)?;
+        }
+        if state.counted.files >= FILES_MAX {
+            return Err(Errno::NOSPC);
+        }
+        state.counted.files += 1;
+        Ok(())
+    }
+
+    /// What is in use now.
+    pub fn now(&self, share: &Share) -> Result<Counted, Errno> {
+        let mut state = self.state.lock().expect(FREE);
+        state.recount(share)?;
+        Ok(Counted { bytes: state.bytes(), ..state.counted })
+    }
+}
+
+/// Bytes of a range that have no space in the file yet.
+fn bytes_wanting(file: &File, range: Range<u64>) -> Result<u64, Errno> {
+    let stat = fstat(file)?;
+    // Space that is reserved and not written looks like a hole below; a whole file of it does not.
+    let size = stat.st_size as u64;
+    if range.end <= size.next_multiple_of(BLOCK_BYTES) && stat.st_blocks as u64 * 512 >= size {
+        return Ok(0);
+    }
+    let (mut at, mut wanting) = (range.start, 0);
+    for _ in 0..STEPS_MAX {
+        let data = match seek(file, SeekFrom::Data(at)) {
+            Ok(data) => data.min(range.end),
+            Err(Errno::NXIO) => range.end,
+            Err(errno) => return Err(errno),
+        };
+        wanting += data - at;
+        at = data;
+        if at < range.end {
+            // The end of the file counts as a hole; its last block is there as a whole.
+            let hole = seek(file, SeekFrom::Hole(at))?;
+            at = hole.next_multiple_of(BLOCK_BYTES).min(range.end);
+        }
+        if at == range.end {
+            return Ok(wanting);
+        }
+    }
+    Ok(wanting + (range.end - at))
+}
+
+/// Looks at every file of a share. Directories that the server may not enter are left out: nobody
+/// writes there through it.
+fn count(share: &Share) -> Result<Counted, Errno> {
+    let mut counted = Counted::default();
+    let mut folders = vec![String::new()];
+    let mut step = [MaybeUninit::uninit(); LISTING_STEP_BYTES];
+    while let Some(path) = folders.pop() {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+        let folder = match share.open_at(&path, flags, rustix::fs::Mode::empty()) {
+            Ok(folder) => folder,
+            Err(Errno::ACCESS | Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => continue,
+            Err(errno) => return Err(errno),
+        };
+        let mut entries = RawDir::new(&folder, &mut step);
+        while let Some(entry) = entries.next() {
+            let entry = entry?;
+            let name = entry.file_name();
+            if name == c"." || name == c".." {
+                continue;
+            }
+            counted.files += 1;
+            if counted.files > FILES_MAX {
+                return Err(Errno::NOSPC);
+            }
+            let stat = match statat(&folder, name, AtFlags::SYMLINK_NOFOLLOW) {
+                Ok(stat) => stat,
+                Err(Errno::NOENT) => continue,
+                Err(errno) => return Err(errno),
+            };
+            match FileType::from_raw_mode(stat.st_mode) {
+                FileType::RegularFile => counted.bytes += stat.st_blocks as u64 * 512,
+                FileType::Directory => {
+                    // A name that is no text can be given by others only, and is not served.
+                    let Ok(name) = name.to_str() else { continue };
+                    folders.push(Share::join(&path, name)?);
+                }
+                _ => {}
+            }
+        }
+    }
+    Ok(counted)
+}
+
+/// Would miss: file systems that tell of space late (NFS).
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+    use crate::share::Policy;
+    use crate::share::tests::tempdir::TempDir;
+
+    const KIB: u64 = 1024;
+
+    fn share(limit_kib: u64) -> (TempDir, Share) {
+        let dir = TempDir::new();
+        std::fs::create_dir(dir.path().join("sub")).expect("a directory");
+        let policy = Policy { share_bytes_max: limit_kib * KIB, ..Policy::default() };
+        let share = Share::open(dir.path(), policy).expect("a share");
+        (dir, share)
+    }
+
+    fn charge(share: &Share, file: &File, offset_kib: u64, kib: u64) -> Result<(), Errno> {
+        let range = offset_kib * KIB..(offset_kib + kib) * KIB;
+        let charge = share.charge(file, range.clone())?;
+        file.write_all_at(&vec![1; (kib * KIB) as usize], range.start).expect("space on the host");
+        drop(charge);
+        Ok(())
+    }
+
+    #[test]
+    fn what_takes_space_counts_and_what_has_it_does_not() {
+        let (dir, share) = share(256);
+        let file = share.create("sub/sparse", 0o600, true).expect("a file");
+        file.set_len(1 << 40).expect("a sparse file");
+        for offset_kib in [0, 1 << 20, 1 << 28] {
+            assert_eq!(charge(&share, &file, offset_kib, 64), Ok(()));
+        }
+        assert_eq!(charge(&share, &file, 512, 128), Err(Errno::NOSPC));
+        // Over what is there, any number of times, in part beside it too.
+        for _ in 0..10 {
+            assert_eq!(charge(&share, &file, 0, 64), Ok(()));
+        }
+        assert_eq!(charge(&share, &file, 32, 64), Ok(()));
+        let used = share.usage_now().expect("a limit").expect("a count");
+        assert!((224 * KIB..=256 * KIB).contains(&used.bytes), "{used:?}");
+        assert_eq!(used.files, 2);
+        // Whoever removes something makes room.
+        let room = share.create("room", 0o600, true).expect("a file");
+        assert_eq!(charge(&share, &room, 0, 64), Err(Errno::NOSPC));
+        std::fs::remove_file(dir.path().join("sub/sparse")).expect("removed");
+        drop(file);
+        assert_eq!(charge(&share, &room, 0, 64), Ok(()));
+    }
+
+    #[test]
+    fn a_file_whose_space_is_reserved_is_written_at_the_limit() {
+        let (_dir, share) = share(256);
+        let file = share.create("reserved", 0o600, true).expect("a file");
+        let none = rustix::fs::FallocateFlags::empty();
+        let held = share.charge(&file, 0..200 * KIB).expect("room");
+        rustix::fs::fallocate(&file, none, 0, 200 * KIB).expect("space on the host");
+        drop(held);
+        let other = share.create("other", 0o600, true).expect("a file");
+        assert_eq!(charge(&share, &other, 0, 64), Err(Errno::NOSPC));
+        assert_eq!(charge(&share, &file, 0, 200), Ok(()));
+    }
+
+    #[test]
+    fn all_frontends_of_a_directory_have_one_count() {
+        let (dir, one) = share(256);
+        let other = Share::open(dir.path(), one.policy).expect("a share");
+        let file = one.create("file", 0o600, true).expect("a file");
+        let held = one.charge(&file, 0..200 * KIB).expect("room");
+        // Not written yet, and taken all the same.
+        assert_eq!(other.charge(&file, 0..100 * KIB).map(|_| ()), Err(Errno::NOSPC));
+        drop(held);
+        assert_eq!(other.charge(&file, 0..100 * KIB).map(|_| ()), Ok(()));
+    }
+
+    #[test]
+    fn names_have_an_end() {
+        let (dir, share) = share(256);
+        let usage = Usage::of(&File::open(dir.path()).expect("it")).expect("a count");
+        usage.state.lock().expect(FREE).counted_at = Some(Instant::now());
+        usage.state.lock().expect(FREE).counted.files = FILES_MAX;
+        // The files are looked at, and there are few.
+        assert_eq!(usage.charge_name(&share), Ok(()));
+        assert_eq!(usage.state.lock().expect(FREE).counted.files, 2);
+    }
+}
