@@ -8,7 +8,8 @@
 use std::collections::BTreeMap;
 
 use platter_storage::ninep::message::{
-    Answer, MODE_KIND_MASK, Qid, Request, VERSION_PLAIN, VERSION_PLATTER, VERSION_UNKNOWN,
+    Answer, EXTENTS_MAX, Extent, MODE_KIND_MASK, Qid, Request, VERSION_PLAIN, VERSION_PLATTER,
+    VERSION_UNKNOWN,
 };
 use platter_xen::ninepfs::{
     HEAD_BYTES, Half, IN_CONS, IN_PROD, Interface, MessageHead, OUT_CONS, OUT_PROD,
@@ -66,6 +67,8 @@ struct Job {
     mark: u64,
     /// A write whose bytes are in the file already.
     applied: Option<u32>,
+    /// A file's extents as they were when the question came.
+    extents: Option<Answer<'static>>,
 }
 
 /// The server and its files.
@@ -256,9 +259,10 @@ impl Server {
         *self.served.entry(head.id).or_default() += 1;
         let due_ns = now_ns + self.rng.between(self.latency_ns.0, self.latency_ns.1);
         let mark = self.files.mark();
-        let mut job = Job { due_ns, ring: index, head, body, mark, applied: None };
+        let mut job = Job { due_ns, ring: index, head, body, mark, applied: None, extents: None };
         if self.rng.chance(500) {
             job.applied = self.try_write(&job);
+            job.extents = self.extents_now(&job);
         }
         self.jobs.push(job);
         true
@@ -272,6 +276,17 @@ impl Server {
         let count = self.shorten(count);
         let bytes = &job.body[TWRITE_HEAD..TWRITE_HEAD + count as usize];
         self.files.write(&path, offset, bytes).then_some(count)
+    }
+
+    /// The answer to a Textents as things stand.
+    fn extents_now(&self, job: &Job) -> Option<Answer<'static>> {
+        match Request::parse(job.head, &job.body) {
+            Ok(Request::Extents { fid, offset, len }) => {
+                let file = self.files.get(self.fids.get(&fid)?)?;
+                Some(extents(&file.live, offset, len))
+            }
+            _ => None,
+        }
     }
 
     fn shorten(&mut self, count: u32) -> u32 {
@@ -344,11 +359,12 @@ impl Server {
             | Request::Read { fid, .. }
             | Request::Write { fid, .. }
             | Request::Fsync { fid, .. }
+            | Request::Extents { fid, .. }
             | Request::Allocate { fid, .. } => match self.fids.get(fid).cloned() {
                 Some(path) => self.file_answer(&path, &request, job, data),
                 None => Answer::Lerror { ecode: EBADF },
             },
-            Request::Flush { .. } | Request::Extents { .. } => Answer::Lerror { ecode: EOPNOTSUPP },
+            Request::Flush { .. } => Answer::Lerror { ecode: EOPNOTSUPP },
         }
     }
 
@@ -430,12 +446,37 @@ impl Server {
                 self.files.write(path, *offset, &zeros);
                 Answer::Allocate
             }
+            Request::Extents { offset, len, .. } => match &job.extents {
+                Some(answer) => answer.clone(),
+                None => extents(&file.live, *offset, *len),
+            },
             _ => {
                 self.files.sync(path, job.mark);
                 Answer::Fsync
             }
         }
     }
+}
+
+/// Blocks of zeros have no space.
+fn extents(bytes: &[u8], offset: u64, len: u64) -> Answer<'static> {
+    const BLOCK: u64 = 4096;
+    let end = offset.saturating_add(len).min(bytes.len() as u64);
+    let mut list = heapless::Vec::<Extent, EXTENTS_MAX>::new();
+    let mut at = offset;
+    while at < end {
+        let next = (at / BLOCK * BLOCK + BLOCK).min(end);
+        let is_data = bytes[at as usize..next as usize].iter().any(|byte| *byte != 0);
+        if is_data {
+            let is_new = list.last().is_none_or(|last| last.offset + last.len < at);
+            if is_new && list.push(Extent { offset: at, len: 0 }).is_err() {
+                break;
+            }
+            list.last_mut().expect("this one or the one before").len += next - at;
+        }
+        at = next;
+    }
+    Answer::Extents { end: at, extents: list }
 }
 
 fn read_at(hv: &impl Hypervisor, ring: &Ring, base: usize, index: u32, into: &mut [u8]) {

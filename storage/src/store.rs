@@ -113,7 +113,8 @@ pub struct Done {
 pub enum Answer {
     Opened(Opened),
     /// The bytes read, in order; may be fewer than asked (the caller asks for the rest); empty
-    /// at the end of the file. Valid until the next [`Store::release`] of this store.
+    /// where all that was asked for reads as zeros: at the end of the file, or in a hole. Valid
+    /// until the next [`Store::release`] of this store.
     Read(Window),
     /// Bytes written, at least 1; may be fewer than submitted.
     Written(u32),

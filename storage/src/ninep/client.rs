@@ -9,6 +9,7 @@
 
 use alloc::vec::Vec;
 
+use heapless::Deque;
 use platter_xen::ninepfs::{
     Broken, FrontRing, HEAD_BYTES, MessageHead, RINGS_MAX, Reservation, Span,
 };
@@ -33,13 +34,15 @@ const IO_UNIT_BYTES: u32 = 4096;
 /// Bytes of the longest Twalk: head, fids and count, a path of 1024 bytes, 16 lengths.
 const STEP_BYTES_MAX: usize = 17 + PATH_BYTES_MAX + 2 * 16;
 /// Bytes of every other request of ours, data apart: Tsetattr's 67 are the most.
-const REQUEST_BYTES_MAX: usize = 72;
+pub(super) const REQUEST_BYTES_MAX: usize = 72;
+/// Answers that no server is asked for, at once.
+const HOME_MAX: usize = 64;
 /// Without a single answer for so long, while something is asked, the server counts as dead:
 /// as long as Linux waits for a disk.
 pub const STALL_NS: u64 = 30_000_000_000;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Kind {
+pub(super) enum Kind {
     /// A file's current [`Step`].
     Step,
     Read,
@@ -48,13 +51,15 @@ enum Kind {
     Allocate,
     Size,
     SetSize,
+    /// Asks for a file's holes; nobody waits for it.
+    Extents,
     /// A write taken back: it went out as one to no file.
     Void,
 }
 
 /// One message in flight, or answered by the session's end and not yet reported.
 #[derive(Clone, Copy, Debug)]
-struct Op {
+pub(super) struct Op {
     kind: Kind,
     file: u16,
     /// Bytes asked for, of a read or write.
@@ -62,7 +67,7 @@ struct Op {
     /// The caller's; meaningless for a step.
     tag: Tag,
     /// What its answer may take of the ring.
-    answer_bytes: u32,
+    pub answer_bytes: u32,
     /// Where its message lies, for the one that may be taken back.
     place: Option<Reservation>,
     lost: bool,
@@ -91,7 +96,9 @@ pub struct Client {
     pub(super) session: Session,
     /// In the table's terms: index = wire tag.
     ops: [Option<Op>; OPS_MAX],
-    files: Vec<Option<File>>,
+    pub(super) files: Vec<Option<File>>,
+    /// Reads of holes, with their file: answered here.
+    pub(super) home: Deque<(u16, Done), HOME_MAX>,
     /// Largest message, as agreed.
     pub(super) msize: u32,
     /// Requests per ring.
@@ -109,6 +116,8 @@ pub struct Client {
     sweep: bool,
     /// Files with a step to send, or more: never fewer.
     steps_due: bool,
+    /// Of the last poll.
+    pub(super) now_ns: u64,
     /// When the last answer came, or when we first saw that we wait for one.
     alive_ns: u64,
     /// At the last poll something was asked and not answered.
@@ -129,6 +138,7 @@ impl Client {
             session: Session::Down,
             ops: [None; OPS_MAX],
             files: Vec::new(),
+            home: Deque::new(),
             msize: 0,
             depth: 1,
             extended: false,
@@ -138,6 +148,7 @@ impl Client {
             answer_next: 0,
             sweep: false,
             steps_due: false,
+            now_ns: 0,
             alive_ns: 0,
             waited: false,
         }
@@ -186,8 +197,8 @@ impl Client {
         for index in 0..OPS_MAX {
             if let Some(op) = self.ops[index].filter(|op| op.lost) {
                 self.ops[index] = None;
-                self.settle(op.file);
-                if op.kind == Kind::Void {
+                self.settle(op);
+                if matches!(op.kind, Kind::Void | Kind::Extents) {
                     continue;
                 }
                 return Some(Done { tag: op.tag, result: Err(StoreFault::Gone) });
@@ -204,8 +215,17 @@ impl Client {
         None
     }
 
-    /// One operation of `file` has been reported: a close that waited for it can go on.
-    fn settle(&mut self, file: u16) {
+    /// An operation is over and reported.
+    fn settle(&mut self, op: Op) {
+        if matches!(op.kind, Kind::Write | Kind::Void | Kind::SetSize) {
+            let slot = &mut self.files[usize::from(op.file)];
+            slot.as_mut().expect("a file outlives its operations").holes.changed();
+        }
+        self.count_down(op.file);
+    }
+
+    /// One operation of `file` less: a close that waited for it can go on.
+    fn count_down(&mut self, file: u16) {
         let slot = &mut self.files[usize::from(file)];
         let open = slot.as_mut().expect("a file outlives its operations");
         open.outstanding -= 1;
@@ -234,7 +254,7 @@ impl Client {
         }
     }
 
-    fn file_is_ready(&self, file: FileId) -> Result<(), StoreFault> {
+    pub(super) fn file_is_ready(&self, file: FileId) -> Result<(), StoreFault> {
         match self.files.get(usize::from(file.0)) {
             Some(Some(file)) => {
                 assert!(!file.closing, "operation on a closed file");
@@ -301,7 +321,7 @@ impl Client {
     }
 
     /// Sends a message without data, by way of `scratch`. `Ok(false)`: no room now.
-    fn send<H: Hypervisor>(
+    pub(super) fn send<H: Hypervisor>(
         &mut self,
         hv: &mut H,
         request: &Request<'_>,
@@ -397,7 +417,13 @@ impl Client {
             Kind::Step => self.step_answered(op.file, &answer)?,
             // Nobody waits for it, whatever the server says of a fid that never was.
             Kind::Void => {
-                self.settle(op.file);
+                self.settle(op);
+                None
+            }
+            Kind::Extents => {
+                let learnt = self.holes_answered(op.file, &answer);
+                self.settle(op);
+                learnt?;
                 None
             }
             _ => {
@@ -405,7 +431,7 @@ impl Client {
                     // Still owed an answer: the session's end gives it.
                     self.ops[usize::from(head.tag)] = Some(op);
                 })?;
-                self.settle(op.file);
+                self.settle(op);
                 Some(Done { tag: op.tag, result })
             }
         };
@@ -524,6 +550,7 @@ impl Client {
             (submit, self.files.get_mut(usize::from(file.0)))
         {
             file.size_bytes = size_bytes;
+            file.holes.change(0, u64::MAX);
         }
         Ok(submit)
     }
@@ -567,12 +594,12 @@ impl Client {
     }
 }
 
-fn op(kind: Kind, file: u16, len: u32, tag: Tag) -> Op {
+pub(super) fn op(kind: Kind, file: u16, len: u32, tag: Tag) -> Op {
     Op { kind, file, len, tag, answer_bytes: 0, place: None, lost: false }
 }
 
 /// Fid 0 is the root.
-fn fid_of(index: usize) -> u32 {
+pub(super) fn fid_of(index: usize) -> u32 {
     index as u32 + 1
 }
 
@@ -580,7 +607,7 @@ fn fid(file: FileId) -> u32 {
     fid_of(usize::from(file.0))
 }
 
-fn window(spans: [Span; 2]) -> Window {
+pub(super) fn window(spans: [Span; 2]) -> Window {
     Window {
         runs: spans.map(|span| Run { region: span.region, offset: span.offset, len: span.len }),
     }
@@ -631,10 +658,17 @@ impl<H: Hypervisor> Store<H> for Client {
         offset: u64,
         len: u32,
     ) -> Result<Submit, StoreFault> {
+        if self.answers_at_home(tag, file, offset, len)? {
+            return Ok(Submit::Taken(len));
+        }
         let count = len.min(Store::<H>::io_bytes_max(self));
         let request = Request::Read { fid: fid(file), offset, count };
         let op = op(Kind::Read, file.0, count, tag);
-        self.submit(hv, &request, Op { answer_bytes: RREAD_BYTES + count, ..op })
+        let submit = self.submit(hv, &request, Op { answer_bytes: RREAD_BYTES + count, ..op })?;
+        if self.extended && submit != Submit::NoRoom {
+            self.ask_for_holes(hv, file.0, (offset, count));
+        }
+        Ok(submit)
     }
 
     fn write(
@@ -665,7 +699,9 @@ impl<H: Hypervisor> Store<H> for Client {
         let place = Some(reservation);
         let op = Op { answer_bytes, place, ..op(Kind::Write, file.0, count, tag) };
         self.launch(hv, wire_tag, reservation, &mut bytes, op);
-        self.count_up(file.0);
+        let slot = self.files[usize::from(file.0)].as_mut().expect("it is ready");
+        slot.outstanding += 1;
+        slot.holes.change(offset, count.into());
         Ok(Submit::Taken(count))
     }
 
@@ -724,8 +760,17 @@ impl<H: Hypervisor> Store<H> for Client {
         self.lanes[index % self.lanes.len()].ring.put(hv, &place, 0, &bytes);
     }
 
+    fn poll_at_ns(&self) -> Option<u64> {
+        (!self.home.is_empty()).then_some(0)
+    }
+
     fn poll(&mut self, hv: &mut H, now_ns: u64) -> Option<Done> {
+        self.now_ns = now_ns;
         self.watch_the_clock(now_ns);
+        if let Some((file, done)) = self.home.pop_front() {
+            self.count_down(file);
+            return Some(done);
+        }
         if self.sweep
             && let Some(done) = self.next_swept()
         {

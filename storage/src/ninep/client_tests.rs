@@ -484,3 +484,97 @@ fn garbled_answers_never_panic_nor_lose_an_operation() {
         garbled_run(seed * 7919);
     }
 }
+
+const SPARSE_BYTES: u64 = 8 << 20;
+
+/// A file with data in one place, 64 KiB at 1 MiB.
+fn sparse_world(platter: bool) -> (World, FileId) {
+    let mut server = Server::new(platter);
+    server.file("sparse.raw", 0);
+    let bytes = &mut server.nodes.get_mut("sparse.raw").unwrap().bytes;
+    bytes.resize(SPARSE_BYTES as usize, 0);
+    bytes[1 << 20..(1 << 20) + (64 << 10)].fill(7);
+    let mut world = World::new(server);
+    let file = open(&mut world, "sparse.raw").unwrap().file;
+    (world, file)
+}
+
+/// Reads 4 KiB; an answer without bytes stands for zeros.
+fn read_page(world: &mut World, file: FileId, offset: u64) -> Vec<u8> {
+    assert_eq!(read(world, 9, file, offset, 4096), Submit::Taken(4096));
+    world.serve();
+    loop {
+        let Some(done) = world.poll() else {
+            world.serve();
+            continue;
+        };
+        let Ok(Reply::Read(window)) = done.result else { panic!("{done:?}") };
+        let mut bytes = vec![0; 4096];
+        let mut rest = &mut bytes[..];
+        for run in window.runs {
+            let (now, later) = rest.split_at_mut(run.len);
+            world.hv.read(run.region, run.offset, now);
+            rest = later;
+        }
+        return bytes;
+    }
+}
+
+/// Reads all of the file in sequence; messages that it took.
+fn read_through(world: &mut World, file: FileId) -> u32 {
+    let messages = |world: &World| {
+        let served = |id| world.server.served.get(id).copied().unwrap_or(0);
+        served(&id::TREAD) + served(&id::TEXTENTS)
+    };
+    let before = messages(world);
+    for offset in (0..SPARSE_BYTES).step_by(4096) {
+        let expected = world.server.nodes["sparse.raw"].bytes[offset as usize];
+        assert!(read_page(world, file, offset) == vec![expected; 4096], "{offset}");
+    }
+    messages(world) - before
+}
+
+#[test]
+fn what_nobody_wrote_costs_no_message() {
+    let (mut world, file) = sparse_world(true);
+    let count = read_through(&mut world, file);
+    assert!(count < 16 + 4, "{count} messages for 16 pages of data");
+    // What is written in a hole is read back, whatever was known.
+    let page = vec![3; 4096];
+    assert_eq!(write(&mut world, 5, file, 4 << 20, &page), Submit::Taken(4096));
+    let before = world.server.served[&id::TREAD];
+    assert_eq!(read(&mut world, 6, file, 6 << 20, 4096), Submit::Taken(4096));
+    assert_eq!(world.client.poll(&mut world.hv, 0).map(|done| done.tag), Some(Tag(6)), "at once");
+    assert_eq!(results(world.poll_all()), [(5, Ok(Reply::Written(4096)))]);
+    assert!(read_page(&mut world, file, 4 << 20) == page);
+    assert_eq!(world.server.served[&id::TREAD], before + 1);
+    // A new size, and a new server, end what was known.
+    world.client.set_size(&mut world.hv, Tag(8), file, SPARSE_BYTES).unwrap();
+    world.poll_all();
+    read_page(&mut world, file, 6 << 20);
+    assert_eq!(world.server.served[&id::TREAD], before + 2);
+    read_through(&mut world, file);
+    world.server.die();
+    world.handshake();
+    world.server.return_();
+    world.handshake();
+    world.poll_all();
+    let before = world.server.served[&id::TREAD];
+    read_page(&mut world, file, 6 << 20);
+    assert_eq!(world.server.served[&id::TREAD], before + 1);
+}
+
+#[test]
+fn holes_are_asked_for_only_where_we_alone_write() {
+    // A plain server does not know; another answers that somebody else writes the file.
+    let (mut world, file) = sparse_world(false);
+    assert_eq!(read_through(&mut world, file), 2048);
+    let (mut world, file) = sparse_world(true);
+    world.server.faults.extents_error = Some(16);
+    assert_eq!(read_through(&mut world, file), 2048 + 1);
+    // A file that is opened to be read may be written by anyone.
+    let (mut world, _) = sparse_world(true);
+    world.client.open(&mut world.hv, Tag(1), "sparse.raw", Access::ReadOnly).unwrap();
+    let Ok(Reply::Opened(opened)) = world.poll_all()[0].result else { panic!("not opened") };
+    assert_eq!(read_through(&mut world, opened.file), 2048);
+}

@@ -7,6 +7,7 @@
 
 use alloc::string::String;
 
+use super::holes::Holes;
 use super::message::{
     Answer, GETATTR_BASIC, MODE_KIND_MASK, MODE_REGULAR, QID_DIR, QID_SYMLINK, Qid, Request,
     WALK_MAX, open,
@@ -19,6 +20,8 @@ pub const PATH_BYTES_MAX: usize = 1024;
 const NAME_BYTES_MAX: usize = 255;
 /// Deepest path: ours.
 const DEPTH_MAX: usize = 64;
+/// So much of a file must have no space for its holes to be of interest.
+const SPARSE_BYTES: u64 = 1 << 20;
 /// The share's root directory.
 pub const ROOT_FID: u32 = 0;
 
@@ -59,6 +62,7 @@ pub struct File {
     pub closing: bool,
     /// The server holds a fid for this file although it is not open: to be clunked at close.
     pub fid_exists: bool,
+    pub holes: Holes,
 }
 
 /// What an answer means for a file.
@@ -92,6 +96,7 @@ impl File {
             outstanding: 0,
             closing: false,
             fid_exists: false,
+            holes: Holes::default(),
         })
     }
 
@@ -104,6 +109,7 @@ impl File {
     pub fn lose(&mut self) -> bool {
         self.due = false;
         self.fid_exists = false;
+        self.holes.forget();
         match self.step {
             Step::Clunk => return true,
             Step::Failed(_) => {}
@@ -154,7 +160,9 @@ impl File {
                 Ok(Progress::Refused { fault: fault_of(*ecode), fid_exists: true })
             }
             (Step::Walk(done), Answer::Walk { qids }) => self.walked(done, qids),
-            (Step::Getattr, Answer::Getattr { qid, mode, size, .. }) => {
+            (Step::Getattr, Answer::Getattr { qid, mode, size, blocks, .. }) => {
+                let unused = size.saturating_sub(blocks.saturating_mul(512));
+                self.holes.off = self.access != Access::ReadWrite || unused < SPARSE_BYTES;
                 Ok(self.attributes(*qid, *mode, *size))
             }
             (Step::Lopen, Answer::Lopen { .. }) => {

@@ -18,7 +18,9 @@
 //!   the file's size; a range beyond the end is cut at the end;
 //! - `Textents` 82: fid[4] offset[8] len[8], `Rextents` 83: end[8] count[2] then count times
 //!   offset[8] len[8]: the allocated ranges in `offset..end`, in order, at most
-//!   [`EXTENTS_MAX`]; `end` tells how far the answer reaches, and ask again from there.
+//!   [`EXTENTS_MAX`]; `end` tells how far the answer reaches, and ask again from there. To a fid
+//!   that is open for writing the answer is EBUSY when another fid of any client is too: who
+//!   gets ranges may keep them for a second, until it writes there itself.
 //!
 //! The numbers 78 to 99 are used by no 9P dialect known to us.
 

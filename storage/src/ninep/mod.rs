@@ -6,6 +6,7 @@
 
 pub mod client;
 mod file;
+mod holes;
 pub mod message;
 pub mod mount;
 mod session;

@@ -13,8 +13,8 @@ use platter_xen::ninepfs::{
 use platter_xen::{Gref, Hypervisor, PAGE_BYTES, Region};
 
 use super::message::{
-    Answer, MODE_REGULAR, QID_DIR, QID_SYMLINK, Qid, Request, VERSION_PLAIN, VERSION_PLATTER,
-    VERSION_UNKNOWN,
+    Answer, EXTENTS_MAX, Extent, MODE_REGULAR, QID_DIR, QID_SYMLINK, Qid, Request, VERSION_PLAIN,
+    VERSION_PLATTER, VERSION_UNKNOWN,
 };
 use super::{BackNodes, Client, Mount, MountStep, Session};
 use crate::fake::Fake;
@@ -44,6 +44,8 @@ pub struct Faults {
     pub io_error: Option<u32>,
     /// This errno for every getattr.
     pub getattr_error: Option<u32>,
+    /// This errno for every question for extents.
+    pub extents_error: Option<u32>,
     /// Takes requests and answers none.
     pub deaf: bool,
     /// Answers reads with so many bytes beyond what was asked.
@@ -238,11 +240,12 @@ impl Server {
             | Request::Lopen { fid, .. }
             | Request::Getattr { fid, .. }
             | Request::Setattr { fid, .. }
+            | Request::Extents { fid, .. }
             | Request::Allocate { fid, .. } => match self.fids.get(fid).cloned() {
                 Some(path) => self.file_answer(&path, request, body, data),
                 None => Answer::Lerror { ecode: 9 },
             },
-            Request::Flush { .. } | Request::Extents { .. } => Answer::Lerror { ecode: 95 },
+            Request::Flush { .. } => Answer::Lerror { ecode: 95 },
         }
     }
 
@@ -293,6 +296,7 @@ impl Server {
     ) -> Answer<'static> {
         let qid = self.qid(path);
         let io_max = self.faults.io_max.unwrap_or(u32::MAX);
+        let extents_error = self.faults.extents_error;
         let read_extra = self.faults.read_extra;
         let node = self.nodes.get_mut(path).unwrap();
         let size = node.bytes.len() as u64;
@@ -324,9 +328,34 @@ impl Server {
                 node.bytes[*offset as usize..end].fill(0);
                 Answer::Allocate
             }
+            Request::Extents { offset, len, .. } => match extents_error {
+                Some(ecode) => Answer::Lerror { ecode },
+                None => extents(&node.bytes, *offset, *len),
+            },
             _ => Answer::Fsync,
         }
     }
+}
+
+/// Blocks of zeros have no space.
+fn extents(bytes: &[u8], offset: u64, len: u64) -> Answer<'static> {
+    const BLOCK: u64 = 4096;
+    let end = offset.saturating_add(len).min(bytes.len() as u64);
+    let mut list = heapless::Vec::<Extent, EXTENTS_MAX>::new();
+    let mut at = offset;
+    while at < end {
+        let next = (at / BLOCK * BLOCK + BLOCK).min(end);
+        let is_data = bytes[at as usize..next as usize].iter().any(|byte| *byte != 0);
+        if is_data {
+            let is_new = list.last().is_none_or(|last| last.offset + last.len < at);
+            if is_new && list.push(Extent { offset: at, len: 0 }).is_err() {
+                break;
+            }
+            list.last_mut().expect("this one or the one before").len += next - at;
+        }
+        at = next;
+    }
+    Answer::Extents { end: at, extents: list }
 }
 
 fn read_at(hv: &Fake, ring: &Ring, base: usize, index: u32, into: &mut [u8]) {
