@@ -24,7 +24,7 @@ scenario() {
 
     began=$(uptime_seconds)
     READY_PATTERN="NVMe controller"
-    create_storage_on "$CONFIGS/storage-nvme.cfg" "pci=['$NVME_SLOT']"
+    create_storage_on "$CONFIGS/storage-nvme.cfg" "pci=['$NVME_SLOT']" "memory=16"
     note "platter: ready after $(elapsed_since "$began") s, $(memory_of_storage) MiB"
     measure_all platter /nvme0n1
     timeout 20 xl shutdown -w storage >&2 || fail "xl shutdown does not end"
@@ -33,7 +33,8 @@ scenario() {
     began=$(uptime_seconds)
     create_linux_driver_domain storage "pci=['$NVME_SLOT']"
     note "Linux: ready after $(elapsed_since "$began") s, $(memory_of_storage) MiB"
-    guest_must storage 'until [ -b /dev/nvme0n1 ]; do sleep 0.1; done; free -m'
+    guest_must storage 'until [ -b /dev/nvme0n1 ]; do sleep 0.1; done' >/dev/null
+    note "Linux: of it used: $(guest_must storage 'free -m' | awk '/^Mem/ { print $3 }') MiB"
     measure_all linux /dev/nvme0n1
 }
 
@@ -41,11 +42,13 @@ memory_of_storage() { xl list storage | awk 'NR == 2 { print $3 }'; }
 
 # measure_all BACKEND TARGET: every round of every work through the domain called storage.
 measure_all() {
-    start_loadgen load serve "vdev=xvda,backend=storage,format=raw,target=$2"
-    within "$PATIENCE" console_has load "waiting for jobs" || fail "the load does not start"
+    # A name of its own: consoles of the same name would be one file.
+    load=load-$1
+    start_loadgen "$load" serve "vdev=xvda,backend=storage,format=raw,target=$2"
+    within "$PATIENCE" console_has "$load" "waiting for jobs" || fail "the load does not start"
     number=1
-    job load "$number" "order=2 count=8 secs=1"
-    job_wait load "$number" >/dev/null
+    job "$load" "$number" "order=2 count=8 secs=1"
+    job_wait "$load" "$number" >/dev/null
     for round in $(seq "$ROUNDS"); do
         for work in $WORKS; do
             step "$1, round $round of $ROUNDS: $work"
@@ -53,8 +56,8 @@ measure_all() {
             measure "$1" "$round" "$work"
         done
     done
-    job load 0 quit
-    within 60 domain_is_gone load || fail "the load does not end"
+    job "$load" 0 quit
+    within 60 domain_is_gone "$load" || fail "the load does not end"
 }
 
 # measure BACKEND ROUND OP,BLOCK,DEPTH: dom0 keeps still meanwhile. A line of the table is
@@ -63,10 +66,10 @@ measure() {
     op=${3%%,*} depth=${3##*,} block=${3#*,}
     block=${block%,*}
     before=$(cpu_seconds)
-    job load "$number" "op=$op bs=$block depth=$depth order=2 secs=$RUNTIME_SECONDS"
+    job "$load" "$number" "op=$op bs=$block depth=$depth order=2 secs=$RUNTIME_SECONDS"
     sleep $((RUNTIME_SECONDS + 1))
     cpu=$(cpu_since "$before")
-    said=$(job_wait load "$number")
+    said=$(job_wait "$load" "$number")
     ios=$(echo "$said" | field ios)
     echo "$1 $2 $op/$depth $block $((ios * ${block%k})) $(echo "$said" | field ms) $cpu" >>"$table"
 }
