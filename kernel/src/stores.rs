@@ -31,9 +31,9 @@ impl AnyStore {
         match self {
             AnyStore::NineP(client) => ports.extend(client.ports()),
             AnyStore::Block(store) => {
-                ports.extend(store.devices().filter_map(|device| match device {
-                    AnyDevice::Blkfront(front) => front.port(),
-                    AnyDevice::Nvme(_) => None,
+                ports.extend(store.devices().flat_map(|device| match device {
+                    AnyDevice::Blkfront(front) => front.ports(),
+                    AnyDevice::Nvme(_) => &[],
                 }));
             }
         }

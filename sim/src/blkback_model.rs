@@ -1,4 +1,4 @@
-//! A blkback for disks of the storage domain itself, as a model: serves one ring from bytes in
+//! A blkback for disks of the storage domain itself, as a model: serves its rings from bytes in
 //! memory, with a cache that a flush empties, and faults on demand (Xen public/io/blkif.h).
 //!
 //! Deterministic: requests happen only in [`BlkbackModel::step`], and the caller picks which is
@@ -6,6 +6,8 @@
 //! the frontend under test is ours.
 
 use std::collections::BTreeMap;
+use std::format;
+use std::string::String;
 use std::vec::Vec;
 
 use platter_xen::blkif::{
@@ -45,11 +47,17 @@ pub struct BlkbackModel {
     pub executed: [u64; 4],
     pub indirect: u64,
     peer: DomId,
-    ring: Option<BackRing>,
-    ring_region: Option<Region>,
-    port: Option<Port>,
+    queues: Vec<Queue>,
     page: Option<Region>,
-    jobs: Vec<(Permit, Job)>,
+    /// Taken and not executed, with the number of their queue.
+    jobs: Vec<(usize, Permit, Job)>,
+}
+
+/// A ring that is mapped, and its channel.
+struct Queue {
+    ring: BackRing,
+    region: Region,
+    port: Port,
 }
 
 impl BlkbackModel {
@@ -65,7 +73,7 @@ impl BlkbackModel {
             discard_alignment_bytes: 0,
             discard_granularity_bytes: Some(sector_bytes),
             indirect_segments_max: SEGMENTS_INDIRECT_MAX as u16,
-            queues_max: 1,
+            queues_max: 8,
             ring_page_order_max: 4,
         };
         BlkbackModel {
@@ -76,20 +84,36 @@ impl BlkbackModel {
             executed: [0; 4],
             indirect: 0,
             peer,
-            ring: None,
-            ring_region: None,
-            port: None,
+            queues: Vec::new(),
             page: None,
             jobs: Vec::new(),
         }
     }
 
-    /// Maps the ring that the frontend published.
-    pub fn connect<H: Hypervisor>(&mut self, hv: &mut H, grefs: &[Gref], remote: Port) {
-        let region = hv.map(self.peer, grefs).expect("the frontend granted its ring");
-        self.ring = Some(BackRing::attach(hv, region, Abi::X86_64).expect("a sane ring"));
-        self.ring_region = Some(region);
-        self.port = Some(hv.bind_interdomain(self.peer, remote).expect("the frontend's port"));
+    /// Maps the rings that the frontend published; `number` reads a node of its directory. What
+    /// Linux's blkback would not take up is a panic here.
+    pub fn connect<H: Hypervisor>(&mut self, hv: &mut H, number: &dyn Fn(&str) -> Option<u32>) {
+        let count = number("multi-queue-num-queues").unwrap_or(1);
+        assert!((1..=self.nodes.queues_max).contains(&count), "{count} queues were not offered");
+        let order = number("ring-page-order");
+        assert!(order.unwrap_or(0) <= self.nodes.ring_page_order_max, "pages not offered");
+        for queue in 0..count {
+            let node = |key: &str| {
+                let prefix = if count > 1 { format!("queue-{queue}/") } else { String::new() };
+                number(&format!("{prefix}{key}")).unwrap_or_else(|| panic!("no {prefix}{key}"))
+            };
+            let grefs: Vec<Gref> = match order {
+                None => std::vec![Gref(node("ring-ref"))],
+                Some(order) => {
+                    (0..1 << order).map(|page| Gref(node(&format!("ring-ref{page}")))).collect()
+                }
+            };
+            let region = hv.map(self.peer, &grefs).expect("the frontend granted its ring");
+            let ring = BackRing::attach(hv, region, Abi::X86_64).expect("a sane ring");
+            let remote = Port(node("event-channel"));
+            let port = hv.bind_interdomain(self.peer, remote).expect("the frontend's port");
+            self.queues.push(Queue { ring, region, port });
+        }
         if self.page.is_none() {
             self.page = hv.frames_alloc(1);
         }
@@ -98,17 +122,14 @@ impl BlkbackModel {
     /// Lets the ring go; requests that were not executed are forgotten, those that were and
     /// whose answer was not seen are done: the frontend cannot tell which.
     pub fn disconnect<H: Hypervisor>(&mut self, hv: &mut H) {
-        self.jobs.drain(..).for_each(|(permit, _)| permit.abandon());
-        self.ring = None;
-        if let Some(region) = self.ring_region.take() {
-            hv.unmap(region);
-        }
-        if let Some(port) = self.port.take() {
-            hv.close_port(port);
+        self.jobs.drain(..).for_each(|(_, permit, _)| permit.abandon());
+        for queue in self.queues.drain(..) {
+            hv.unmap(queue.region);
+            hv.close_port(queue.port);
         }
     }
 
-    /// Takes what is on the ring, then executes at most `most` requests; `pick` chooses the
+    /// Takes what is on the rings, then executes at most `most` requests; `pick` chooses the
     /// next of n. How many were answered.
     pub fn step<H: Hypervisor>(
         &mut self,
@@ -116,20 +137,18 @@ impl BlkbackModel {
         most: usize,
         pick: &mut dyn FnMut(usize) -> usize,
     ) -> usize {
-        self.take(hv);
+        (0..self.queues.len()).for_each(|queue| self.take(hv, queue));
         let mut done = 0;
         while done < most && !self.jobs.is_empty() && !self.faults.stalled {
-            let (permit, job) = self.jobs.remove(pick(self.jobs.len()));
+            let (queue, permit, job) = self.jobs.remove(pick(self.jobs.len()));
             let status = self.execute(hv, &job);
-            if let Some(ring) = &mut self.ring {
-                ring.complete(permit, hv, status);
-            }
+            self.queues[queue].ring.complete(permit, hv, status);
             done += 1;
         }
-        if let (Some(ring), Some(port)) = (&mut self.ring, self.port)
-            && ring.publish(hv)
-        {
-            hv.notify(port);
+        for queue in &mut self.queues {
+            if queue.ring.publish(hv) {
+                hv.notify(queue.port);
+            }
         }
         done
     }
@@ -164,9 +183,10 @@ impl BlkbackModel {
         }
     }
 
-    fn take<H: Hypervisor>(&mut self, hv: &mut H) {
+    fn take<H: Hypervisor>(&mut self, hv: &mut H, queue: usize) {
         let limits = self.limits();
-        while let Some(ring) = &mut self.ring {
+        loop {
+            let ring = &mut self.queues[queue].ring;
             let Some((raw, permit)) = ring.take(hv).expect("our frontend keeps its ring") else {
                 let more = ring.final_check(hv).expect("our frontend keeps its ring");
                 if more {
@@ -200,7 +220,7 @@ impl BlkbackModel {
                     Job::Flush
                 }
             };
-            self.jobs.push((permit, job));
+            self.jobs.push((queue, permit, job));
         }
     }
 
@@ -298,7 +318,7 @@ impl BlkbackModel {
 impl Drop for BlkbackModel {
     /// A backend that ends in the middle of its work owes nobody an answer.
     fn drop(&mut self) {
-        self.jobs.drain(..).for_each(|(permit, _)| permit.abandon());
+        self.jobs.drain(..).for_each(|(_, permit, _)| permit.abandon());
     }
 }
 

@@ -4,8 +4,8 @@
 //! Guards that a domain that died touches nothing any more. Must never: take a ring before the
 //! frontend published it.
 
+use platter_xen::DomId;
 use platter_xen::vbd::DiskNodes;
-use platter_xen::{DomId, Gref, Port};
 
 use super::{BACKENDS, Pace, lose_cache};
 use crate::blkback_model::BlkbackModel;
@@ -23,8 +23,8 @@ pub struct Blk {
     /// The domain that serves now.
     pub domain: u16,
     alive: bool,
-    /// Close in order, then begin a new cycle.
-    restart: bool,
+    /// Close in order, then begin a new cycle with these limits of queues and ring pages.
+    restart: Option<(u32, u32)>,
     /// It is being taken away for good.
     detaching: bool,
     fe: String,
@@ -37,7 +37,7 @@ impl Blk {
             model: BlkbackModel::new(DomId(S), media, sector),
             domain: BACKENDS - 1,
             alive: false,
-            restart: false,
+            restart: None,
             detaching: false,
             fe: format!("/local/domain/{S}/device/vbd/{VDEV}"),
         };
@@ -107,9 +107,10 @@ impl Blk {
         self.set(xs, 5);
     }
 
-    /// blkback is taken off the disk and put back: an orderly close, then a new cycle.
-    pub fn restart(&mut self) {
-        self.restart = self.alive;
+    /// blkback is taken off the disk and put back, perhaps another version with other limits: an
+    /// orderly close, then a new cycle.
+    pub fn restart(&mut self, queues_max: u32, ring_page_order_max: u32) {
+        self.restart = self.alive.then_some((queues_max, ring_page_order_max));
     }
 
     /// The disk under it grows (`lvextend` in the backend's domain): blkback writes the size and
@@ -146,7 +147,7 @@ impl Blk {
         let most = rng.between(1, pace.most) as usize;
         let mut hv = machine.view(self.domain);
         self.model.step(&mut hv, most, &mut |count| rng.below(count as u64) as usize);
-        self.restart || self.model.is_busy()
+        self.restart.is_some() || self.model.is_busy()
     }
 
     fn handshake(&mut self, machine: &mut Machine, xs: &mut Xenstore) {
@@ -157,7 +158,12 @@ impl Blk {
                 self.connect(machine, xs);
                 self.set(xs, 4);
             }
-            (Some(4), Some(4)) if core::mem::take(&mut self.restart) => self.set(xs, 5),
+            (Some(4), Some(4)) if let Some((queues, order)) = self.restart.take() => {
+                self.offer(xs, |nodes| {
+                    (nodes.queues_max, nodes.ring_page_order_max) = (queues, order);
+                });
+                self.set(xs, 5);
+            }
             (Some(4), Some(5)) => self.set(xs, 5),
             (Some(4 | 5), Some(6)) | (Some(4), None) => {
                 self.model.disconnect(&mut machine.view(self.domain));
@@ -176,17 +182,8 @@ impl Blk {
     }
 
     fn connect(&mut self, machine: &mut Machine, xs: &Xenstore) {
-        let number = |key: &str| xs.number(0, &format!("{}/{key}", self.fe));
-        let grefs: Vec<Gref> = match number("ring-page-order") {
-            None => vec![number("ring-ref")],
-            Some(order) => {
-                (0..1u32 << order).map(|page| number(&format!("ring-ref{page}"))).collect()
-            }
-        }
-        .into_iter()
-        .map(|gref| Gref(gref.expect("platter writes its ring's references") as u32))
-        .collect();
-        let port = Port(number("event-channel").expect("platter writes its port") as u32);
-        self.model.connect(&mut machine.view(self.domain), &grefs, port);
+        let fe = &self.fe;
+        let number = |key: &str| Some(xs.number(0, &format!("{fe}/{key}"))? as u32);
+        self.model.connect(&mut machine.view(self.domain), &number);
     }
 }

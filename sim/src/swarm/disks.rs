@@ -126,7 +126,7 @@ fn add_disk(world: &mut World, rng: &mut Rng, plan: &Plan, kind: DiskKind) {
     }
     world.add_disk(kind, block_bytes, guests);
     let segments = *rng.pick(&[0, 32, 256]);
-    let order = rng.between(0, 4) as u32;
+    let (order, queues) = (rng.between(0, 4) as u32, rng.between(1, 8) as u32);
     let flushes = *rng.pick(&[(true, true), (true, true), (false, true), (false, false)]);
     let discards = rng.chance(700);
     let (mdts, pairs) = (rng.between(0, 5) as u8, rng.between(1, 4) as u16);
@@ -135,6 +135,7 @@ fn add_disk(world: &mut World, rng: &mut Rng, plan: &Plan, kind: DiskKind) {
     {
         blk.offer(&mut world.xs, |nodes| {
             (nodes.indirect_segments_max, nodes.ring_page_order_max) = (segments, order);
+            nodes.queues_max = queues;
             (nodes.flush, nodes.barrier) = flushes;
             nodes.discard_granularity_bytes = discards.then_some(16_384);
             nodes.discard_alignment_bytes = 4096;
@@ -152,8 +153,9 @@ fn strike(world: &mut World, rng: &mut Rng, blow: Blow) {
     let away_ns = rng.between(1, 3000) * MS;
     match blow {
         Blow::BackendRestarts => {
+            let (queues, order) = (rng.between(1, 8) as u32, rng.between(0, 4) as u32);
             if let Some(blk) = &mut world.disks.blk {
-                blk.restart();
+                blk.restart(queues, order);
             }
             world.poke_disks();
         }

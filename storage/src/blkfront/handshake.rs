@@ -10,11 +10,12 @@ use alloc::vec::Vec;
 use platter_xen::blkfront::{FrontAction, FrontView, decide};
 use platter_xen::blkif::Abi;
 use platter_xen::ring::FrontRing;
-use platter_xen::vbd::{BackFault, Connect, DiskNodes, Queue, front_nodes};
+use platter_xen::vbd::{BACK_KEYS, BackFault, Connect, DiskNodes, Queue, front_nodes};
 use platter_xen::xenbus::XenbusState;
+use platter_xen::xenstore::decimal;
 use platter_xen::{Gref, Hypervisor, Refusal, Region};
 
-use super::{Blkfront, INDIRECT_PAGES, RING_PAGE_ORDER_MAX, Shared};
+use super::{Blkfront, INDIRECT_PAGES, QUEUES_MAX, RING_PAGES, Shared};
 use crate::pool::Pool;
 
 /// The backend's nodes as they stand; a missing one is `None`.
@@ -85,9 +86,7 @@ impl Blkfront {
             }
             FrontAction::Release => {
                 self.leave(theirs);
-                if let Some(port) = self.port.take() {
-                    hv.close_port(port);
-                }
+                self.close_ports(hv);
                 self.write(XenbusState::Closed, Vec::new())
             }
             FrontAction::Restart => self.write(XenbusState::Initialising, Vec::new()),
@@ -102,7 +101,7 @@ impl Blkfront {
             self.vanished = theirs.is_none();
             self.disconnect(orderly);
         }
-        self.ring = None;
+        self.rings.clear();
     }
 
     /// The size may have changed while we are connected.
@@ -128,32 +127,50 @@ impl Blkfront {
         if self.shared.is_none() {
             self.shared = Some(self.share(hv, pool)?);
         }
+        self.close_ports(hv);
+        self.rings.clear();
         let Some(shared) = &self.shared else { return Err(FrontFault::Memory) };
-        // Before Connected only the limits need to be there.
-        let order = back.values[9].as_ref().and_then(|text| {
-            platter_xen::xenstore::decimal(text.as_ref()).map(|order| order.min(4) as u32)
-        });
-        let pages = 1 << order.unwrap_or(0).min(RING_PAGE_ORDER_MAX);
-        let region = Region { pages, ..shared.ring };
-        if let Some(port) = self.port.take() {
-            hv.close_port(port);
-        }
-        let port = hv.alloc_unbound(self.domid).map_err(FrontFault::Refused)?;
-        self.port = Some(port);
-        self.ring = Some(FrontRing::init(hv, region, Abi::X86_64));
-        let grefs = shared.ring_grefs.iter().take(pages as usize).copied().collect();
+        let (count, pages) = layout(back);
         let mut queues = heapless::Vec::new();
-        let pushed = queues.push(Queue { grefs, port });
-        assert!(pushed.is_ok(), "one queue fits");
-        Ok(front_nodes(&Connect { abi: Abi::X86_64, queues }))
+        for index in 0..count {
+            let port = hv.alloc_unbound(self.domid).map_err(FrontFault::Refused)?;
+            let first = index * pages;
+            let first_page = shared.rings.page(first).first_page;
+            let region = Region { first_page, pages: pages as u32 };
+            let ring = FrontRing::init(hv, region, Abi::X86_64);
+            let grefs = shared.ring_grefs[first..][..pages].iter().copied().collect();
+            let pushed = self.ports.push(port).is_ok() && self.rings.push(ring).is_ok();
+            assert!(pushed && queues.push(Queue { grefs, port }).is_ok(), "queues that fit");
+        }
+        let mut nodes = front_nodes(&Connect { abi: Abi::X86_64, queues });
+        self.take_back_names(&mut nodes, count, pages);
+        Ok(nodes)
+    }
+
+    /// What earlier cycles named stays in our directory: once queues were counted or pages
+    /// numbered there, they always are.
+    fn take_back_names(&mut self, nodes: &mut Vec<(String, String)>, count: usize, pages: usize) {
+        self.queues_named |= count > 1;
+        self.pages_named |= pages > 1;
+        if self.queues_named && count == 1 {
+            nodes.push(("multi-queue-num-queues".to_string(), "1".to_string()));
+        }
+        if self.pages_named && pages == 1 {
+            let single = |(key, gref): &(String, String)| {
+                key.ends_with("ring-ref").then(|| (alloc::format!("{key}0"), gref.clone()))
+            };
+            let numbered: Vec<(String, String)> = nodes.iter().filter_map(single).collect();
+            nodes.extend(numbered);
+            nodes.push(("ring-page-order".to_string(), "0".to_string()));
+        }
     }
 
     /// Grants the pool, the ring and the pages of descriptors: once for all cycles.
     fn share<H: Hypervisor>(&self, hv: &mut H, pool: &mut Pool) -> Result<Shared, FrontFault> {
         let peer = pool.grant_to(hv, self.domid).map_err(FrontFault::Refused)?;
-        let ring = hv.frames_alloc(1 << RING_PAGE_ORDER_MAX).ok_or(FrontFault::Memory)?;
+        let rings = hv.frames_alloc(RING_PAGES).ok_or(FrontFault::Memory)?;
         let Some(indirect) = hv.frames_alloc(INDIRECT_PAGES) else {
-            hv.frames_free(ring);
+            hv.frames_free(rings);
             return Err(FrontFault::Memory);
         };
         let mut grant_all = |region: Region| -> Result<Vec<Gref>, Refusal> {
@@ -161,8 +178,21 @@ impl Blkfront {
                 .map(|page| hv.grant(self.domid, region.page(page), true))
                 .collect()
         };
-        let ring_grefs = grant_all(ring).map_err(FrontFault::Refused)?;
+        let ring_grefs = grant_all(rings).map_err(FrontFault::Refused)?;
         let indirect_grefs = grant_all(indirect).map_err(FrontFault::Refused)?;
-        Ok(Shared { peer, ring, ring_grefs, indirect, indirect_grefs })
+        Ok(Shared { peer, rings, ring_grefs, indirect, indirect_grefs })
     }
+}
+
+/// Queues, and pages of each ring, by what the backend offers: as many queues as we know, and
+/// the pages shared among them. Before Connected only these limits need to be there.
+fn layout<V: AsRef<[u8]>>(back: &BackNodes<'_, V>) -> (usize, usize) {
+    let offered = |key: &str| {
+        let index = BACK_KEYS.iter().position(|name| *name == key)?;
+        decimal(back.values[index].as_ref()?.as_ref())
+    };
+    let queues = offered("multi-queue-max-queues").unwrap_or(1).clamp(1, QUEUES_MAX as u64);
+    let order_max = (RING_PAGES / queues as usize).ilog2();
+    let order = offered("max-ring-page-order").unwrap_or(0).min(u64::from(order_max));
+    (queues as usize, 1 << order)
 }

@@ -30,7 +30,7 @@ impl Blkfront {
     pub fn remove(&mut self) {
         self.gone = true;
         self.wanted = false;
-        self.ring = None;
+        self.rings.clear();
         for index in 0..self.slots.len() {
             if let Some(slot) = self.slots[index].take() {
                 self.indirect_free.extend(slot.indirect);
@@ -51,10 +51,9 @@ impl Blkfront {
         if self.own == XenbusState::Connected {
             self.disconnect(false);
         }
-        self.ring = None;
-        if let Some(port) = self.port.take() {
-            hv.close_port(port);
-        }
+        self.rings.clear();
+        self.close_ports(hv);
+        (self.queues_named, self.pages_named) = (false, false);
         if domid != self.domid
             && let Some(shared) = self.shared.take()
         {
@@ -106,7 +105,7 @@ impl Blkfront {
 /// is, lost to us.
 fn let_go<H: Hypervisor>(hv: &mut H, pool: &mut Pool, shared: Shared) {
     pool.let_go(hv, shared.peer);
-    let regions = [(shared.ring, shared.ring_grefs), (shared.indirect, shared.indirect_grefs)];
+    let regions = [(shared.rings, shared.ring_grefs), (shared.indirect, shared.indirect_grefs)];
     for (region, grefs) in regions {
         let ended = grefs.iter().filter(|gref| hv.revoke(**gref)).count();
         if ended == grefs.len() {

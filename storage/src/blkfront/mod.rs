@@ -4,7 +4,7 @@
 //! Guards: an operation that was taken is answered once, over any number of backend restarts:
 //! what a backend did not answer is sent again to the next one. Data pages are the pool's, which
 //! is granted once and for ever, so no operation changes a grant. A backend's answers are
-//! allegations: one that matches no request of ours breaks the ring, and the device starts a new
+//! allegations: one that matches no request of that ring breaks it, and the device starts a new
 //! cycle. Must never: use a ring that the backend does not show Connected for, or answer a flush
 //! that no backend confirmed when the backend has a cache.
 
@@ -29,8 +29,10 @@ use crate::store::StoreFault;
 
 pub use handshake::{BackNodes, FrontFault, FrontStep};
 
-/// Largest ring that we ask for: 4 pages, 128 requests, as many as the block store has.
-const RING_PAGE_ORDER_MAX: u32 = 2;
+/// Queues that we ask for at most.
+const QUEUES_MAX: usize = 4;
+/// Pages of all rings together: 128 requests, as many as the block store has.
+const RING_PAGES: usize = 4;
 /// Requests with more than 11 segments at once: each needs a granted page of descriptors.
 const INDIRECT_PAGES: usize = 32;
 /// Most sectors of one discard (ours: 1 GiB, so that none takes seconds).
@@ -58,6 +60,8 @@ struct Slot {
     sectors: u32,
     /// What the response must repeat.
     operation: u8,
+    /// The ring that it went to, and its response must come from.
+    ring: u8,
     /// Index of its page of descriptors.
     indirect: Option<u8>,
 }
@@ -78,7 +82,7 @@ pub struct Counters {
 struct Shared {
     /// Number of the peer in the pool.
     peer: usize,
-    ring: Region,
+    rings: Region,
     ring_grefs: Vec<Gref>,
     indirect: Region,
     indirect_grefs: Vec<Gref>,
@@ -92,8 +96,15 @@ pub struct Blkfront {
     own: XenbusState,
     wanted: bool,
     shared: Option<Shared>,
-    port: Option<Port>,
-    ring: Option<FrontRing>,
+    /// One for each queue; they outlive the rings, until the backend has let go.
+    ports: heapless::Vec<Port, QUEUES_MAX>,
+    /// None while no backend is connected, or when one of them was found broken.
+    rings: heapless::Vec<FrontRing, QUEUES_MAX>,
+    /// Where the search for a ring with room begins.
+    next_ring: usize,
+    /// Our directory counts queues, or numbers pages, since some cycle or other.
+    queues_named: bool,
+    pages_named: bool,
     /// Of the last backend that was connected; `None` before the first.
     nodes: Option<DiskNodes>,
     slots: Vec<Option<Slot>>,
@@ -118,15 +129,18 @@ impl Blkfront {
     /// A device whose frontend directory names backend domain `domid` and `handle` as its
     /// `virtual-device`. Nothing happens before [`Blkfront::update`].
     pub fn new(domid: DomId, handle: u16) -> Blkfront {
-        let slots = 32 << RING_PAGE_ORDER_MAX;
+        let slots = 32 * RING_PAGES;
         Blkfront {
             domid,
             handle,
             own: XenbusState::Initialising,
             wanted: true,
             shared: None,
-            port: None,
-            ring: None,
+            ports: heapless::Vec::new(),
+            rings: heapless::Vec::new(),
+            next_ring: 0,
+            queues_named: false,
+            pages_named: false,
             nodes: None,
             slots: alloc::vec![None; slots],
             indirect_free: (0..INDIRECT_PAGES as u8).collect(),
@@ -145,19 +159,19 @@ impl Blkfront {
         self.counters
     }
 
-    /// The event channel, while there is one: its events mean [`Device::poll`].
-    pub fn port(&self) -> Option<Port> {
-        self.port
+    /// The event channels, while there are some: their events mean [`Device::poll`].
+    pub fn ports(&self) -> &[Port] {
+        &self.ports
     }
 
     /// Operations go out now.
     pub fn is_connected(&self) -> bool {
-        self.ring.is_some() && self.own == XenbusState::Connected
+        !self.rings.is_empty() && self.own == XenbusState::Connected
     }
 
-    /// The backend broke the ring: call [`Blkfront::update`], though no node changed.
+    /// The backend broke a ring: call [`Blkfront::update`], though no node changed.
     pub fn is_broken(&self) -> bool {
-        self.own == XenbusState::Connected && self.ring.is_none()
+        self.own == XenbusState::Connected && self.rings.is_empty()
     }
 
     fn answer(&mut self, work: Work, result: Result<(), StoreFault>) {
@@ -165,9 +179,9 @@ impl Blkfront {
         self.done.push_back(DiskDone { tag: work.tag, result, pages_lost: false });
     }
 
-    /// The ring is not used any more: what was on it is ours again.
+    /// The rings are not used any more: what was on them is ours again.
     fn take_all_back(&mut self) {
-        self.ring = None;
+        self.rings.clear();
         for index in 0..self.slots.len() {
             let Some(slot) = self.slots[index].take() else { continue };
             self.indirect_free.extend(slot.indirect);
@@ -191,6 +205,11 @@ impl Blkfront {
     /// The backend has a volatile cache: what it answered is durable only after a flush.
     fn has_cache(&self) -> bool {
         self.nodes.is_some_and(|nodes| nodes.flush || nodes.barrier)
+    }
+
+    fn close_ports<H: Hypervisor>(&mut self, hv: &mut H) {
+        self.ports.iter().for_each(|port| hv.close_port(*port));
+        self.ports.clear();
     }
 
     /// Segments of one request at most.

@@ -1,4 +1,4 @@
-//! Requests onto the ring and responses off it.
+//! Requests onto the rings, in turn, and responses off them.
 
 use platter_xen::blkif::{
     Abi, Response, SEGMENTS_DIRECT_MAX, Segment, emit_descriptors, emit_discard, emit_indirect,
@@ -24,10 +24,8 @@ impl Blkfront {
             self.answer(work, Ok(()));
             return true;
         }
-        let room = self.ring.as_ref().is_some_and(|ring| ring.room() > 0);
-        let Some(id) = self.slots.iter().position(Option::is_none).filter(|_| room) else {
-            return false;
-        };
+        let Some(ring) = self.ring_with_room() else { return false };
+        let Some(id) = self.slots.iter().position(Option::is_none) else { return false };
         let left = work.io.sectors - work.done;
         let sector = work.io.sector + u64::from(work.done);
         let (raw, slot) = match work.io.op {
@@ -36,11 +34,12 @@ impl Blkfront {
                 let flush = self.nodes.is_some_and(|nodes| nodes.flush);
                 let operation = if flush { op::FLUSH_DISKCACHE } else { op::WRITE_BARRIER };
                 let raw = emit_transfer(Abi::X86_64, operation, id as u64, self.handle, 0, &[]);
-                (raw, Slot { work, sectors: 0, operation, indirect: None })
+                (raw, Slot { work, sectors: 0, operation, ring, indirect: None })
             }
             DiskOp::Discard => {
                 let raw = emit_discard(Abi::X86_64, id as u64, sector, u64::from(left), false);
-                (raw, Slot { work, sectors: left, operation: op::DISCARD, indirect: None })
+                let operation = op::DISCARD;
+                (raw, Slot { work, sectors: left, operation, ring, indirect: None })
             }
             DiskOp::Zeroes => {
                 self.answer(work, Err(StoreFault::Unsupported));
@@ -50,17 +49,26 @@ impl Blkfront {
                 let most = self.segments_max() as u32 * PAGE_SECTORS;
                 let sectors = left.min(most);
                 let operation = transfer_op(&work.io);
-                let mut slot = Slot { work, sectors, operation, indirect: None };
+                let mut slot = Slot { work, sectors, operation, ring, indirect: None };
                 match self.transfer(hv, pool, id as u64, sector, &mut slot) {
                     Some(raw) => (raw, slot),
                     None => return false,
                 }
             }
         };
-        let put = self.ring.as_mut().is_some_and(|ring| ring.put(hv, &raw));
-        assert!(put, "the ring had room");
+        assert!(self.rings[usize::from(ring)].put(hv, &raw), "the ring had room");
         self.slots[id] = Some(slot);
         true
+    }
+
+    /// The rings take turns; a full one is passed over.
+    fn ring_with_room(&mut self) -> Option<u8> {
+        let count = self.rings.len();
+        let ring = (0..count)
+            .map(|step| (self.next_ring + step) % count)
+            .find(|ring| self.rings[*ring].room() > 0)?;
+        self.next_ring = ring + 1;
+        Some(ring as u8)
     }
 
     /// A read or write, direct or indirect; `None` when no page of descriptors is free.
@@ -100,9 +108,10 @@ impl Blkfront {
 
     /// Makes requests visible and tells the backend if it asked to be told.
     pub(super) fn publish<H: Hypervisor>(&mut self, hv: &mut H) {
-        let wants = self.ring.as_mut().is_some_and(|ring| ring.publish(hv));
-        if let Some(port) = self.port.filter(|_| wants) {
-            hv.notify(port);
+        for (ring, port) in self.rings.iter_mut().zip(&self.ports) {
+            if ring.publish(hv) {
+                hv.notify(*port);
+            }
         }
     }
 
@@ -116,21 +125,26 @@ impl Blkfront {
         self.publish(hv);
     }
 
-    /// Takes all responses; a broken ring is left for the handshake to replace.
+    /// Takes all responses; a broken ring, and the others with it, are left for the handshake to
+    /// replace.
     pub(super) fn take_responses<H: Hypervisor>(&mut self, hv: &mut H) {
-        if let Some(port) = self.port {
+        for index in 0..self.ports.len() {
             // Before the look: an event that comes later is for what comes later.
-            hv.take_pending(port);
+            hv.take_pending(self.ports[index]);
+            self.take_responses_of(hv, index);
         }
+    }
+
+    fn take_responses_of<H: Hypervisor>(&mut self, hv: &mut H, index: usize) {
         loop {
-            let Some(ring) = &mut self.ring else { return };
+            let Some(ring) = self.rings.get_mut(index) else { return };
             let taken = match ring.take(hv) {
                 Ok(None) => match ring.final_check(hv) {
                     Ok(true) => continue,
                     Ok(false) => return,
                     Err(_) => None,
                 },
-                Ok(Some(response)) => self.take_slot(&response).map(|slot| (slot, response)),
+                Ok(Some(response)) => self.take_slot(index, &response).map(|slot| (slot, response)),
                 Err(_) => None,
             };
             let Some((slot, response)) = taken else {
@@ -144,9 +158,11 @@ impl Blkfront {
     }
 
     /// The request that a response answers, if there is one.
-    fn take_slot(&mut self, response: &Response) -> Option<Slot> {
+    fn take_slot(&mut self, ring: usize, response: &Response) -> Option<Slot> {
         let place = self.slots.get_mut(usize::try_from(response.id).ok()?)?;
-        let slot = place.take_if(|slot| slot.operation == response.operation)?;
+        let slot = place.take_if(|slot| {
+            usize::from(slot.ring) == ring && slot.operation == response.operation
+        })?;
         self.indirect_free.extend(slot.indirect);
         Some(slot)
     }

@@ -62,7 +62,7 @@ impl World {
     }
 
     fn node(&self, key: &str) -> Option<u32> {
-        self.own.iter().find(|(name, _)| name == key).map(|(_, value)| value.parse().unwrap())
+        find(&self.own, key)
     }
 
     /// Both sides follow each other until neither moves.
@@ -72,14 +72,8 @@ impl World {
             let before = self.state;
             match (self.node("state"), self.state) {
                 (Some(3), Some(2)) => {
-                    let order = self.node("ring-page-order").unwrap_or(0);
-                    let gref = |page: u32| match order {
-                        0 => self.node("ring-ref").unwrap(),
-                        _ => self.node(&alloc::format!("ring-ref{page}")).unwrap(),
-                    };
-                    let grefs: Vec<Gref> = (0..1 << order).map(|page| Gref(gref(page))).collect();
-                    let port = Port(self.node("event-channel").unwrap());
-                    self.back.connect(&mut self.hv, &grefs, port);
+                    let own = self.own.clone();
+                    self.back.connect(&mut self.hv, &|key| find(&own, key));
                     self.state = Some(4);
                 }
                 (Some(5), Some(4)) => self.state = Some(5),
@@ -116,6 +110,11 @@ impl World {
     }
 }
 
+fn find(nodes: &[(String, String)], key: &str) -> Option<u32> {
+    let found = nodes.iter().find(|(name, _)| name == key);
+    found.and_then(|(_, value)| value.parse().ok())
+}
+
 impl Harness for World {
     type Device = Blkfront;
 
@@ -139,7 +138,7 @@ fn connect_write_flush_read() {
     for sector in [512, 4096] {
         let mut world = World::new(1 << 20, sector);
         let file = world.open();
-        assert_eq!((world.node("ring-page-order"), world.node("state")), (Some(2), Some(4)));
+        assert_eq!((world.node("multi-queue-num-queues"), world.node("state")), (Some(4), Some(4)));
         // One sector up, direct, indirect, the largest.
         for (len, offset) in [(512, 512), (4096, 8192), (45_056, 65_536), (131_072, 1 << 19)] {
             let bytes = pattern(len);
@@ -162,9 +161,10 @@ fn a_plain_old_backend_gets_eleven_segments_on_one_page_and_no_flush() {
     let mut world = World::new(1 << 20, 512);
     let nodes = &mut world.back.nodes;
     (nodes.indirect_segments_max, nodes.ring_page_order_max, nodes.flush) = (0, 0, false);
-    (nodes.discard_granularity_bytes, nodes.barrier) = (None, false);
+    (nodes.discard_granularity_bytes, nodes.barrier, nodes.queues_max) = (None, false, 1);
     let file = world.open();
     assert_eq!(world.node("ring-page-order"), None);
+    assert_eq!(world.node("multi-queue-num-queues"), None);
     assert_eq!(world.write(1, file, 0, &pattern(131_072)), 45_056);
     assert_eq!(world.done().result, Ok(Answer::Written(45_056)));
     assert_eq!(world.flush(file), Ok(Answer::Flushed));
@@ -181,6 +181,72 @@ fn a_backend_that_knows_only_barriers_is_flushed_by_empty_ones() {
     world.write_all(file, 0, &[5; 512]);
     assert_eq!(world.flush(file), Ok(Answer::Flushed));
     assert_eq!((world.back.executed[2], world.back.media[0]), (1, 5));
+}
+
+#[test]
+fn queues_are_as_many_as_both_know_and_share_the_pages() {
+    for (offered, order, queues, pages) in
+        [(1, 4, 1, 4), (1, 1, 1, 2), (2, 4, 2, 2), (3, 4, 3, 1), (4, 0, 4, 1), (8, 4, 4, 1)]
+    {
+        let mut world = World::new(1 << 20, 512);
+        (world.back.nodes.queues_max, world.back.nodes.ring_page_order_max) = (offered, order);
+        let file = world.open();
+        assert_eq!(world.node("multi-queue-num-queues").unwrap_or(1), queues);
+        assert_eq!(1 << world.node("ring-page-order").unwrap_or(0), pages);
+        world.back.faults.stalled = true;
+        let most = (queues * pages * 32).min(128);
+        for number in 0..most {
+            assert!(world.write(number, file, u64::from(number) * 512, &[1; 512]) > 0);
+        }
+        let loads = world.front().rings.iter().map(FrontRing::outstanding);
+        assert_eq!(loads.collect::<Vec<u32>>(), alloc::vec![pages * 32; queues as usize]);
+        world.back.faults.stalled = false;
+        for _ in 0..most {
+            assert_eq!(world.done().result, Ok(Answer::Written(512)));
+        }
+    }
+}
+
+#[test]
+fn a_new_cycle_has_the_next_backend_s_queues_in_the_same_directory() {
+    // What an earlier cycle wrote of queues and pages stays there and must be written over.
+    let mut world = World::new(1 << 20, 512);
+    let file = world.open();
+    let limits = [(1, 2), (4, 0), (1, 0), (2, 2), (1, 0), (8, 4)];
+    for (round, (queues, order)) in limits.into_iter().enumerate() {
+        world.back.faults.stalled = true;
+        for number in 0..100 {
+            let at = u64::from(number) * 4096;
+            assert!(world.write(number, file, at, &[round as u8 + 1; 4096]) > 0);
+        }
+        world.step();
+        world.state = Some(5);
+        world.back.faults.stalled = false;
+        (world.back.nodes.queues_max, world.back.nodes.ring_page_order_max) = (queues, order);
+        world.settle();
+        for _ in 0..100 {
+            assert_eq!(world.done().result, Ok(Answer::Written(4096)));
+        }
+        assert_eq!(world.flush(file), Ok(Answer::Flushed));
+        assert!(world.back.media[..100 * 4096].iter().all(|byte| *byte == round as u8 + 1));
+        assert_eq!(world.front().ports().len(), queues.min(4) as usize);
+    }
+    assert_eq!(world.front().counters().connects, 7);
+}
+
+#[test]
+fn an_answer_on_the_wrong_ring_breaks_it() {
+    let mut world = World::new(1 << 20, 512);
+    let file = world.open();
+    world.back.faults.stalled = true;
+    world.write(1, file, 0, &[5; 512]);
+    world.write(2, file, 512, &[6; 512]);
+    // Request 0 went to the first ring: its answer comes on the second.
+    let ring = world.front().rings[1].region();
+    world.hv.write(ring, 64, &[0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0]);
+    world.hv.store_u32(ring, 8, 1);
+    assert_eq!(world.poll(), None);
+    assert!(world.front().is_broken());
 }
 
 #[test]
@@ -285,7 +351,7 @@ fn a_response_with_the_wrong_operation_breaks_the_ring() {
     let file = world.open();
     world.back.faults.stalled = true;
     world.write(1, file, 0, &[5; 512]);
-    let ring = world.front().ring.as_ref().unwrap().region();
+    let ring = world.front().rings[0].region();
     // Request 0 was a WRITE; the answer says READ and success.
     let rsp_prod = world.hv.load_u32(ring, 8);
     let slot = 64 + rsp_prod as usize % 128 * 112;
@@ -302,7 +368,7 @@ fn a_response_to_nothing_breaks_the_ring_and_a_new_cycle_begins() {
     world.back.faults.stalled = true;
     world.write(1, file, 0, &[5; 512]);
     // The backend answers request 77, operation READ: rsp_prod 1, first slot.
-    let ring = world.front().ring.as_ref().unwrap().region();
+    let ring = world.front().rings[0].region();
     world.hv.write(ring, 64, &[77, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     world.hv.store_u32(ring, 8, 1);
     assert_eq!(world.poll(), None);
