@@ -311,7 +311,7 @@ fn read_part(part: &Part, desk: &mut Desk, into: &mut [u8]) -> Result<(), (FileN
             medium.read_at(*offset, into).map_err(|error| (*file, io(error)))?;
         }
         Part::Packed { medium, cluster } => {
-            let Desk { decoders, packed, unpacked } = desk;
+            let (decoders, packed, unpacked) = desk.unpacking();
             let file = cluster.file();
             let (offset, len) = cluster.stretch();
             packed.resize(len, 0);

@@ -10,10 +10,12 @@ use crate::engine::Engine;
 use crate::fault::Fault;
 use crate::flight::Flight;
 
-/// Bytes of a piece: large enough that a system call costs nothing beside the copy.
-pub const PIECE_BYTES: usize = 2 << 20;
-/// Pieces read ahead.
-const AHEAD: usize = 4;
+/// Bytes of a piece: large enough that a system call costs nothing beside the copy, and small
+/// enough that some of them stay in the processor's caches.
+pub const PIECE_BYTES: usize = 1 << 20;
+/// Pieces read ahead: as many as there are processors to unpack them, within these. More would
+/// be memory to fault in.
+const AHEAD: std::ops::RangeInclusive<usize> = 2..=8;
 /// Sectors of a stretch that is asked for at once.
 const ASK_SECTORS: u64 = (1 << 30) / SECTOR_BYTES;
 
@@ -36,6 +38,7 @@ struct Awaited {
 /// The pieces of a disk, in order, without gaps.
 pub struct Flow {
     flight: Flight,
+    ahead_max: usize,
     /// What was asked for and not handed out, in order.
     ahead: VecDeque<Awaited>,
     sector: u64,
@@ -48,16 +51,18 @@ pub struct Flow {
 impl Flow {
     /// From the disk's start to `end` sectors.
     pub fn new(engine: Engine, end: u64) -> Flow {
-        let flight = Flight::new(engine, AHEAD);
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let ahead_max = processors.clamp(*AHEAD.start(), *AHEAD.end());
+        let flight = Flight::new(engine, ahead_max);
         let (ahead, spares) = (VecDeque::new(), Vec::new());
-        Flow { flight, ahead, sector: 0, end, zeros: 0, spares }
+        Flow { flight, ahead_max, ahead, sector: 0, end, zeros: 0, spares }
     }
 
     /// The next piece; `spare` is a buffer to use again. Pieces of data end at multiples of
     /// their size, so that they cover whole clusters.
     pub fn next(&mut self, spare: Option<Buffer>) -> Result<Option<Piece>, Fault> {
         self.spares.extend(spare);
-        while self.ahead.len() < AHEAD && self.sector < self.end {
+        while self.ahead.len() < self.ahead_max && self.sector < self.end {
             self.ask()?;
         }
         while self.ahead.front().is_some_and(|piece| piece.under_way) {

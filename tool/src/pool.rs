@@ -13,10 +13,19 @@ use platter_image::Decoders;
 /// What a thread has for itself, to be used again by each job.
 #[derive(Default)]
 pub struct Desk {
-    pub decoders: Decoders,
+    decoders: Option<Decoders>,
     /// A packed cluster, and one of which only a part is wanted.
-    pub packed: Vec<u8>,
-    pub unpacked: Vec<u8>,
+    packed: Vec<u8>,
+    unpacked: Vec<u8>,
+}
+
+impl Desk {
+    /// Decoders, and memory for packed and unpacked bytes. They are made for the first packed
+    /// cluster: most images have none.
+    pub fn unpacking(&mut self) -> (&mut Decoders, &mut Vec<u8>, &mut Vec<u8>) {
+        let decoders = self.decoders.get_or_insert_default();
+        (decoders, &mut self.packed, &mut self.unpacked)
+    }
 }
 
 type Job<T> = Box<dyn FnOnce(&mut Desk) -> T + Send>;

@@ -21,9 +21,9 @@ use crate::flight::Flight;
 use crate::flow::{Flow, Piece, data_runs};
 
 /// Pieces under way between reader and writer.
-const PIECES_MAX: usize = 4;
-/// Writes in flight.
-const WRITES_MAX: usize = 8;
+const PIECES_MAX: usize = 1;
+/// Writes in flight: those to one file take turns in the kernel anyway.
+const WRITES_MAX: usize = 1;
 
 /// Turn an image into another
 #[derive(Args)]
