@@ -94,9 +94,9 @@ impl Control {
         self.fronts.get_mut(index as usize)
     }
 
-    /// A device of ours must be looked after soon.
-    pub fn is_impatient(&self) -> bool {
-        self.fronts.iter().any(FrontSlot::is_impatient)
+    /// Our own devices.
+    pub fn fronts(&self) -> impl Iterator<Item = &FrontSlot> {
+        self.fronts.iter()
     }
 
     /// All devices of ours are known: a store that is not among them will not come.

@@ -366,10 +366,16 @@ impl Server {
         let mut until_ns = now_ns.saturating_add(IDLE_NS);
         self.ports.clear();
         self.ports.push(self.xs.port());
-        let mut more = self.control.is_impatient() || self.xs.is_unsent();
+        let mut more = self.xs.is_unsent();
         for slot in &self.engine.stores {
             slot.store.ports(&mut self.ports);
             let at_ns = Store::<H>::poll_at_ns(&slot.store);
+            more |= at_ns.is_some_and(|at_ns| at_ns <= now_ns);
+            until_ns = until_ns.min(at_ns.unwrap_or(u64::MAX));
+        }
+        for front in self.control.fronts() {
+            self.ports.extend(front.port());
+            let at_ns = front.poll_at_ns(now_ns);
             more |= at_ns.is_some_and(|at_ns| at_ns <= now_ns);
             until_ns = until_ns.min(at_ns.unwrap_or(u64::MAX));
         }
@@ -401,7 +407,7 @@ impl Server {
         }
         if !open {
             for front in self.control.fronts_mut() {
-                open |= !front.wind_up(&mut self.engine, hv);
+                open |= !front.wind_up(&mut self.engine, hv, now_ns);
             }
         }
         let done = !open && self.xs.is_idle();

@@ -26,7 +26,7 @@ pub struct Faults {
     pub fail_status: u16,
     /// All registers read as ones, nothing is done any more.
     pub gone: bool,
-    /// CSTS.RDY never changes again.
+    /// CSTS.RDY never changes again, and a shutdown is never complete.
     pub stuck: bool,
     /// CSTS.CFS is set until the next reset.
     pub fatal: bool,
@@ -120,7 +120,11 @@ impl NvmeModel {
             0x08 => 0x0001_0400,
             0x14 => self.cc,
             0x1C => {
-                let shut_down = if self.cc >> 14 & 3 != 0 { 2 << 2 } else { 0 };
+                let shut_down = match self.cc >> 14 & 3 {
+                    0 => 0,
+                    _ if self.faults.stuck => 1 << 2,
+                    _ => 2 << 2,
+                };
                 u32::from(self.ready) | u32::from(self.faults.fatal) << 1 | shut_down
             }
             _ => panic!("read of register {offset:#x}"),

@@ -49,6 +49,24 @@ fn a_guest_may_start_before_the_controller_was_found() {
 }
 
 #[test]
+fn a_slow_bus_is_waited_for_asleep() {
+    // A function that was looked at, and one that was taken away, kept platter spinning.
+    let mut world = world(9, DiskKind::Nvme, 512, vec![]);
+    world.disks.pace = Pace { latency_ns: (30 * MS, 40 * MS), ..Pace::CALM };
+    world.run_for(2000 * MS);
+    assert!(world.turns < 1000, "{} turns in two seconds", world.turns);
+    for attach in [false, true] {
+        let turns = world.turns;
+        world.disks.pci.as_ref().expect("a controller").reconfigure(&mut world.xs, attach);
+        world.poke_disks();
+        world.run_for(1000 * MS);
+        assert!(world.turns - turns < 500, "{} turns in a second", world.turns - turns);
+    }
+    let detached = world.disks.pci.as_ref().expect("a controller").is_detached(&world.xs);
+    assert!(!detached, "it is back");
+}
+
+#[test]
 fn small_writes_into_large_blocks_keep_their_neighbours_over_a_power_cut() {
     // 512-byte guests on 4096-byte blocks: each write is a read-modify-write, many at once on
     // the same blocks, two guests side by side; then the power goes.

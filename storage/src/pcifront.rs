@@ -91,7 +91,16 @@ impl Pcifront {
         self.own == XenbusState::Connected && !self.is_busy()
     }
 
-    /// An access is under way or due: call [`Pcifront::poll`] within milliseconds.
+    /// When [`Pcifront::poll`] must be called even without an event.
+    pub fn poll_at_ns(&self) -> Option<u64> {
+        match &self.probe {
+            Some((_, probe)) => Some(probe.deadline_ns()),
+            None if self.waiting.is_empty() => None,
+            None => Some(0),
+        }
+    }
+
+    /// A function is being looked at, or will be.
     pub fn is_busy(&self) -> bool {
         self.probe.is_some() || !self.waiting.is_empty()
     }
@@ -195,8 +204,11 @@ impl Pcifront {
     pub fn poll<H: Hypervisor + Bus>(&mut self, hv: &mut H, now_ns: u64) -> Option<PciFound> {
         let shared = self.shared.as_mut()?;
         hv.take_pending(shared.port);
-        if self.probe.is_none() && !self.silent {
+        if self.probe.is_none() {
             let device = self.waiting.pop_front()?;
+            if self.silent {
+                return Some(PciFound::Refused(device, PciRefusal::Backend(None)));
+            }
             self.probe = Some((device, Probe::new(device)));
         }
         let (device, probe) = self.probe.as_mut()?;
@@ -205,7 +217,7 @@ impl Pcifront {
         self.probe = None;
         if !self.known.contains(&device) {
             // It was taken away while we looked at it.
-            return None;
+            return self.poll(hv, now_ns);
         }
         let function = match result {
             Ok(function) => function,
@@ -334,8 +346,14 @@ mod tests {
         front.update(&mut hv, Some(b"1"), &functions);
         front.update(&mut hv, Some(b"4"), &functions);
         assert!(front.poll(&mut hv, 0).is_none());
-        let found = front.poll(&mut hv, 3_000_000_000);
-        assert!(matches!(found, Some(PciFound::Refused(_, PciRefusal::Backend(None)))));
-        assert!(front.poll(&mut hv, 3_000_000_000).is_none());
+        assert_eq!(front.poll_at_ns(), Some(2_000_000_000));
+        assert!(front.poll(&mut hv, 1_999_999_999).is_none());
+        // The other function is not asked for any more.
+        for _ in 0..2 {
+            let found = front.poll(&mut hv, 2_000_000_000);
+            assert!(matches!(found, Some(PciFound::Refused(_, PciRefusal::Backend(None)))));
+        }
+        assert!(front.poll(&mut hv, 2_000_000_000).is_none());
+        assert!(front.poll_at_ns().is_none() && front.is_settled());
     }
 }

@@ -20,7 +20,7 @@ use platter_storage::any::AnyDevice;
 use platter_storage::block_store::BlockStore;
 use platter_storage::ninep::{Mount, MountFault};
 use platter_xen::xenstore::{XsError, decimal};
-use platter_xen::{Bus, DomId, Hypervisor};
+use platter_xen::{Bus, DomId, Hypervisor, Port};
 
 use crate::engine::{Engine, StoreSlot};
 use crate::stores::AnyStore;
@@ -198,9 +198,20 @@ impl FrontSlot {
         }
     }
 
-    /// Must it be looked after again soon, event or not?
-    pub fn is_impatient(&self) -> bool {
-        matches!(&self.drive, Drive::Pci(pci) if pci.is_busy())
+    /// When it must be looked after again even without an event.
+    pub fn poll_at_ns(&self, now_ns: u64) -> Option<u64> {
+        match &self.drive {
+            Drive::Pci(pci) => pci.poll_at_ns(now_ns),
+            _ => None,
+        }
+    }
+
+    /// An event channel of its own, beside those of its store.
+    pub fn port(&self) -> Option<Port> {
+        match &self.drive {
+            Drive::Pci(pci) => pci.front.port(),
+            _ => None,
+        }
     }
 
     fn read(&mut self, xs: &mut Xs, busy: Busy, keys: impl Iterator<Item = String>) {
@@ -257,11 +268,12 @@ impl FrontSlot {
         &mut self,
         engine: &mut Engine<AnyStore>,
         hv: &mut H,
+        now_ns: u64,
     ) -> bool {
         let done = match self.kind {
             FrontKind::Share => true,
             FrontKind::Disk => self.leave_disk(engine),
-            FrontKind::Pci => self.leave_pci(engine, hv),
+            FrontKind::Pci => self.leave_pci(engine, hv, now_ns),
         };
         done && self.busy == Busy::No
     }

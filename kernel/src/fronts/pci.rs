@@ -23,6 +23,9 @@ use crate::xs::Xs;
 
 pub(super) const BACK_KEYS: [&str; 2] = ["state", "num_devs"];
 
+/// How soon to look again whether a controller has shut down: no event tells.
+const SHUTDOWN_LOOK_NS: u64 = 1_000_000;
+
 /// A controller that was found.
 struct Controller {
     device: Device,
@@ -49,12 +52,13 @@ impl PciDrive {
         &self,
         store: &mut BlockStore<AnyDevice>,
         hv: &mut H,
+        now_ns: u64,
         meant: impl Fn(&Device) -> bool,
     ) -> bool {
         let mut done = true;
         for controller in self.found.iter().filter(|it| meant(&it.device)) {
             if let (AnyDevice::Nvme(nvme), _) = store.device_mut(controller.index) {
-                done &= nvme.shut_down(hv);
+                done &= nvme.shut_down(hv, now_ns);
             }
         }
         done
@@ -65,9 +69,11 @@ impl PciDrive {
         self.found.iter_mut().map(|it| (it.index, &mut it.stats_shown))
     }
 
-    /// Controllers are waited for.
-    pub fn is_busy(&self) -> bool {
-        self.front.is_busy() || !self.going.is_empty() || self.leaving
+    /// When it must be looked after again even without an event.
+    pub fn poll_at_ns(&self, now_ns: u64) -> Option<u64> {
+        let shuts_down = !self.going.is_empty() || self.leaving;
+        let look_ns = shuts_down.then(|| now_ns.saturating_add(SHUTDOWN_LOOK_NS));
+        self.front.poll_at_ns().into_iter().chain(look_ns).min()
     }
 
     /// A controller turned up, or came back: its place among the devices is the old one then.
@@ -116,7 +122,8 @@ impl FrontSlot {
     ) {
         let Drive::Pci(pci) = &mut self.drive else { return };
         let Ok(store) = block_store(engine, hv, self.frames_max) else { return };
-        if !pci.going.is_empty() && pci.shut_down(store, hv, |device| pci.going.contains(device)) {
+        let going = |device: &Device| pci.going.contains(device);
+        if !pci.going.is_empty() && pci.shut_down(store, hv, now_ns, going) {
             for device in core::mem::take(&mut pci.going) {
                 log::info!("the PCI function {device:?} was taken away");
                 pci.front.left(device);
@@ -144,10 +151,11 @@ impl FrontSlot {
         &mut self,
         engine: &mut Engine<AnyStore>,
         hv: &mut H,
+        now_ns: u64,
     ) -> bool {
         let Drive::Pci(pci) = &mut self.drive else { return true };
         let store = block_store(engine, hv, self.frames_max);
-        let done = store.map_or(true, |store| pci.shut_down(store, hv, |_| true));
+        let done = store.map_or(true, |store| pci.shut_down(store, hv, now_ns, |_| true));
         pci.leaving = !done;
         done
     }

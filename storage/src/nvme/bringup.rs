@@ -170,8 +170,8 @@ impl Nvme {
         }
         // Once it is ready `watch` looks, less often.
         let bringup = !matches!(self.phase, Phase::Ready | Phase::Dead { .. });
-        if bringup && regs::Csts(hv.mmio_read_u32(self.mmio, regs::CSTS)).is_gone() {
-            return self.die(true);
+        if bringup && self.has_fallen(hv) {
+            return;
         }
         let now = self.now_ns;
         let late = |slot: &Slot| now.saturating_sub(slot.sent_ns) > ADMIN_TIMEOUT_NS;

@@ -47,6 +47,9 @@ const DISCARD_SECTORS_MAX: u32 = 2 << 20;
 const LOOK_AGAIN_NS_MIN: u64 = 10_000;
 const LOOK_AGAIN_NS_MAX: u64 = 250_000;
 
+/// How long an orderly shutdown may take (ours; Linux waits as long by default).
+const SHUTDOWN_NS: u64 = 5_000_000_000;
+
 /// A namespace that can be used.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Namespace {
@@ -108,7 +111,7 @@ pub struct Nvme {
     health: Option<Health>,
     /// Times that it was reset from below, and so perhaps lost its volatile cache.
     losses: u32,
-    shutting_down: bool,
+    shuts_down_by_ns: Option<u64>,
     events_wanted: bool,
     namespaces_changed: bool,
 }
@@ -179,7 +182,7 @@ impl Nvme {
             counters: Counters::default(),
             health: None,
             losses: 0,
-            shutting_down: false,
+            shuts_down_by_ns: None,
             events_wanted: false,
             namespaces_changed: false,
         };
@@ -212,23 +215,28 @@ impl Nvme {
     }
 
     /// Asks for an orderly shutdown, which saves the drive an unsafe one in its statistics: call
-    /// until it says true, which is when the shutdown is complete (CSTS.SHST) or there is nothing
-    /// to shut down. What is outstanding fails; nothing is taken afterwards.
-    pub fn shut_down<H: Hypervisor + Bus>(&mut self, hv: &mut H) -> bool {
+    /// until it says true, which is when the shutdown is complete (CSTS.SHST), when it has taken
+    /// too long, or when there is nothing to shut down. What is outstanding fails; nothing is
+    /// taken afterwards.
+    pub fn shut_down<H: Hypervisor + Bus>(&mut self, hv: &mut H, now_ns: u64) -> bool {
         if self.is_ready() {
             hv.mmio_write_u32(self.mmio, regs::CC, regs::CC_ENABLED | regs::CC_SHUTDOWN);
             self.die(false);
-            self.shutting_down = true;
+            self.shuts_down_by_ns = Some(now_ns.saturating_add(SHUTDOWN_NS));
         }
+        let Some(by_ns) = self.shuts_down_by_ns else { return self.is_dead() };
         let csts = regs::Csts(hv.mmio_read_u32(self.mmio, regs::CSTS));
-        self.is_dead() && (!self.shutting_down || csts.is_gone() || csts.is_shut_down())
+        if csts.is_gone() || csts.is_shut_down() {
+            self.phase = Phase::Dead { stopped: true };
+            return true;
+        }
+        now_ns >= by_ns
     }
 
     /// Gives back what a dead controller no longer writes to, and its registers.
     pub fn free<H: Hypervisor + Bus>(self, hv: &mut H) {
         hv.unmap_mmio(self.mmio);
-        let stopped = self.shutting_down || self.phase == Phase::Dead { stopped: true };
-        if stopped {
+        if self.phase == (Phase::Dead { stopped: true }) {
             hv.frames_free(self.page);
             self.pairs.into_iter().chain([self.admin]).for_each(|queue| queue.free(hv));
         }

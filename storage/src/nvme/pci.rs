@@ -93,7 +93,7 @@ impl Probe {
                 self.deadline_ns = now_ns.saturating_add(TIMEOUT_NS);
             }
             let value = match pciif.poll(hv) {
-                None if now_ns > self.deadline_ns => {
+                None if now_ns >= self.deadline_ns => {
                     return Some(Err(PciRefusal::Backend(None)));
                 }
                 None => return None,
@@ -110,6 +110,11 @@ impl Probe {
                 Err(refusal) => return Some(Err(refusal)),
             }
         }
+    }
+
+    /// When the backend has not answered in time; its event tells of an answer before that.
+    pub fn deadline_ns(&self) -> u64 {
+        self.deadline_ns
     }
 
     fn op(&self) -> Op {

@@ -83,18 +83,8 @@ impl Nvme {
             return;
         }
         self.next_check_ns = self.now_ns.saturating_add(CHECK_NS);
-        let csts = regs::Csts(hv.mmio_read_u32(self.mmio, regs::CSTS));
-        if csts.is_gone() {
-            return self.die(true);
-        }
-        if !csts.is_ready() {
-            // Not by us: it lost power or was reset from below, and with it perhaps what was
-            // answered and not flushed.
-            self.losses += 1;
-            return self.reset(hv);
-        }
-        if csts.has_failed() {
-            return self.reset(hv);
+        if self.has_fallen(hv) {
+            return;
         }
         if self.must_reset(hv) {
             self.counters.timeouts += 1;
@@ -108,6 +98,25 @@ impl Nvme {
             self.namespaces_changed = false;
             self.relist(hv);
         }
+    }
+
+    /// A controller that was enabled and does not say so any more, or has failed, or is gone: a
+    /// new start, or the end.
+    pub(super) fn has_fallen<H: Hypervisor + Bus>(&mut self, hv: &mut H) -> bool {
+        let csts = regs::Csts(hv.mmio_read_u32(self.mmio, regs::CSTS));
+        if csts.is_gone() {
+            self.die(true);
+        } else if !csts.is_ready() {
+            // Not by us: it lost power or was reset from below, and with it perhaps what was
+            // answered and not flushed.
+            self.losses += 1;
+            self.reset(hv);
+        } else if csts.has_failed() {
+            self.reset(hv);
+        } else {
+            return false;
+        }
+        true
     }
 
     fn admin_is_free(&mut self, slot: u16) -> bool {

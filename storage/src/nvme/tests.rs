@@ -341,6 +341,81 @@ fn a_controller_that_never_becomes_ready_is_given_up() {
 }
 
 #[test]
+fn a_fatal_status_while_it_comes_up_is_seen_at_once() {
+    // Only commands that took too long were noticed, after ten seconds of looking each millisecond.
+    for steps in 1..12 {
+        let mut world = World::new(1 << 20, 512);
+        for _ in 0..steps {
+            world.poll();
+            world.step(1);
+        }
+        world.model.borrow_mut().faults.fatal = true;
+        for _ in 0..600 {
+            world.poll();
+            world.step(1);
+        }
+        assert!(world.nvme().is_ready(), "after {steps} steps");
+        assert_eq!(world.nvme().counters().resets, 1);
+    }
+}
+
+#[test]
+fn a_cache_lost_while_namespaces_are_listed_anew_fails_the_next_flush() {
+    // It was taken for a reset of ours, which loses nothing.
+    let mut world = World::new(1 << 20, 512);
+    let file = world.open();
+    for _ in 0..10 {
+        world.poll();
+        world.step(100);
+    }
+    world.write_all(file, 0, &[5; 512]);
+    let model = world.model.clone();
+    model.borrow_mut().notice_namespaces(&mut Memory(&mut world.hv));
+    for _ in 0..600 {
+        world.poll();
+        if !world.nvme().is_ready() {
+            break;
+        }
+        world.now_ns += MS;
+    }
+    assert!(!world.nvme().is_ready(), "the list is asked for");
+    model.borrow_mut().power_cut(&mut |_| false);
+    for _ in 0..100 {
+        world.poll();
+        world.step(1);
+    }
+    assert_eq!(world.flush(file), Err(StoreFault::Io(5)));
+    assert_eq!(world.flush(file), Ok(Answer::Flushed));
+}
+
+#[test]
+fn a_shutdown_is_waited_for_and_one_that_never_ends_keeps_its_pages() {
+    for stuck in [false, true] {
+        let mut hv = Fake::new(64);
+        let mut nvme = {
+            let model: Model = Rc::new(RefCell::new(NvmeModel::new(alloc::vec![0; 4096], 512)));
+            hv.registers = Some(RefCell::new(Box::new(Port(model.clone()))));
+            let mmio = hv.map_mmio(0xFEB0_0000, MMIO_PAGES).unwrap();
+            let mut nvme = Nvme::new(&mut hv, mmio).unwrap();
+            let pool = Pool::new(&mut hv, 32).unwrap();
+            for ms in 0..50 {
+                nvme.poll(&mut hv, &pool, ms * MS);
+                model.borrow_mut().step(&mut Memory(&mut hv), 16, &mut |_| 0);
+            }
+            assert!(nvme.is_ready());
+            model.borrow_mut().faults.stuck = stuck;
+            nvme
+        };
+        assert_eq!(nvme.shut_down(&mut hv, SECOND), !stuck);
+        assert_eq!(nvme.shut_down(&mut hv, 5 * SECOND), !stuck);
+        assert!(nvme.shut_down(&mut hv, 6 * SECOND));
+        let taken = hv.taken;
+        nvme.free(&mut hv);
+        assert_eq!(hv.taken < taken, !stuck);
+    }
+}
+
+#[test]
 fn health_and_notices_of_changed_namespaces_are_taken_beside_operations() {
     let mut world = World::new(1 << 20, 512);
     let file = world.open();
