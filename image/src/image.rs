@@ -278,7 +278,8 @@ impl Image {
     }
 
     /// Makes the disk longer. Then grow the file if the plan says so, and flush. Not during a
-    /// flush.
+    /// flush; from the first call until it answers no read or write may be under way, for tables
+    /// and blocks move step by step.
     pub fn resize(&mut self, sectors: u64) -> Step<ResizePlan> {
         self.check_writable()?;
         if self.flushing() || self.plans.iter().any(Option::is_some) {

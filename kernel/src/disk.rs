@@ -89,6 +89,8 @@ pub struct Disk {
     pub kick: bool,
     /// A metadata block that could not be read, until the one who needs it has been told.
     bad_block: Option<(BlockRef, Fault)>,
+    /// It is about to grow: no request is taken, so that none is under way meanwhile.
+    pub growing: bool,
     /// Writes are refused since the image or its store failed in a way that more would worsen.
     pub frozen: Option<Fault>,
 }
@@ -121,6 +123,7 @@ impl Disk {
             seq: 0,
             kick: false,
             bad_block: None,
+            growing: false,
             frozen: None,
         }
     }
@@ -147,7 +150,7 @@ impl Disk {
 
     /// Could a request be taken now after so many others, throttle apart?
     pub fn may_take<S>(&self, engine: &Engine<S>, others: usize) -> bool {
-        engine.requests.left() > others && self.requests + others < self.share
+        !self.growing && engine.requests.left() > others && self.requests + others < self.share
     }
 
     /// Metadata that has been dirty for long is flushed without being asked.

@@ -384,6 +384,8 @@ impl Server {
             until_ns = until_ns.min(device.wake_ns.unwrap_or(u64::MAX));
             let serving = device.is_serving();
             let Some(disk) = &mut device.disk else { continue };
+            // The last request before it grows may have ended in this turn.
+            more |= disk.growing && disk.requests == 0 && disk.ops == 0;
             if serving {
                 let wait_ns = disk.throttle.wait_ns();
                 let ready = disk.final_check(hv) && disk.may_take(&self.engine, 0);

@@ -243,6 +243,18 @@ impl Space {
         self.limit = if info.can_grow { reach } else { reach.min(info.size_bytes) };
     }
 
+    /// What lies before `start`, some clusters behind the origin, is no space any more.
+    pub fn start_at(&mut self, start: u64) {
+        self.holes.retain(|hole| hole.start >= start);
+        self.next = self.next.max(start);
+    }
+
+    /// Clusters are counted from another place, as far from the old one as some clusters.
+    pub fn rebase(&mut self, origin: u64) {
+        assert!(self.next >= origin, "free space before the first cluster");
+        self.origin = origin;
+    }
+
     /// The first byte not handed out.
     pub fn next(&self) -> u64 {
         self.next

@@ -23,6 +23,8 @@ pub(super) const COMMENT_BYTES: usize = 256;
 /// Offsets of fields.
 pub(super) mod at {
     pub const COMMENT: usize = 0x54;
+    pub const MAP: u64 = 0x154;
+    pub const DATA: u64 = 0x158;
     pub const DISK_BYTES: u64 = 0x170;
     pub const BLOCKS: u64 = 0x180;
     pub const ALLOCATED: u64 = 0x184;

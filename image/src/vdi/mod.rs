@@ -12,6 +12,7 @@
 
 mod create;
 mod header;
+mod resize;
 
 use alloc::boxed::Box;
 use alloc::string::{String, ToString};
@@ -46,6 +47,8 @@ struct Writing {
     space: Option<Space>,
     /// Map entries beyond the disk that are known to be free, for growing.
     free_to: u64,
+    /// A longer map that is being made.
+    moving: Option<resize::Moving>,
 }
 
 /// Where the search for the last block in use is.
@@ -65,6 +68,12 @@ pub(crate) struct Vdi {
 impl BlockMap {
     fn entry_at(&self, block: u64) -> u64 {
         self.header.map_offset + block * 4
+    }
+
+    /// One more than the highest block that an entry may name: while a map is being moved, blocks
+    /// lie behind all that the disk has.
+    fn blocks_end(&self) -> u32 {
+        self.header.blocks.max(self.header.allocated)
     }
 
     /// Entries that fit before the data.
@@ -104,7 +113,7 @@ impl Shape for BlockMap {
             _ => {
                 // Two u32 and a block count of at most 2^30: far from overflow.
                 let offset = self.header.data_offset + u64::from(value) * self.header.block_bytes;
-                if value >= self.header.blocks || offset >= ctx.files.size(self.file) {
+                if value >= self.blocks_end() || offset >= ctx.files.size(self.file) {
                     let field = "a block map entry";
                     return Err(ImageFault::corrupt(self.file, field, at, value.into()).into());
                 }
@@ -151,7 +160,7 @@ impl Scan {
             let at = map.entry_at(self.entry);
             let value = ctx.meta.get_u32_le(map.file, at)?;
             if value < ZERO {
-                if value >= map.header.blocks {
+                if value >= map.blocks_end() {
                     let field = "a block map entry";
                     return Err(ImageFault::corrupt(map.file, field, at, value.into()).into());
                 }
@@ -189,6 +198,7 @@ impl Vdi {
                 scan: Scan::default(),
                 space: None,
                 free_to: 0,
+                moving: None,
             })
         });
         let layer = AnyLayer::Vdi(Vdi { map: BlockMap { file, header }, writing, check: None });
@@ -307,37 +317,8 @@ impl Layer for Vdi {
         }
     }
 
-    /// Grows within the room that stands before the data; entries first, the header after them.
     fn resize(&mut self, ctx: &mut Ctx, sectors: u64) -> Step<ResizePlan> {
-        let (map, writing) = self.first_write(ctx)?;
-        let file = map.file;
-        if map.header.kind == Kind::Static {
-            return Err(ImageFault::unsupported(file, "growing a static VDI", sectors).into());
-        }
-        let blocks = sectors.div_ceil(map.header.block_bytes / SECTOR_BYTES);
-        let max = map.entries_max().min(header::BLOCKS_MAX.into());
-        if blocks > max {
-            let field = "blocks of a VDI whose map cannot grow where it is";
-            return Err(ImageFault::limit(file, field, blocks, max).into());
-        }
-        let blocks = blocks.max(map.header.blocks.into());
-        writing.free_to = writing.free_to.max(map.header.blocks.into());
-        while writing.free_to < blocks {
-            let at = map.entry_at(writing.free_to);
-            ctx.meta.set(file, at, &FREE.to_le_bytes(), Phase::TABLE)?;
-            writing.free_to += 1;
-        }
-        ctx.meta.reserve(file, 0)?;
-        map.header.blocks = blocks as u32;
-        map.header.disk_bytes = sectors * SECTOR_BYTES;
-        let count = map.header.blocks.to_le_bytes();
-        ctx.meta.put(file, at::BLOCKS, &count, Phase::HEADER);
-        let bytes = map.header.disk_bytes.to_le_bytes();
-        ctx.meta.put(file, at::DISK_BYTES, &bytes, Phase::HEADER);
-        let reach = map.header.data_offset + blocks * map.header.block_bytes;
-        let space = writing.space.as_mut().expect("the map is scanned");
-        space.reach(ctx.files.info(file), reach);
-        Ok(ResizePlan { grow: None })
+        self.grow(ctx, sectors)
     }
 
     fn details(&self) -> Details {

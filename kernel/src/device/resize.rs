@@ -68,11 +68,14 @@ impl Device {
         if self.grow_tail.is_some() {
             return self.grow_on(world);
         }
-        if self.busy != Busy::No || self.wanted_sectors <= disk.image.sectors() {
+        disk.growing = self.busy == Busy::No && self.wanted_sectors > disk.image.sectors();
+        // Places may change while it grows, step by step: nothing else is under way then.
+        if !disk.growing || disk.requests > 0 {
             return;
         }
         match disk.image.resize(self.wanted_sectors) {
             Ok(ResizePlan { grow }) => {
+                disk.growing = false;
                 // A raw file is as long as it says; others must be made so.
                 let raw = self.config.as_ref().is_some_and(|config| config.format == Format::Raw);
                 self.grow_tail = grow.filter(|_| !raw);
@@ -80,11 +83,11 @@ impl Device {
             }
             Err(Stop::Fault(fault)) => {
                 log::warn!("guest {} disk {}: cannot grow: {fault}", self.guest.0, self.vdev);
-                self.wanted_sectors = 0;
+                (self.wanted_sectors, disk.growing) = (0, false);
             }
             Err(stop) => {
                 if disk.stopped(world.engine, world.hv, stop).is_err() {
-                    self.wanted_sectors = 0;
+                    (self.wanted_sectors, disk.growing) = (0, false);
                 }
             }
         }
