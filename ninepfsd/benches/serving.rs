@@ -1,8 +1,8 @@
 //! What a request costs the server, beside what the kernel's pread and pwrite alone cost.
 //!
 //! Plays the frontend over ordinary memory, on the server's own thread: what is measured is
-//! taking requests, moving bytes and answering. Would miss: events, Xen, and files that are not
-//! in the page cache. `cargo bench -p platter-9pfsd [-- DIRECTORY]`.
+//! taking requests, moving bytes and answering; then files past the page cache, by workers and by
+//! io_uring. Would miss: events and Xen. `cargo bench -p platter-9pfsd [-- DIRECTORY]`.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -11,10 +11,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use platter_9pfsd::frontend::Frontend;
+use platter_9pfsd::os::uring::Uring;
 use platter_9pfsd::serving::Serving;
-use platter_9pfsd::share::{Policy, Share};
+use platter_9pfsd::share::{Cache, Policy, Share};
 use platter_9pfsd::workers::{Mailbox, Workers};
 use platter_storage::ninep::message::{Request, VERSION_PLATTER, open};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::time::{ClockId, clock_gettime};
 
 const FILE_BYTES: u64 = 64 << 20;
@@ -25,18 +27,21 @@ const MEASURE: Duration = Duration::from_millis(300);
 struct World {
     serving: Serving,
     fronts: Vec<Frontend>,
+    mailbox: Arc<Mailbox>,
     random: u64,
 }
 
 impl World {
-    fn new(directory: &Path) -> World {
-        let share = Share::open(directory, Policy::default()).expect("a directory");
+    fn new(directory: &Path, cache: Cache, uring: Option<Uring>) -> World {
+        let policy = Policy { cache, ..Policy::default() };
+        let share = Share::open(directory, policy).expect("a directory");
         let (fronts, rings) =
             (0..RINGS as u32).map(|port| Frontend::pair(ORDER, port).expect("memory")).unzip();
         let workers = Workers::start(4).expect("threads");
         let mailbox = Arc::new(Mailbox::new().expect("a mailbox"));
-        let serving = Serving::new(rings, share, workers, mailbox);
-        let mut world = World { serving, fronts, random: 0x9e37_79b9_7f4a_7c15 };
+        let mut serving = Serving::new(rings, share, workers, Arc::clone(&mailbox));
+        serving.set_uring(uring);
+        let mut world = World { serving, fronts, mailbox, random: 0x9e37_79b9_7f4a_7c15 };
         world.say(&Request::Version { msize: 1 << 20, version: VERSION_PLATTER });
         let (uname, aname) = ("", "");
         world.say(&Request::Attach { fid: 0, afid: u32::MAX, uname, aname, n_uname: 0 });
@@ -58,6 +63,19 @@ impl World {
         self.random ^= self.random >> 7;
         self.random ^= self.random << 17;
         self.random % (FILE_BYTES / u64::from(bytes)) * u64::from(bytes)
+    }
+
+    /// Until the workers or the kernel have done something.
+    fn sleep(&self) {
+        if !self.mailbox.go_to_sleep() {
+            return;
+        }
+        let mut fds = vec![PollFd::new(&self.mailbox, PollFlags::IN)];
+        fds.extend(self.serving.uring().map(|uring| PollFd::new(uring, PollFlags::IN)));
+        // A frontend's thread sleeps until something comes; here answers may lie in the rings.
+        let patience = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
+        let _ = poll(&mut fds, Some(&patience));
+        self.mailbox.wake_up(fds[0].revents().contains(PollFlags::IN));
     }
 
     /// Keeps `depth` requests under way for a while: how many were answered.
@@ -83,7 +101,9 @@ impl World {
                 lane += 1;
                 asked += 1;
             }
-            self.serving.turn().expect("a sound ring");
+            if !self.serving.turn().expect("a sound ring") && asked > answered {
+                self.sleep();
+            }
             self.serving.bells().for_each(drop);
             for front in &mut self.fronts {
                 while front.take(&mut []).is_some() {
@@ -126,24 +146,38 @@ fn main() {
     let path = directory.join("bench");
     std::fs::write(&path, vec![7; FILE_BYTES as usize]).expect("room for the file");
     let file = File::options().read(true).write(true).open(&path).expect("it opens");
-    let mut world = World::new(&directory);
     println!(
-        "{:6} {:>5} {:>6} {:>12} {:>10} {:>10}",
+        "{:6} {:>7} {:>4} {:>12} {:>10} {:>10}",
         "", "bytes", "depth", "requests/s", "us CPU", "plain us"
     );
+    let mut world = World::new(&directory, Cache::Writeback, None);
     for is_write in [false, true] {
         for bytes in [4 << 10, 64 << 10, 1 << 20] {
             let plain = plain(&file, &mut world, is_write, bytes);
             for depth in [1, 8, 32, 128] {
-                let (start, before) = (std::time::Instant::now(), processor());
-                let count = world.play(is_write, bytes, depth, || start.elapsed() < MEASURE);
-                let cpu = (processor() - before).as_secs_f64() * 1e6 / count as f64;
-                let rate = count as f64 / start.elapsed().as_secs_f64();
-                let what = if is_write { "write" } else { "read" };
-                let plain = plain.as_secs_f64() * 1e6;
-                println!("{what:6} {bytes:>7} {depth:>4} {rate:>12.0} {cpu:>10.2} {plain:>10.2}");
+                row(&mut world, is_write, bytes, depth, plain);
+            }
+        }
+    }
+    file.sync_all().expect("it syncs");
+    for (name, uring) in [("workers", None), ("io_uring", Uring::open())] {
+        println!("past the page cache, by {name}");
+        let mut world = World::new(&directory, Cache::Direct, uring);
+        for is_write in [false, true] {
+            for (bytes, depth) in [(4 << 10, 1), (4 << 10, 32), (64 << 10, 32)] {
+                row(&mut world, is_write, bytes, depth, Duration::ZERO);
             }
         }
     }
     std::fs::remove_file(&path).expect("it goes");
+}
+
+fn row(world: &mut World, is_write: bool, bytes: u32, depth: usize, plain: Duration) {
+    let (start, before) = (std::time::Instant::now(), processor());
+    let count = world.play(is_write, bytes, depth, || start.elapsed() < MEASURE);
+    let cpu = (processor() - before).as_secs_f64() * 1e6 / count as f64;
+    let rate = count as f64 / start.elapsed().as_secs_f64();
+    let what = if is_write { "write" } else { "read" };
+    let plain = plain.as_secs_f64() * 1e6;
+    println!("{what:6} {bytes:>7} {depth:>4} {rate:>12.0} {cpu:>10.2} {plain:>10.2}");
 }

@@ -14,6 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::os::evtchn::Evtchn;
 use crate::os::gntdev::Gntdev;
+use crate::os::uring::Uring;
 use crate::ring::{Fault, Ring};
 use crate::serving::Serving;
 use crate::share::Share;
@@ -30,9 +31,11 @@ const END_PATIENCE: Duration = Duration::from_secs(1);
 #[derive(Clone)]
 pub struct Devices {
     gntdev: Gntdev,
-    /// One for each frontend.
-    evtchns: Arc<Mutex<Vec<Evtchn>>>,
+    for_each: Arc<Mutex<Vec<ForEach>>>,
 }
+
+/// For one frontend; without io_uring where the kernel lacks or forbids it.
+type ForEach = (Evtchn, Option<Uring>);
 
 /// A frontend being served; stops when dropped.
 pub struct Device {
@@ -40,9 +43,10 @@ pub struct Device {
     ended: Receiver<()>,
 }
 
-/// An event channel device that goes back to the others when its frontend has gone.
+/// What goes back to the others when its frontend has gone.
 struct Lent {
     evtchn: Option<Evtchn>,
+    uring: Option<Uring>,
     devices: Devices,
 }
 
@@ -52,15 +56,16 @@ impl Devices {
     /// For so many frontends.
     pub fn open(frontends: usize) -> Result<Devices> {
         let gntdev = Gntdev::open().context("cannot open /dev/xen/gntdev")?;
-        let evtchns: std::io::Result<_> = (0..frontends).map(|_| Evtchn::open()).collect();
-        let evtchns = evtchns.context("cannot open /dev/xen/evtchn")?;
-        Ok(Devices { gntdev, evtchns: Arc::new(Mutex::new(evtchns)) })
+        let one = |_| Ok((Evtchn::open()?, Uring::open()));
+        let for_each: std::io::Result<_> = (0..frontends).map(one).collect();
+        let for_each = for_each.context("cannot open /dev/xen/evtchn")?;
+        Ok(Devices { gntdev, for_each: Arc::new(Mutex::new(for_each)) })
     }
 
     fn lend(&self) -> Result<Lent> {
-        let evtchn = self.evtchns.lock().expect(FREE).pop();
-        let evtchn = Some(evtchn.context("too many shares are in use: see --shares")?);
-        Ok(Lent { evtchn, devices: self.clone() })
+        let lent = self.for_each.lock().expect(FREE).pop();
+        let (evtchn, uring) = lent.context("too many shares are in use: see --shares")?;
+        Ok(Lent { evtchn: Some(evtchn), uring, devices: self.clone() })
     }
 }
 
@@ -74,7 +79,7 @@ impl Drop for Lent {
     fn drop(&mut self) {
         if let Some(mut evtchn) = self.evtchn.take() {
             evtchn.unbind();
-            self.devices.evtchns.lock().expect(FREE).push(evtchn);
+            self.devices.for_each.lock().expect(FREE).push((evtchn, self.uring.take()));
         }
     }
 }
@@ -97,6 +102,7 @@ impl Device {
         }
         let mailbox = Arc::new(Mailbox::new()?);
         let mut serving = Serving::new(mapped, share, workers.clone(), Arc::clone(&mailbox));
+        serving.set_uring(lent.uring.take());
         let theirs = Arc::clone(&mailbox);
         let (end, ended) = channel();
         std::thread::Builder::new().name("9pfs".to_string()).spawn(move || {
@@ -104,6 +110,7 @@ impl Device {
                 Ok(()) => "stopped".to_string(),
                 Err(fault) => fault.to_string(),
             };
+            lent.uring = serving.take_uring();
             drop((serving, lent));
             drop(end);
             on_end(why);
@@ -129,20 +136,25 @@ fn run(serving: &mut Serving, evtchn: &mut Evtchn, mailbox: &Mailbox) -> Result<
         }
         // A channel stays masked while there is work anyway.
         if !worked && !evtchn.unmask()? && mailbox.go_to_sleep() {
-            sleep(serving.waits_for_room(), evtchn, mailbox)?;
+            sleep(serving, evtchn, mailbox)?;
         }
     }
     Ok(())
 }
 
-/// Waits for the frontend or the workers.
-fn sleep(waits_for_room: bool, evtchn: &mut Evtchn, mailbox: &Mailbox) -> std::io::Result<()> {
-    let mut fds = [PollFd::new(evtchn, PollFlags::IN), PollFd::new(mailbox, PollFlags::IN)];
-    match poll(&mut fds, waits_for_room.then_some(&ROOM_PATIENCE)) {
+/// Waits for the frontend, the workers or the kernel.
+fn sleep(serving: &Serving, evtchn: &mut Evtchn, mailbox: &Mailbox) -> std::io::Result<()> {
+    let mut fds = heapless::Vec::<_, 3>::from([
+        PollFd::new(evtchn, PollFlags::IN),
+        PollFd::new(mailbox, PollFlags::IN),
+    ]);
+    fds.extend(serving.uring().map(|uring| PollFd::new(uring, PollFlags::IN)));
+    match poll(&mut fds, serving.waits_for_room().then_some(&ROOM_PATIENCE)) {
         Ok(_) | Err(rustix::io::Errno::INTR) => {}
         Err(errno) => return Err(errno.into()),
     }
-    let [events, rang] = fds.map(|fd| fd.revents().contains(PollFlags::IN));
+    let [events, rang] = [0, 1].map(|index| fds[index].revents().contains(PollFlags::IN));
+    drop(fds);
     mailbox.wake_up(rang);
     if events {
         evtchn.take()?;

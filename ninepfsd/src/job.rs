@@ -27,6 +27,8 @@ pub enum Job {
         count: u32,
         buffer: Buffer,
         how: ReadWriteFlags,
+        /// Past the page cache.
+        direct: bool,
         charge: Option<Charge>,
     },
     Sync {
@@ -54,6 +56,20 @@ impl Job {
         }
     }
 
+    /// Reads, and writes past the page cache, wait for the disk alone: io_uring has no thread
+    /// wait for them. Other writes and all else it hands to threads of the kernel, which are
+    /// no better than ours.
+    pub fn suits_uring(&self) -> bool {
+        matches!(self, Job::Read { .. } | Job::Write { direct: true, .. })
+    }
+
+    pub fn into_buffer(self) -> Option<Buffer> {
+        match self {
+            Job::Read { buffer, .. } | Job::Write { buffer, .. } => Some(buffer),
+            Job::Sync { .. } | Job::Allocate { .. } => None,
+        }
+    }
+
     /// Does the work; gives the buffer back.
     pub fn run(self) -> (Outcome, Option<Buffer>) {
         match self {
@@ -65,7 +81,7 @@ impl Job {
                 });
                 (done.map(|count| Answer::Read { count }), Some(buffer))
             }
-            Job::Write { file, offset, count, buffer, how, charge: _charge } => {
+            Job::Write { file, offset, count, buffer, how, charge: _charge, .. } => {
                 let from = buffer.slice(count as usize);
                 let done = carry_on(from.len(), |at| {
                     let at_file = offset.saturating_add(at as u64);

@@ -121,7 +121,7 @@ fn restrict_files(shares: &[(&Path, bool)]) -> Result<RulesetStatus> {
 }
 
 /// What a file server does with files.
-const FILES: [libc::c_long; 26] = [
+const FILES: [libc::c_long; 27] = [
     libc::SYS_openat,
     libc::SYS_openat2,
     libc::SYS_close,
@@ -148,6 +148,8 @@ const FILES: [libc::c_long; 26] = [
     libc::SYS_unlinkat,
     libc::SYS_renameat2,
     libc::SYS_fcntl,
+    // Of rings that can only read and write open files.
+    libc::SYS_io_uring_enter,
 ];
 
 /// What every program with threads does.

@@ -8,10 +8,12 @@
 use std::sync::Arc;
 
 use platter_storage::ninep::message::{Answer, PLATTER_IN_FLIGHT, RREAD_BYTES, id};
+use rustix::io::Errno;
 
 use crate::buffer::Pool;
 use crate::job::{self, Job};
 use crate::open::{Move, Patience, Transfer};
+use crate::os::uring::{End, Moved, Uring};
 use crate::ring::{BODY_BYTES_MAX, Fault, Ring};
 use crate::session::{ANSWER_BYTES, Outcome, Session, emit, error};
 use crate::share::Share;
@@ -24,7 +26,7 @@ const IN_FLIGHT_BYTES_MAX: usize = 16 << 20;
 const TURN_REQUESTS: u32 = 64;
 const TURN_BYTES: u32 = 512 << 10;
 
-/// A request that a worker has.
+/// A request that a worker or the kernel has.
 struct Flight {
     ring: usize,
     tag: u16,
@@ -41,6 +43,8 @@ struct Flush {
 pub struct Serving {
     rings: Vec<Ring>,
     session: Session,
+    /// Where there is one it goes before the workers.
+    uring: Option<Uring>,
     workers: Workers,
     mailbox: Arc<Mailbox>,
     flights: Vec<Flight>,
@@ -70,6 +74,7 @@ impl Serving {
         Serving {
             rings,
             session: Session::new(share, half),
+            uring: None,
             workers,
             mailbox,
             flights: Vec::new(),
@@ -83,9 +88,35 @@ impl Serving {
         }
     }
 
+    /// Lends it an io_uring.
+    pub fn set_uring(&mut self, uring: Option<Uring>) {
+        self.uring = uring;
+    }
+
+    /// Gives it back, with nothing under way: the end.
+    pub fn take_uring(&mut self) -> Option<Uring> {
+        let mut uring = self.uring.take()?;
+        uring.drain();
+        Some(uring)
+    }
+
+    /// To be slept on.
+    pub fn uring(&self) -> Option<&Uring> {
+        self.uring.as_ref()
+    }
+
     /// Sends what is done and serves what is asked, for a while. False when there was nothing.
     pub fn turn(&mut self) -> Result<bool, Fault> {
         let mut worked = false;
+        while let Some(end) = self.uring.as_mut().and_then(Uring::take) {
+            let End { job, tag, ring, moved } = end;
+            match moved {
+                Moved::Part => self.give_to_worker(job, tag, ring),
+                Moved::All => self.finish(moved_by_kernel(job, tag, ring, Ok(())))?,
+                Moved::Failed(errno) => self.finish(moved_by_kernel(job, tag, ring, Err(errno)))?,
+            }
+            worked = true;
+        }
         while let Some(done) = self.mailbox.take() {
             self.finish(done)?;
             worked = true;
@@ -99,6 +130,8 @@ impl Serving {
         for index in 0..self.rings.len() {
             worked |= self.serve(index)?;
         }
+        // What the kernel has no room for now is tried again before long.
+        self.blocked |= !self.uring.as_mut().is_none_or(Uring::submit);
         self.patience.judge();
         Ok(worked)
     }
@@ -191,15 +224,24 @@ impl Serving {
         ring.consume(head.size);
         if let Some(job) = job {
             self.flights.push(Flight { ring: index, tag, bytes: job.bytes() });
-            let to = Arc::clone(&self.mailbox);
-            self.workers.run(Task { job, tag, ring: index, to });
+            let left = match &mut self.uring {
+                Some(uring) => uring.start(job, tag, index).err(),
+                None => Some(job),
+            };
+            if let Some(job) = left {
+                self.give_to_worker(job, tag, index);
+            }
         } else if !self.flushes.is_empty() {
             self.answer_flushes()?;
         }
         Ok(Step::Served(moved))
     }
 
-    /// A worker's answer.
+    fn give_to_worker(&self, job: Job, tag: u16, ring: usize) {
+        self.workers.run(Task { job, tag, ring, to: Arc::clone(&self.mailbox) });
+    }
+
+    /// A worker's answer, or the kernel's.
     fn finish(&mut self, done: Done) -> Result<(), Fault> {
         let Done { outcome, buffer, tag, ring } = done;
         let flight =
@@ -258,14 +300,24 @@ fn at_once<'a>(
 
 /// The same, with a buffer of its own, for which a write's data is copied.
 fn for_a_worker(ring: &Ring, pool: &mut Pool, order: Move) -> Job {
-    let file = Arc::clone(order.direct().unwrap_or(&order.open.file));
+    let direct = order.direct().map(Arc::clone);
     let Move { open, offset, count, is_write, charge } = order;
+    let (is_direct, file) = (direct.is_some(), direct.unwrap_or_else(|| Arc::clone(&open.file)));
     let mut buffer = pool.take(count as usize);
     if !is_write {
         return Job::Read { file, offset, count, buffer, how: open.worker_flags() };
     }
     ring.copy_data(buffer.slice_mut(count as usize));
-    Job::Write { file, offset, count, buffer, how: open.worker_flags(), charge }
+    let how = open.worker_flags();
+    Job::Write { file, offset, count, buffer, how, direct: is_direct, charge }
+}
+
+/// A read or write that ended as a whole, as if a worker had done it.
+fn moved_by_kernel(job: Job, tag: u16, ring: usize, result: Result<(), Errno>) -> Done {
+    let count = job.bytes() as u32;
+    let is_read = matches!(job, Job::Read { .. });
+    let answer = if is_read { Answer::Read { count } } else { Answer::Write { count } };
+    Done { outcome: result.map(|()| answer), buffer: job.into_buffer(), tag, ring }
 }
 
 /// Bytes of data that follow an answer.

@@ -7,9 +7,10 @@ use std::net::TcpListener;
 use std::sync::Arc;
 
 use platter_9pfsd::frontend::Frontend;
+use platter_9pfsd::os::uring::Uring;
 use platter_9pfsd::sandbox::{self, Identity};
 use platter_9pfsd::serving::Serving;
-use platter_9pfsd::share::{Policy, Share};
+use platter_9pfsd::share::{Cache, Policy, Share};
 use platter_9pfsd::workers::{Mailbox, Workers};
 use platter_storage::ninep::message::{Request, SETATTR_SIZE, VERSION_PLATTER, open};
 
@@ -26,14 +27,18 @@ fn a_share_is_served_and_nothing_else_is_possible() {
 
     // Memory of Xen's devices is not made with memfd_create, this is.
     let (mut front, ring) = Frontend::pair(6, 0).expect("memory");
+    let uring = Uring::open();
     let inside = [(read_only.as_path(), true), (served.as_path(), false)];
     // The harness's main thread keeps its rights; this one and its children have lost them.
     sandbox::enter(&inside, &Identity::Same).expect("this kernel can");
 
-    let share = Share::open(&served, Policy::default()).expect("the share");
+    // O_DIRECT, where the file system has it: by io_uring, where the kernel has that.
+    let policy = Policy { cache: Cache::Direct, ..Policy::default() };
+    let share = Share::open(&served, policy).expect("the share");
     let workers = Workers::start(2).expect("threads");
     let mailbox = Arc::new(Mailbox::new().expect("a mailbox"));
     let mut serving = Serving::new(vec![ring], share, workers, mailbox);
+    serving.set_uring(uring);
     let mut must = |request: &Request, data: &[u8]| {
         front.ask(1, request, data);
         let head = loop {
@@ -53,6 +58,8 @@ fn a_share_is_served_and_nothing_else_is_possible() {
     must(&Request::Lopen { fid: 1, flags: open::READ_WRITE }, &[]);
     must(&Request::Write { fid: 1, offset: 0, count: 4 }, b"data");
     must(&Request::Read { fid: 1, offset: 0, count: 4 }, &[]);
+    must(&Request::Write { fid: 1, offset: 4096, count: 4096 }, &[1; 4096]);
+    must(&Request::Read { fid: 1, offset: 4096, count: 4096 }, &[]);
     must(&Request::Fsync { fid: 1, datasync: 0 }, &[]);
     must(&Request::Setattr { fid: 1, valid: SETATTR_SIZE, size: 1 << 20 }, &[]);
     must(&Request::Extents { fid: 1, offset: 0, len: 1 << 20 }, &[]);

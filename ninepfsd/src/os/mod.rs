@@ -1,4 +1,5 @@
-//! The kernel's Xen devices: event channels, granted memory. All of the server's unsafe lines.
+//! The kernel's Xen devices: event channels, granted memory; and io_uring. All of the server's
+//! unsafe lines.
 //!
 //! Guards that memory which a frontend can write is never seen as a Rust reference: it is
 //! copied, each byte once, by us or by the kernel. Must never: hand out a pointer.
@@ -6,6 +7,7 @@
 pub mod evtchn;
 pub mod gntdev;
 pub mod memory;
+pub mod uring;
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
