@@ -44,6 +44,7 @@ pub use format::Format;
 pub use image::{DEPTH_MAX, Image, OpenStep, Options, PLANS_MAX};
 pub use info::{Details, LayerInfo, SnapshotInfo};
 pub use merge::{Merge, MergeStep, TopExtent};
+pub use qcow2::Qcow2Stream;
 pub use types::{
     BlockRef, DiscardPlan, Extent, FileNo, FlushStep, PRELUDES_MAX, Place, Prelude, Prepared,
     ResizePlan, SECTOR_BYTES, SectorRange, Step, Stop, WritePlan,

@@ -102,6 +102,8 @@ row "convert qcow2 to raw, 50 deep" "$platter" convert -q --force d50.qcow2 x.ra
     qemu-img convert -t writeback -f qcow2 -O raw d50.qcow2 y.raw
 row "convert zlib to raw" "$platter" convert -q --force zlib.qcow2 x.raw -- \
     qemu-img convert -t writeback -f qcow2 -O raw zlib.qcow2 y.raw
+row "convert -c raw to qcow2" "$platter" convert -q --force -c text.raw x.qcow2 -- \
+    qemu-img convert -t writeback -c -f raw -O qcow2 text.raw y.qcow2
 row "convert to streamOptimized" \
     "$platter" convert -q --force -o subformat=streamOptimized text.raw x.vmdk -- \
     qemu-img convert -t writeback -f raw -O vmdk -o subformat=streamOptimized text.raw y.vmdk

@@ -90,6 +90,41 @@ fn every_format_there_and_back_is_the_same_disk() {
     }
 }
 
+/// Packed clusters, some that gain nothing by it, zeros left out, and a disk that ends within a
+/// cluster; in clusters of which one or many lie in one of the file.
+#[test]
+fn a_compressed_qcow2_is_the_same_disk_for_qemu() {
+    let folder = Folder::new("compressed");
+    sample(&folder.path("a.raw"));
+    let mut bytes = fs::read(folder.path("a.raw")).unwrap();
+    let mut state = 1u64;
+    for byte in &mut bytes[6_000_000..6_700_000] {
+        state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
+        *byte = (state >> 56) as u8;
+    }
+    bytes.truncate(8_500_224);
+    fs::write(folder.path("a.raw"), bytes).unwrap();
+    for size in ["512", "4096", "65536", "2097152"] {
+        let option = format!("cluster_size={size}");
+        folder.good(&["convert", "-q", "--force", "-c", "-o", &option, "a.raw", "c.qcow2"]);
+        folder.qemu_img(&["check", "-q", "c.qcow2"]);
+        folder.qemu_img(&["compare", "-q", "-f", "raw", "-F", "qcow2", "a.raw", "c.qcow2"]);
+        folder.good(&["check", "-q", "c.qcow2"]);
+        folder.good(&["compare", "-q", "a.raw", "c.qcow2"]);
+        // Five clusters are tables.
+        let len = fs::metadata(folder.path("c.qcow2")).unwrap().len();
+        assert!(len < (3 << 20) + 5 * size.parse::<u64>().unwrap(), "{size}: {len}");
+        // It is as good as any to write to.
+        folder.good(&["bench", "-w", "-c", "20", "--random", "3", "-s", "8k", "c.qcow2"]);
+        folder.qemu_img(&["check", "-q", "c.qcow2"]);
+    }
+    for refused in [&["-o", "compression_type=zstd", "a.raw", "z.qcow2"][..], &["a.raw", "z.vdi"]] {
+        let args = [&["convert", "-q", "-c"], refused].concat();
+        assert_eq!(folder.run(&args).status.code(), Some(1));
+        assert!(!folder.path("z.qcow2").exists() && !folder.path("z.vdi").exists());
+    }
+}
+
 #[test]
 fn an_overlay_hides_its_base_until_it_is_committed() {
     let folder = Folder::new("overlay");

@@ -69,7 +69,10 @@ fn features(
 }
 
 /// What the options ask for, as a header without places.
-fn header(params: &CreateParams, wanted: &mut Wanted) -> Result<(Header, bool), CreateFault> {
+pub(super) fn header(
+    params: &CreateParams,
+    wanted: &mut Wanted,
+) -> Result<(Header, bool), CreateFault> {
     let version = match wanted.text("compat") {
         None | Some("1.1" | "v3") => 3,
         Some("0.10" | "v2") => 2,

@@ -16,6 +16,7 @@ mod overlap;
 mod refcount;
 mod resize;
 mod snapshot;
+mod stream;
 mod write;
 
 use alloc::boxed::Box;
@@ -35,6 +36,7 @@ pub(crate) use create::create;
 use entry::Kind;
 use header::{HEADER_BYTES_MAX, Header, Stretch};
 use refcount::Space;
+pub use stream::Qcow2Stream;
 use write::Writer;
 
 /// An open qcow2 file.

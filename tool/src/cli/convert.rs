@@ -46,6 +46,9 @@ pub struct Convert {
     /// Zeros at least this long are left out (512 to 2M, 0: write all)
     #[arg(short = 'S', value_name = "SIZE", value_parser = size::parse, default_value = "4k")]
     sparse: u64,
+    /// Compress (qcow2: by zlib, QEMU's default)
+    #[arg(short, conflicts_with = "backing")]
+    compress: bool,
     /// Show progress even if the output is not a terminal
     #[arg(short)]
     progress: bool,
@@ -74,8 +77,8 @@ impl Convert {
             common::open(&self.source, self.format.as_deref(), Access::ReadOnly, &self.open)?;
         let mut reader = source.engine;
         let sectors = reader.sectors();
-        if self.is_stream()? {
-            return self.stream(reader, sectors).map(|code| self.done(code, sectors));
+        if let Some(format) = self.stream_format()? {
+            return self.stream(reader, format, sectors).map(|code| self.done(code, sectors));
         }
         let has_base = self.make_target(sectors)?;
         let result = self.copy(reader, sectors, has_base);
@@ -91,15 +94,24 @@ impl Convert {
         code
     }
 
-    /// Is the target one that is written once, from front to end?
-    fn is_stream(&self) -> Result<bool, Failure> {
+    /// The target's format if it is one that is written once, from front to end.
+    fn stream_format(&self) -> Result<Option<Format>, Failure> {
         let format = common::format_of(&self.target, self.output_format.as_deref())?;
         let options = FormatOptions::parse(&self.options)?;
-        let is_stream = |pair| pair == ("subformat", "streamOptimized");
-        Ok(format == Format::Vmdk && options.pairs().into_iter().any(is_stream))
+        let subformat = ("subformat", "streamOptimized");
+        let is_stream = match format {
+            Format::Qcow2 => self.compress,
+            Format::Vmdk => options.pairs().into_iter().any(|pair| pair == subformat),
+            _ => false,
+        };
+        if self.compress && !is_stream {
+            let why = "-c is for qcow2, and for vmdk with -o subformat=streamOptimized";
+            return Err(Failure::new(why));
+        }
+        Ok(is_stream.then_some(format))
     }
 
-    fn stream(&self, reader: Engine, sectors: u64) -> Outcome {
+    fn stream(&self, reader: Engine, format: Format, sectors: u64) -> Outcome {
         if self.backing.is_some() {
             return Err(Failure::new("a streamOptimized VMDK has no backing file"));
         }
@@ -107,7 +119,7 @@ impl Convert {
         let pairs = options.pairs();
         let name = self.target.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
         let params = CreateParams {
-            format: Format::Vmdk,
+            format,
             name: &name,
             sectors,
             cluster_bytes: options.cluster_bytes,

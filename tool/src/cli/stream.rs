@@ -1,14 +1,14 @@
-//! `platter convert -O vmdk -o subformat=streamOptimized`: the one target that is not an image
-//! to write into but a stream, laid out once from front to end with compressed grains.
+//! Targets that are not images to write into but streams, laid out once from front to end with
+//! compressed clusters: `platter convert -c` to qcow2, and VMDK's subformat streamOptimized.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::Path;
 
+use flate2::{Compress, Compression, FlushCompress, Status};
 use indicatif::ProgressBar;
-use miniz_oxide::deflate::compress_to_vec_zlib;
-use platter_image::{CreateFault, CreateParams, SECTOR_BYTES, VmdkStream};
+use platter_image::{CreateFault, CreateParams, Format, Qcow2Stream, SECTOR_BYTES, VmdkStream};
 
 use super::common::Failure;
 use crate::create::claim;
@@ -17,9 +17,12 @@ use crate::flow::{Flow, Piece, is_zero};
 use crate::pool::Pool;
 
 /// The level at which zlib is usually run.
-const LEVEL: u8 = 6;
-/// Grains being packed at once.
-const GRAINS_MAX: usize = 32;
+const LEVEL: u32 = 6;
+/// How far back qcow2's deflate may look, as a power of two: QEMU inflates with a window of this.
+const QCOW2_WINDOW_BITS: u8 = 12;
+const VMDK_WINDOW_BITS: u8 = 15;
+/// Clusters being packed at once.
+const CLUSTERS_MAX: usize = 32;
 
 /// Writes the disk that `reader` holds to a new file at `path`.
 pub fn write(
@@ -28,10 +31,10 @@ pub fn write(
     (path, replace): (&Path, bool),
     bar: &ProgressBar,
 ) -> Result<(), Failure> {
-    let stream = VmdkStream::new(params).map_err(|why| refused(path, &why))?;
+    let layout = Layout::new(params).map_err(|why| refused(path, &why))?;
     let file = claim(path, replace)?;
     file.set_len(0).map_err(|error| failed(path, "empty", &error))?;
-    let result = fill(reader, stream, (path, file), params.sectors, bar);
+    let result = fill(reader, layout, (path, file), params.sectors, bar);
     if result.is_err() {
         // What is half made is of no use.
         let _ = std::fs::remove_file(path);
@@ -47,39 +50,128 @@ fn failed(path: &Path, doing: &str, error: &std::io::Error) -> Failure {
     Failure::new(format!("{}: cannot {doing}: {error}", path.display()))
 }
 
-/// Grains on their way into the file: packed by many threads, written in their order.
+/// Where what goes.
+enum Layout {
+    Qcow2(Qcow2Stream),
+    Vmdk(VmdkStream),
+}
+
+/// A cluster's bytes, compressed or, where that gains nothing in a qcow2, as they are.
+struct Packed {
+    bytes: Vec<u8>,
+    is_packed: bool,
+}
+
+impl Layout {
+    fn new(params: &CreateParams) -> Result<Layout, CreateFault> {
+        Ok(match params.format {
+            Format::Qcow2 => Layout::Qcow2(Qcow2Stream::new(params)?),
+            _ => Layout::Vmdk(VmdkStream::new(params)?),
+        })
+    }
+
+    fn cluster_bytes(&self) -> usize {
+        match self {
+            Layout::Qcow2(stream) => stream.cluster_bytes(),
+            Layout::Vmdk(stream) => stream.grain_bytes(),
+        }
+    }
+
+    fn start(&mut self) -> &[u8] {
+        match self {
+            Layout::Qcow2(stream) => stream.start(),
+            Layout::Vmdk(stream) => stream.start(),
+        }
+    }
+
+    fn cluster(&mut self, number: u64, packed: &Packed) -> Result<&[u8], CreateFault> {
+        match self {
+            Layout::Qcow2(stream) => Ok(stream.cluster(number, &packed.bytes, packed.is_packed)),
+            Layout::Vmdk(stream) => stream.grain(number, &packed.bytes),
+        }
+    }
+
+    fn finish(&mut self) -> Result<&[u8], CreateFault> {
+        match self {
+            Layout::Qcow2(stream) => stream.finish(),
+            Layout::Vmdk(stream) => Ok(stream.finish()),
+        }
+    }
+
+    /// What is written over the start of the file when all else is there.
+    fn header(&self) -> Vec<u8> {
+        match self {
+            Layout::Qcow2(stream) => stream.header(),
+            Layout::Vmdk(_) => Vec::new(),
+        }
+    }
+
+    /// How a cluster is packed, on any thread.
+    fn packer(&self) -> fn(Vec<u8>) -> Packed {
+        match self {
+            Layout::Qcow2(_) => |bytes| {
+                let raw = Compress::new_with_window_bits(
+                    Compression::new(LEVEL),
+                    false,
+                    QCOW2_WINDOW_BITS,
+                );
+                match deflate(raw, &bytes, bytes.len() - 1) {
+                    Some(packed) => Packed { bytes: packed, is_packed: true },
+                    None => Packed { bytes, is_packed: false },
+                }
+            },
+            Layout::Vmdk(_) => |bytes| {
+                let zlib =
+                    Compress::new_with_window_bits(Compression::new(LEVEL), true, VMDK_WINDOW_BITS);
+                let packed = deflate(zlib, &bytes, bytes.len() * 2);
+                Packed { bytes: packed.expect("it grows by a few bytes at most"), is_packed: true }
+            },
+        }
+    }
+}
+
+/// All of `bytes` in at most `len_max`, or `None`.
+fn deflate(mut stream: Compress, bytes: &[u8], len_max: usize) -> Option<Vec<u8>> {
+    let mut packed = vec![0; len_max];
+    let status = stream.compress(bytes, &mut packed, FlushCompress::Finish);
+    packed.truncate(stream.total_out() as usize);
+    matches!(status, Ok(Status::StreamEnd)).then_some(packed)
+}
+
+/// Clusters on their way into the file: packed by many threads, written in their order.
 struct Packer<'a, P> {
-    stream: VmdkStream,
+    layout: Layout,
     put: P,
     path: &'a Path,
-    pool: Pool<(u64, Vec<u8>)>,
-    /// Grains being packed, in order, and what is packed of them.
+    pool: Pool<(u64, Packed)>,
+    /// Clusters being packed, in order, and what is packed of them.
     order: VecDeque<u64>,
-    packed: BTreeMap<u64, Vec<u8>>,
+    packed: BTreeMap<u64, Packed>,
 }
 
 impl<P: FnMut(&[u8]) -> Result<(), Failure>> Packer<'_, P> {
-    /// Takes a grain over, unless it is zeros; the bytes are zeros then.
-    fn add(&mut self, number: u64, grain: &mut [u8]) -> Result<(), Failure> {
-        if is_zero(grain) {
+    /// Takes a cluster over, unless it is zeros; the bytes are zeros then.
+    fn add(&mut self, number: u64, cluster: &mut [u8]) -> Result<(), Failure> {
+        if is_zero(cluster) {
             return Ok(());
         }
-        while self.pool.out() >= GRAINS_MAX {
+        while self.pool.out() >= CLUSTERS_MAX {
             self.write(1)?;
         }
-        let bytes = grain.to_vec();
-        grain.fill(0);
+        let bytes = cluster.to_vec();
+        cluster.fill(0);
         self.order.push_back(number);
-        self.pool.submit(move |_| (number, compress_to_vec_zlib(&bytes, LEVEL)));
+        let pack = self.layout.packer();
+        self.pool.submit(move |_| (number, pack(bytes)));
         Ok(())
     }
 
-    /// Waits for so many grains and writes those whose turn it is.
+    /// Waits for so many clusters and writes those whose turn it is.
     fn write(&mut self, at_least: usize) -> Result<(), Failure> {
         self.packed.extend(self.pool.take(at_least));
         while let Some(number) = self.order.front() {
             let Some(packed) = self.packed.remove(number) else { break };
-            let bytes = self.stream.grain(*number, &packed);
+            let bytes = self.layout.cluster(*number, &packed);
             (self.put)(bytes.map_err(|why| refused(self.path, &why))?)?;
             self.order.pop_front();
         }
@@ -89,50 +181,58 @@ impl<P: FnMut(&[u8]) -> Result<(), Failure>> Packer<'_, P> {
 
 fn fill(
     reader: Engine,
-    mut stream: VmdkStream,
+    mut layout: Layout,
     (path, file): (&Path, File),
     sectors: u64,
     bar: &ProgressBar,
 ) -> Result<(), Failure> {
     let mut out = BufWriter::with_capacity(1 << 20, file);
-    let grain_bytes = stream.grain_bytes();
-    let grain_sectors = grain_bytes as u64 / SECTOR_BYTES;
-    let mut put = |bytes: &[u8]| out.write_all(bytes).map_err(|e| failed(path, "write", &e));
-    put(stream.start())?;
+    let cluster_bytes = layout.cluster_bytes();
+    let cluster_sectors = cluster_bytes as u64 / SECTOR_BYTES;
+    let told = |error: std::io::Error| failed(path, "write", &error);
+    let mut put = |bytes: &[u8]| out.write_all(bytes).map_err(told);
+    put(layout.start())?;
     let threads = std::thread::available_parallelism().map_or(1, |count| count.get());
     let (pool, order, packed) = (Pool::new(threads), VecDeque::new(), BTreeMap::new());
-    let mut packer = Packer { stream, put, path, pool, order, packed };
+    let mut packer = Packer { layout, put, path, pool, order, packed };
     let mut flow = Flow::new(reader, sectors);
-    // A grain under way: which one, and its bytes; stretches of zeros end within grains.
-    let mut grain = vec![0; grain_bytes];
+    // A cluster under way: which one, and its bytes; stretches of zeros end within clusters.
+    let mut cluster = vec![0; cluster_bytes];
     let mut spare = None;
     let mut number = 0;
     while let Some(Piece { sector, count, bytes }) = flow.next(spare.take())? {
         let mut at = sector;
         while at < sector + count {
-            if at / grain_sectors != number {
-                packer.add(number, &mut grain)?;
-                number = at / grain_sectors;
+            if at / cluster_sectors != number {
+                packer.add(number, &mut cluster)?;
+                number = at / cluster_sectors;
             }
-            let end = ((at / grain_sectors + 1) * grain_sectors).min(sector + count);
+            let end = ((at / cluster_sectors + 1) * cluster_sectors).min(sector + count);
             if let Some(bytes) = &bytes {
                 let byte = |sector: u64| (sector * SECTOR_BYTES) as usize;
-                let into = byte(at % grain_sectors);
+                let into = byte(at % cluster_sectors);
                 let from = &bytes[byte(at - sector)..byte(end - sector)];
-                grain[into..into + from.len()].copy_from_slice(from);
+                cluster[into..into + from.len()].copy_from_slice(from);
                 at = end;
             } else {
-                // Zeros up to the end of this grain, then whole grains at once.
-                at = end.max((sector + count) / grain_sectors * grain_sectors);
+                // Zeros up to the end of this cluster, then whole ones at once.
+                at = end.max((sector + count) / cluster_sectors * cluster_sectors);
             }
         }
         spare = bytes;
         bar.inc(count * SECTOR_BYTES);
     }
-    packer.add(number, &mut grain)?;
+    packer.add(number, &mut cluster)?;
     packer.write(packer.pool.out())?;
-    let mut stream = packer.stream;
-    out.write_all(stream.finish()).map_err(|e| failed(path, "write", &e))?;
+    let mut layout = packer.layout;
+    out.write_all(layout.finish().map_err(|why| refused(path, &why))?).map_err(told)?;
+    let header = layout.header();
+    if !header.is_empty() {
+        // It names what must be durable by then.
+        out.flush().and_then(|()| out.get_ref().sync_data()).map_err(told)?;
+        out.seek(SeekFrom::Start(0)).map_err(told)?;
+        out.write_all(&header).map_err(told)?;
+    }
     let file = out.into_inner().map_err(|e| failed(path, "write", e.error()))?;
     file.sync_all().map_err(|e| failed(path, "sync", &e))
 }
