@@ -1,5 +1,6 @@
 //! The formats, and what each must be able to do: one trait, one enum, no probing.
 
+use alloc::boxed::Box;
 use alloc::string::String;
 
 use crate::check::{CheckParams, CheckProgress, CheckReport};
@@ -272,6 +273,22 @@ pub(crate) trait Layer {
     fn check_step(&mut self, _ctx: &mut Ctx) -> Step<CheckProgress> {
         Ok(CheckProgress::Done(CheckReport::default()))
     }
+}
+
+/// Does `work` with a layer's writer, taken out meanwhile so that both can be borrowed; `slot` says
+/// where it is. A layer that was opened read-only has none.
+pub(crate) fn with_writer<L, W, T>(
+    layer: &mut L,
+    slot: fn(&mut L) -> (FileNo, &mut Option<Box<W>>),
+    work: impl FnOnce(&mut L, &mut W) -> Step<T>,
+) -> Step<T> {
+    let (file, place) = slot(layer);
+    let Some(mut writer) = place.take() else {
+        return Err(read_only(file, "the file is open read-only").into());
+    };
+    let result = work(layer, &mut writer);
+    *slot(layer).1 = Some(writer);
+    result
 }
 
 /// Plans a new image of `params.format`.

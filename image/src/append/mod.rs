@@ -12,7 +12,7 @@ mod write;
 
 use crate::fault::{FaultKind, ImageFault};
 use crate::files::FileInfo;
-use crate::format::{Ctx, Found, Packed};
+use crate::format::{Ctx, Found, Packed, read_only};
 use crate::meta::BLOCK_BYTES;
 #[cfg(doc)]
 use crate::meta::Phase;
@@ -219,9 +219,17 @@ enum Spot {
 }
 
 impl Space {
-    /// All beyond the end of the file, up to the `reach` of the format's offsets.
-    pub fn at_end(file: FileNo, info: FileInfo, reach: u64) -> Space {
-        Space::from(file, info, (0, info.size_bytes), reach)
+    /// All beyond the end of the file, up to the `reach` of the format's offsets. A store that
+    /// cannot grow has nothing there, and that is said when the image is opened, not by a guest's
+    /// failed write: where the used part ends no header of these formats says.
+    pub fn at_end(file: FileNo, info: FileInfo, reach: u64) -> Result<Space, ImageFault> {
+        if !info.can_grow {
+            let why = "an image of this format grows at its file's end, which a partition, a \
+                       volume or an ext4 file of the storage domain has not: give it a file on a \
+                       share, convert it to qcow2, vhd, vhdx or vdi, or open it read-only";
+            return Err(read_only(file, why));
+        }
+        Ok(Space::from(file, info, (0, info.size_bytes), reach))
     }
 
     /// All from `next` on, which the caller knows to be free; clusters lie at multiples of
@@ -406,9 +414,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_store_that_cannot_grow_is_refused_in_a_sentence() {
+        let info = FileInfo { size_bytes: 100, can_grow: false, identity: 1 };
+        let fault = Space::at_end(FileNo(0), info, 1 << 40).unwrap_err();
+        assert!(fault.kind == FaultKind::ReadOnly && fault.field.contains("give it a file"));
+    }
+
+    #[test]
     fn what_was_given_up_is_taken_first_and_for_the_same_use() {
         let info = FileInfo { size_bytes: 100, can_grow: true, identity: 1 };
-        let mut space = Space::at_end(FileNo(0), info, 1 << 40);
+        let mut space = Space::at_end(FileNo(0), info, 1 << 40).unwrap();
         let mut take = |use_, len| space.take(use_, len, 100).unwrap();
         let table = take(Use::Table, 400);
         let runs = [take(Use::Clusters, 200), take(Use::Clusters, 100), take(Use::Clusters, 100)];

@@ -205,8 +205,12 @@ impl Qcow {
         } else {
             None
         };
-        let writing = (access == Access::ReadWrite).then(|| {
-            let space = Space::at_end(file, ctx.files.info(file), i64::MAX as u64);
+        let space = match access {
+            // Offsets stay below the sign bit, as all tools keep file sizes.
+            Access::ReadWrite => Some(Space::at_end(file, ctx.files.info(file), i64::MAX as u64)?),
+            Access::ReadOnly => None,
+        };
+        let writing = space.map(|space| {
             let first = FirstWrite::new(false);
             Box::new(Writing { writer: Writer::new(), space, first, growth: None })
         });

@@ -169,9 +169,12 @@ impl Qed {
         } else {
             None
         };
-        let writing = (access == Access::ReadWrite).then(|| {
+        let space = match access {
             // Offsets stay below the sign bit, as all tools keep file sizes.
-            let space = Space::at_end(file, ctx.files.info(file), i64::MAX as u64);
+            Access::ReadWrite => Some(Space::at_end(file, ctx.files.info(file), i64::MAX as u64)?),
+            Access::ReadOnly => None,
+        };
+        let writing = space.map(|space| {
             let need_check = header.features & FEATURE_NEED_CHECK != 0;
             let first = FirstWrite::new(header.autoclear != 0 || need_check);
             let scan = need_check.then(Scan::new);

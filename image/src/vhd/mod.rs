@@ -94,6 +94,10 @@ fn find_footer(ctx: &mut Ctx, file: FileNo) -> Step<FoundFooter> {
 }
 
 impl Vhd {
+    fn writer_slot(&mut self) -> (FileNo, &mut Option<Box<Writer>>) {
+        (self.file, &mut self.writer)
+    }
+
     pub fn open(ctx: &mut Ctx, file: FileNo, access: Access) -> Step<OpenedLayer> {
         let found = find_footer(ctx, file)?;
         let footer = Footer::parse(file, found.offset, &found.bytes)?;

@@ -6,10 +6,8 @@
 //! sector. A fixed disk's new footer comes before the old one is wiped from what has become the
 //! guest's. The old BAT stays as a gap.
 
-use alloc::boxed::Box;
-
 use crate::fault::ImageFault;
-use crate::format::{Ctx, read_only};
+use crate::format::{Ctx, with_writer};
 use crate::meta::{BLOCK_BYTES, Phase};
 use crate::types::{ResizePlan, SECTOR_BYTES, Step};
 
@@ -32,16 +30,11 @@ impl Vhd {
                 ImageFault::limit(self.file, "VHD size in sectors", sectors, SECTORS_MAX).into()
             );
         }
-        let Some(mut writer) = self.writer.take() else {
-            return Err(read_only(self.file, "the file is open read-only").into());
-        };
-        let result = self.grow_with(ctx, &mut writer, sectors);
-        self.writer = Some(writer);
-        result?;
+        with_writer(self, Vhd::writer_slot, |layer, writer| layer.grow_with(ctx, writer, sectors))?;
         Ok(ResizePlan { grow: None })
     }
 
-    fn grow_with(&mut self, ctx: &mut Ctx, writer: &mut Box<Writer>, sectors: u64) -> Step<()> {
+    fn grow_with(&mut self, ctx: &mut Ctx, writer: &mut Writer, sectors: u64) -> Step<()> {
         let needed = sectors.div_ceil(self.block_sectors);
         if self.kind == Kind::Fixed {
             if !writer.can_grow() {

@@ -9,7 +9,7 @@
 
 use crate::fault::{FaultKind, ImageFault};
 use crate::files::FileInfo;
-use crate::format::{Ctx, Own, read_only};
+use crate::format::{Ctx, Own, read_only, with_writer};
 use crate::image::PLANS_MAX;
 use crate::meta::{BLOCK_BYTES, Phase};
 use crate::types::{
@@ -257,12 +257,7 @@ impl Vhd {
         slot: u16,
         range: SectorRange,
     ) -> Step<WritePlan> {
-        let Some(mut writer) = self.writer.take() else {
-            return Err(read_only(self.file, "the file is open read-only").into());
-        };
-        let result = self.plan(ctx, &mut writer, slot, range);
-        self.writer = Some(writer);
-        result
+        with_writer(self, Vhd::writer_slot, |layer, writer| layer.plan(ctx, writer, slot, range))
     }
 
     fn plan(

@@ -68,6 +68,10 @@ struct Geometry {
 }
 
 impl Vhdx {
+    fn writer_slot(&mut self) -> (FileNo, &mut Option<Box<Writer>>) {
+        (self.file, &mut self.writer)
+    }
+
     pub fn open(ctx: &mut Ctx, file: FileNo, access: Access) -> Step<OpenedLayer> {
         let (header, n) = load::current_header(ctx, file)?;
         let log = Region { offset: header.log_offset, length: header.log_length as u64 };

@@ -5,7 +5,7 @@
 //! nothing, so a power cut in between leaves the old size.
 
 use crate::fault::ImageFault;
-use crate::format::{Ctx, read_only};
+use crate::format::{Ctx, with_writer};
 use crate::meta::{BLOCK_BYTES, Phase};
 use crate::types::{ResizePlan, SECTOR_BYTES, Step};
 
@@ -26,12 +26,7 @@ pub(super) struct Moving {
 
 impl Vhdx {
     pub(super) fn grow(&mut self, ctx: &mut Ctx, sectors: u64) -> Step<ResizePlan> {
-        let Some(mut writer) = self.writer.take() else {
-            return Err(read_only(self.file, "the file is open read-only").into());
-        };
-        let result = self.grow_with(ctx, &mut writer, sectors);
-        self.writer = Some(writer);
-        result
+        with_writer(self, Vhdx::writer_slot, |layer, writer| layer.grow_with(ctx, writer, sectors))
     }
 
     fn grow_with(&mut self, ctx: &mut Ctx, writer: &mut Writer, sectors: u64) -> Step<ResizePlan> {

@@ -10,7 +10,7 @@ use alloc::vec::Vec;
 
 use crate::fault::{FaultKind, ImageFault};
 use crate::files::FileInfo;
-use crate::format::{Ctx, Found, Own, read_only};
+use crate::format::{Ctx, Found, Own, with_writer};
 use crate::image::PLANS_MAX;
 use crate::meta::{BLOCK_BYTES, Meta, Phase};
 use crate::types::{
@@ -295,12 +295,7 @@ impl Vhdx {
         slot: u16,
         range: SectorRange,
     ) -> Step<WritePlan> {
-        let Some(mut writer) = self.writer.take() else {
-            return Err(read_only(self.file, "the file is open read-only").into());
-        };
-        let result = self.plan(ctx, &mut writer, slot, range);
-        self.writer = Some(writer);
-        result
+        with_writer(self, Vhdx::writer_slot, |layer, writer| layer.plan(ctx, writer, slot, range))
     }
 
     fn plan(
@@ -687,12 +682,9 @@ impl Vhdx {
         range: SectorRange,
         zero: bool,
     ) -> Step<DiscardPlan> {
-        let Some(mut writer) = self.writer.take() else {
-            return Err(read_only(self.file, "the file is open read-only").into());
-        };
-        let result = self.discard_with(ctx, &mut writer, range, zero);
-        self.writer = Some(writer);
-        result
+        with_writer(self, Vhdx::writer_slot, |layer, writer| {
+            layer.discard_with(ctx, writer, range, zero)
+        })
     }
 
     fn discard_with(

@@ -159,8 +159,10 @@ impl Extent {
             && !is_cowd
             && !header.is_compressed
             && header.version < 3;
-        let space =
-            writable.then(|| Box::new(Space::at_end(file, ctx.files.info(file), REACH_BYTES)));
+        let space = match writable {
+            true => Some(Box::new(Space::at_end(file, ctx.files.info(file), REACH_BYTES)?)),
+            false => None,
+        };
         let tables = Tables { file, header, is_writable: writable };
         Ok((header.sectors, Body::Sparse(tables, space)))
     }

@@ -211,16 +211,24 @@ fn space_that_plans_gave_up_is_used_before_the_file_grows() {
 }
 
 #[test]
-fn a_store_of_fixed_size_is_full_and_says_so() {
+fn a_store_of_fixed_size_is_full_or_refused_and_says_so() {
     for (params, _) in formats() {
         let mut flight = Flight::new(&params);
         let (_, info) = flight.folder.open("image", Access::ReadWrite).unwrap();
         let info = platter_image::FileInfo { can_grow: false, ..info };
         flight.image = Image::begin("image", info, rw(params.format));
-        flight.ask(Image::open_step).unwrap();
-        let stop = flight.prepare(0, 1).unwrap_err();
+        // Only a VDI tells where its used part ends.
+        let stop = match params.format {
+            Format::Vdi => {
+                flight.ask(Image::open_step).unwrap();
+                flight.prepare(0, 1).unwrap_err()
+            }
+            _ => flight.ask(Image::open_step).unwrap_err(),
+        };
         let Stop::Fault(fault) = stop else { panic!("{stop:?}") };
-        assert!(fault.to_string().starts_with("no room: a new cluster"), "{fault}");
+        let said = fault.to_string();
+        assert!(said.starts_with("no room: a new cluster") || said.contains("give it a file"));
+        assert_eq!(said.contains("give it a file"), params.format != Format::Vdi, "{said}");
     }
 }
 
