@@ -48,7 +48,7 @@ taken_away() {
             sleep 0.2
         done
         dd if=/dev/null of=/dev/xvda conv=fsync,notrunc 2>/dev/null || true
-        dd if=/dev/null of=/dev/xvda conv=fsync,notrunc
+        dd if=/dev/null of=/dev/xvda conv=fsync,notrunc 2>/dev/null
         dd if=/dev/xvda bs=64k count=384 iflag=direct 2>/dev/null | cmp - /tmp/data'
     for _ in 1 2 3; do
         sleep 1
