@@ -64,7 +64,11 @@ impl Device {
 
     /// Grows the disk to what is wanted, as soon as nothing stands in the way.
     pub(super) fn resize_on<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
-        let Some(disk) = self.disk.as_mut().filter(|_| self.stage == Stage::Ready) else { return };
+        let Some(disk) = &mut self.disk else { return };
+        if self.stage != Stage::Ready {
+            disk.growing = false;
+            return;
+        }
         if self.grow_tail.is_some() {
             return self.grow_on(world);
         }
