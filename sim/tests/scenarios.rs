@@ -223,10 +223,8 @@ fn a_guest_that_shut_down_is_removed_without_an_error() {
     world.run_guests(10_000 * MS);
     world.run_for(5000 * MS);
     let line = world.guests[guest].line.clone();
-    for force in [true] {
-        world.detach(&line, force);
-        world.run_until("the removal", 30_000 * MS, |w| !w.toolstack.is_busy());
-    }
+    world.detach(&line, true);
+    world.run_until("the removal", 30_000 * MS, |w| !w.toolstack.is_busy());
     let verdict = world.toolstack.verdict(&line, false).expect("it was detached");
     assert_eq!(verdict.outcome, Outcome::Done, "{verdict:?}");
 }
