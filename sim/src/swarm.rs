@@ -221,7 +221,9 @@ fn habits(rng: &mut Rng, errors_allowed: bool, patience_ns: u64) -> Habits {
 }
 
 fn add_guest(world: &mut World, rng: &mut Rng, plan: &Plan) {
-    let patience_ns = if plan.deaths > 0 { 60_000 * MS } else { 30_000 * MS };
+    // A size that promises more than will come shows after the 30 s of a stall.
+    let silent = plan.deaths > 0 || plan.faults.garbage > 0;
+    let patience_ns = if silent { 60_000 * MS } else { 30_000 * MS };
     let habits = habits(rng, !plan.is_clean(), patience_ns);
     let format = *rng.pick(&FORMATS);
     let sectors = rng.between(9, 4096) / 8 * 8;

@@ -486,6 +486,12 @@ impl FrontRing {
         Ok(self.head.filter(|head| head.size <= queued))
     }
 
+    /// The head of the next response, whole or not, and the index it begins at, once
+    /// [`peek`](Self::peek) has seen it.
+    pub fn begun(&self) -> Option<(MessageHead, u32)> {
+        Some((self.head?, self.in_cons))
+    }
+
     /// The bytes `at..at + len` of the next response. The server can still change them.
     pub fn in_spans(&self, at: u32, len: u32) -> [Span; 2] {
         self.spans(0, self.in_cons.wrapping_add(at), len)

@@ -37,9 +37,6 @@ const STEP_BYTES_MAX: usize = 17 + PATH_BYTES_MAX + 2 * 16;
 pub(super) const REQUEST_BYTES_MAX: usize = 72;
 /// Answers that no server is asked for, at once.
 const HOME_MAX: usize = 64;
-/// Without a single answer for so long, while something is asked, the server counts as dead:
-/// as long as Linux waits for a disk.
-pub const STALL_NS: u64 = 30_000_000_000;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Kind {
@@ -82,11 +79,13 @@ pub(super) struct Lane {
     answer_bytes: u32,
     /// Of these, the taken ones'.
     taken_bytes: u32,
+    /// Where an answer begins of which only a part has come, and since when.
+    pub partial: Option<(u32, u64)>,
 }
 
 impl Lane {
     pub fn new(ring: FrontRing) -> Lane {
-        Lane { ring, in_flight: 0, answer_bytes: 0, taken_bytes: 0 }
+        Lane { ring, in_flight: 0, answer_bytes: 0, taken_bytes: 0, partial: None }
     }
 }
 
@@ -119,9 +118,9 @@ pub struct Client {
     /// Of the last poll.
     pub(super) now_ns: u64,
     /// When the last answer came, or when we first saw that we wait for one.
-    alive_ns: u64,
+    pub(super) alive_ns: u64,
     /// At the last poll something was asked and not answered.
-    waited: bool,
+    pub(super) waited: bool,
 }
 
 impl Default for Client {
@@ -399,7 +398,13 @@ impl Client {
         let msize = self.msize;
         let ring = &mut self.lanes[lane].ring;
         let Some(head) = ring.peek(hv, msize).map_err(|_| StoreFault::Protocol)? else {
-            return Ok(None);
+            return match self.lanes[lane].ring.begun() {
+                // What it belongs to says how long it may be: there is no more to wait for.
+                Some((head, _)) if self.session == Session::Up => {
+                    self.owner(head, lane).map(|_| None)
+                }
+                _ => Ok(None),
+            };
         };
         let mut bytes = [0; ANSWER_BYTES_MAX];
         let rest = head.size - HEAD_BYTES;
@@ -440,13 +445,19 @@ impl Client {
     }
 
     /// The operation that an answer on ring `lane` belongs to.
-    fn claim(&mut self, head: MessageHead, lane: usize) -> Result<Op, StoreFault> {
+    fn owner(&self, head: MessageHead, lane: usize) -> Result<Op, StoreFault> {
         let tag = usize::from(head.tag);
         let op = self.ops.get(tag).copied().flatten().ok_or(StoreFault::Protocol)?;
         if tag % self.lanes.len() != lane || op.lost || head.size > op.answer_bytes {
             return Err(StoreFault::Protocol);
         }
-        self.ops[tag] = None;
+        Ok(op)
+    }
+
+    /// Takes it off the table.
+    fn claim(&mut self, head: MessageHead, lane: usize) -> Result<Op, StoreFault> {
+        let op = self.owner(head, lane)?;
+        self.ops[usize::from(head.tag)] = None;
         let lane = &mut self.lanes[lane];
         lane.in_flight -= 1;
         lane.taken_bytes += op.answer_bytes;
@@ -556,17 +567,6 @@ impl Client {
     }
 
     /// Declares a silent server dead.
-    fn watch_the_clock(&mut self, now_ns: u64) {
-        let waiting = self.lanes.iter().any(|lane| lane.in_flight > 0);
-        let waiting = waiting || self.session.waits_for_answer();
-        // Requests are sent without a clock: their wait begins at the poll that finds them.
-        if !core::mem::replace(&mut self.waited, waiting) {
-            self.alive_ns = now_ns;
-        } else if waiting && now_ns.saturating_sub(self.alive_ns) > STALL_NS {
-            self.lose(Session::Broken("the 9p server does not answer"));
-        }
-    }
-
     fn next_answer<H: Hypervisor>(&mut self, hv: &mut H, now_ns: u64) -> Option<Done> {
         let mut silent = 0;
         while silent < self.lanes.len() && self.session.is_connected() {

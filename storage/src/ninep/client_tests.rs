@@ -7,6 +7,7 @@ use std::vec::Vec;
 
 use super::*;
 use crate::fake::Fake;
+use crate::ninep::stall::STALL_NS;
 use crate::ninep::testing::{MODE_DIR, MODE_SYMLINK, Server, World};
 
 const A_BYTES: usize = 1 << 17;
@@ -349,6 +350,41 @@ fn a_file_replaced_while_the_server_was_away_is_refused() {
     world.server.file("d.raw", 5);
     assert_eq!(open(&mut world, "d.raw").unwrap().size_bytes, 5);
     assert_eq!(open(&mut world, "a.raw").unwrap().size_bytes, A_BYTES as u64);
+}
+
+#[test]
+fn an_answer_that_does_not_end_is_given_up_though_others_come() {
+    let mut world = world(true);
+    let file = open(&mut world, "a.raw").unwrap().file;
+    world.server.faults.withheld = 4;
+    world.client.lane_next = 0;
+    read(&mut world, 1, file, 0, 512);
+    world.client.push(&mut world.hv);
+    world.serve();
+    world.server.faults.withheld = 0;
+    for second in 0..=30 {
+        assert_eq!(world.poll(), None, "{second}");
+        world.client.lane_next = 1;
+        read(&mut world, 2, file, 0, 512);
+        world.client.push(&mut world.hv);
+        world.serve();
+        assert_eq!(world.poll().map(|done| (done.tag, done.result.is_ok())), Some((Tag(2), true)));
+        world.now_ns += STALL_NS / 30;
+    }
+    let gone = Done { tag: Tag(1), result: Err(StoreFault::Gone) };
+    assert_eq!(world.poll(), Some(gone));
+}
+
+#[test]
+fn an_answer_longer_than_it_may_be_is_not_waited_for() {
+    let mut world = world(true);
+    let file = open(&mut world, "a.raw").unwrap().file;
+    world.server.faults.promised = 16;
+    read(&mut world, 1, file, 0, 512);
+    world.client.push(&mut world.hv);
+    world.serve();
+    let gone = Done { tag: Tag(1), result: Err(StoreFault::Gone) };
+    assert_eq!(world.poll(), Some(gone));
 }
 
 #[test]

@@ -10,6 +10,7 @@ mod holes;
 pub mod message;
 pub mod mount;
 mod session;
+mod stall;
 #[cfg(test)]
 mod testing;
 

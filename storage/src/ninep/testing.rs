@@ -50,6 +50,10 @@ pub struct Faults {
     pub deaf: bool,
     /// Answers reads with so many bytes beyond what was asked.
     pub read_extra: u32,
+    /// So many bytes at the end of each answer never come.
+    pub withheld: usize,
+    /// Answers say that they are so many bytes longer than they are.
+    pub promised: u8,
     /// Answers on the ring after the one that was asked.
     pub wrong_ring: bool,
     /// Flips bits of answers: the state of a xorshift generator.
@@ -195,6 +199,8 @@ impl Server {
         let ring = &self.rings[index % self.rings.len()];
         let prod = hv.load_u32(ring.interface, IN_PROD);
         let cons = hv.load_u32(ring.interface, IN_CONS);
+        answer[0] += self.faults.promised;
+        answer.truncate(answer.len() - self.faults.withheld);
         let len = answer.len() as u32;
         assert!(ring.half.room(prod, cons).unwrap() >= len, "a server would have to wait");
         let [first, second] = ring.half.split(prod, len);
