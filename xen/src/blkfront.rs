@@ -46,7 +46,10 @@ pub fn decide(view: &FrontView) -> FrontAction {
     match view.own {
         Initialising => match back {
             InitWait | Connected if view.wanted => FrontAction::Publish,
-            Closing | Closed if view.back.is_some() => FrontAction::Release,
+            Closing => FrontAction::Release,
+            // Still, after our Restart: a backend leaves Closed when it sees us Initialising,
+            // and would find Closed again, or stand at InitWait with nobody before it.
+            Closed if !view.wanted && view.back.is_some() => FrontAction::Release,
             _ => FrontAction::Wait,
         },
         Initialised | Connected => match back {
@@ -189,6 +192,19 @@ mod tests {
         pair.run();
         assert_eq!(pair.states(), (6, 6));
         assert!(!pair.granted);
+    }
+
+    #[test]
+    fn a_front_that_is_ready_stays_so_while_the_backend_shows_closed() {
+        let back = Some(XenbusState::Closed);
+        let mut view = FrontView { own: XenbusState::Closed, back, wanted: true };
+        assert_eq!(decide(&view), FrontAction::Restart);
+        view.own = XenbusState::Initialising;
+        assert_eq!(decide(&view), FrontAction::Wait, "or it never sees us ready");
+        view.wanted = false;
+        assert_eq!(decide(&view), FrontAction::Release);
+        (view.back, view.wanted) = (Some(XenbusState::Closing), true);
+        assert_eq!(decide(&view), FrontAction::Release, "it waits for our Closed");
     }
 
     #[test]

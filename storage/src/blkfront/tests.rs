@@ -302,6 +302,26 @@ fn a_backend_that_closes_and_comes_back_gets_what_it_did_not_answer() {
     assert_eq!(world.front().counters().connects, 2);
 }
 
+/// It takes its time from Closed to InitWait; our own write makes us look once more before.
+#[test]
+fn a_backend_that_is_slow_to_leave_closed_is_waited_for() {
+    let mut world = World::new(1 << 20, 512);
+    world.settle();
+    world.state = Some(5);
+    assert!(matches!(world.update(), FrontStep::Write(_)));
+    assert!(matches!(world.update(), FrontStep::Write(_)));
+    assert_eq!(world.node("state"), Some(6));
+    world.back.disconnect(&mut world.hv);
+    world.state = Some(6);
+    assert!(matches!(world.update(), FrontStep::Write(_)));
+    for _ in 0..3 {
+        assert_eq!((world.update(), world.node("state")), (FrontStep::Wait, Some(1)));
+    }
+    world.state = Some(2);
+    world.settle();
+    assert!(world.front().is_connected());
+}
+
 #[test]
 fn operations_wait_while_no_backend_is_there() {
     let mut world = World::new(1 << 20, 512);
