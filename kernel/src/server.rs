@@ -369,16 +369,13 @@ impl Server {
         let mut more = self.xs.is_unsent();
         for slot in &self.engine.stores {
             slot.store.ports(&mut self.ports);
-            let at_ns = Store::<H>::poll_at_ns(&slot.store);
-            more |= at_ns.is_some_and(|at_ns| at_ns <= now_ns);
-            until_ns = until_ns.min(at_ns.unwrap_or(u64::MAX));
+            until_ns = until_ns.min(Store::<H>::poll_at_ns(&slot.store).unwrap_or(u64::MAX));
         }
         for front in self.control.fronts() {
             self.ports.extend(front.port());
-            let at_ns = front.poll_at_ns(now_ns);
-            more |= at_ns.is_some_and(|at_ns| at_ns <= now_ns);
-            until_ns = until_ns.min(at_ns.unwrap_or(u64::MAX));
+            until_ns = until_ns.min(front.poll_at_ns(now_ns).unwrap_or(u64::MAX));
         }
+        more |= until_ns <= now_ns;
         self.own_ports = self.ports.len();
         for device in self.devices.iter_mut().flatten() {
             until_ns = until_ns.min(device.wake_ns.unwrap_or(u64::MAX));

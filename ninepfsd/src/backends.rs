@@ -6,15 +6,15 @@
 //! of log.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use anyhow::Result;
 use platter_xen::ninepfs::{ORDER_MAX, RINGS_MAX, VERSION, parse_front_nodes};
 use platter_xen::xenbus::XenbusState;
-use rustix::event::{EventfdFlags, eventfd};
 
+use crate::bell::Bell;
 use crate::device::{Device, Devices};
 use crate::share::{Policy, Share};
 use crate::usage::FILES_MAX;
@@ -59,25 +59,22 @@ pub struct Ended {
 /// Where the threads of devices say that they ended; readable once one has.
 pub struct Ends {
     list: Mutex<Vec<Ended>>,
-    /// An eventfd.
-    bell: OwnedFd,
+    bell: Bell,
 }
 
 impl Ends {
     pub fn new() -> std::io::Result<Ends> {
-        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Ends { list: Mutex::default(), bell })
+        Ok(Ends { list: Mutex::default(), bell: Bell::new()? })
     }
 
     fn put(&self, ended: Ended) {
         self.list.lock().expect(FREE).push(ended);
-        // It fails only when it has counted for centuries.
-        let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
+        self.bell.ring();
     }
 
     /// All that ended since the last time.
     pub fn take(&self) -> Vec<Ended> {
-        let _ = rustix::io::read(&self.bell, &mut [0; 8]);
+        self.bell.silence();
         std::mem::take(&mut *self.list.lock().expect(FREE))
     }
 }

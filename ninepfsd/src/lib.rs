@@ -7,6 +7,7 @@
 
 pub mod attach;
 pub mod backends;
+mod bell;
 mod buffer;
 pub mod device;
 pub mod frontend;

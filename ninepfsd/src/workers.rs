@@ -4,12 +4,11 @@
 //! Guards that a frontend's thread is woken once for many answers, and only when it sleeps.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 
-use rustix::event::{EventfdFlags, eventfd};
-
+use crate::bell::Bell;
 use crate::buffer::Buffer;
 use crate::job::{Job, Outcome};
 
@@ -34,8 +33,7 @@ pub struct Mailbox {
     done: Mutex<VecDeque<Done>>,
     sleeping: AtomicBool,
     stop: AtomicBool,
-    /// An eventfd.
-    bell: OwnedFd,
+    bell: Bell,
 }
 
 /// The way to the threads.
@@ -53,9 +51,8 @@ const FREE: &str = "nobody panics with it in hand";
 
 impl Mailbox {
     pub fn new() -> std::io::Result<Mailbox> {
-        let bell = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         let (sleeping, stop) = (AtomicBool::new(false), AtomicBool::new(false));
-        Ok(Mailbox { done: Mutex::default(), sleeping, stop, bell })
+        Ok(Mailbox { done: Mutex::default(), sleeping, stop, bell: Bell::new()? })
     }
 
     fn put(&self, done: Done) {
@@ -79,8 +76,7 @@ impl Mailbox {
 
     fn ring(&self) {
         if self.sleeping.swap(false, Ordering::SeqCst) {
-            // It fails only when it has counted for centuries.
-            let _ = rustix::io::write(&self.bell, &1u64.to_ne_bytes());
+            self.bell.ring();
         }
     }
 
@@ -98,7 +94,7 @@ impl Mailbox {
     pub fn wake_up(&self, rang: bool) {
         self.sleeping.store(false, Ordering::SeqCst);
         if rang {
-            let _ = rustix::io::read(&self.bell, &mut [0; 8]);
+            self.bell.silence();
         }
     }
 }

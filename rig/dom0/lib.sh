@@ -195,6 +195,14 @@ console_of() { tr -d '\r' <"$CONSOLES/guest-$1.log" 2>/dev/null || true; }
 # console_has DOMAIN PATTERN
 console_has() { grep -Eq -- "$2" "$CONSOLES/guest-$1.log" 2>/dev/null; }
 
+# up_count DOMAIN STORE: how often its console says that a store is up. up_more_than DOMAIN STORE
+# COUNT: it has come up since.
+up_count() { console_of "$1" | grep -c "'$2' is up" || true; }
+up_more_than() { [ "$(up_count "$1" "$2")" -gt "$3" ]; }
+
+# store_counters STORE: what the storage domain tells of it.
+store_counters() { xenstore-read "/local/domain/$(xl domid storage)/data/store/$1"; }
+
 # domain_is_gone NAME / domain_is_running NAME: as xl sees it; a domain that is dying is not gone.
 domain_is_gone() { ! xl list "$1" >/dev/null 2>&1; }
 domain_is_running() {
@@ -304,6 +312,34 @@ guest_must() {
     local said
     said=$(guest "$@") || fail "in guest $1: $said"
     printf '%s\n' "$said"
+}
+
+# What a guest does to /dev/xvda while the backend below platter comes and goes. The one that went
+# may have had something in its cache: one flush may fail.
+WRITE_THROUGH_RESTARTS='
+    set -e
+    dd if=/dev/urandom of=/tmp/data bs=64k count=384 2>/dev/null
+    n=0
+    while [ $n -lt 24 ]; do
+        dd if=/tmp/data of=/dev/xvda bs=64k skip=$((n * 16)) seek=$((n * 16)) count=16 \
+            oflag=direct 2>/dev/null
+        n=$((n + 1))
+        sleep 0.2
+    done
+    dd if=/dev/null of=/dev/xvda conv=fsync,notrunc 2>/dev/null || true
+    dd if=/dev/null of=/dev/xvda conv=fsync,notrunc 2>/dev/null
+    dd if=/dev/xvda bs=64k count=384 iflag=direct 2>/dev/null | cmp - /tmp/data'
+
+# guest_goes_on NAME IMAGE: it reads the "before" that it wrote to /dev/xvda, and its "after" is in
+# the raw image when it has stopped.
+guest_goes_on() {
+    guest_must "$1" '
+        set -e
+        echo 3 >/proc/sys/vm/drop_caches
+        [ "$(head -n1 /dev/xvda)" = before ]
+        echo after | dd of=/dev/xvda conv=fsync 2>/dev/null'
+    stop_guest "$1"
+    expect_equal "the image" after "$(head -n1 "$IMAGES/$2")"
 }
 
 # stop_guest NAME: unmounts, syncs and destroys; these guests have no init that could shut down.

@@ -34,22 +34,9 @@ multi-queue-num-queues" 2>/dev/null || echo 1)"
     losetup -d "$one" "$two"
 }
 
-# Nobody can know what a backend that goes without a word had in its cache: one flush may fail.
 taken_away() {
     step "blkback is taken off the disk and put back, three times, under writes"
-    guest_start guest '
-        set -e
-        dd if=/dev/urandom of=/tmp/data bs=64k count=384 2>/dev/null
-        n=0
-        while [ $n -lt 24 ]; do
-            dd if=/tmp/data of=/dev/xvda bs=64k skip=$((n * 16)) seek=$((n * 16)) count=16 \
-                oflag=direct 2>/dev/null
-            n=$((n + 1))
-            sleep 0.2
-        done
-        dd if=/dev/null of=/dev/xvda conv=fsync,notrunc 2>/dev/null || true
-        dd if=/dev/null of=/dev/xvda conv=fsync,notrunc 2>/dev/null
-        dd if=/dev/xvda bs=64k count=384 iflag=direct 2>/dev/null | cmp - /tmp/data'
+    guest_start guest "$WRITE_THROUGH_RESTARTS"
     for _ in 1 2 3; do
         sleep 1
         echo "$device" >/sys/bus/xen-backend/drivers/vbd/unbind
@@ -58,7 +45,7 @@ taken_away() {
         within 20 disk_is_up || fail "the disk does not come up again"
     done
     said=$(guest_wait guest 240) || fail "the guest's writes failed: $said"
-    note "$(xenstore-read "/local/domain/$(xl domid storage)/data/store/xvda")"
+    note "$(store_counters xvda)"
 }
 
 # In order: the toolstack asks it to close, and it starts anew by itself.
@@ -80,7 +67,7 @@ closed() {
         within 20 disk_is_up || fail "the disk does not come up again"
     done
     guest_wait guest 240 >"$RUN/md5" || fail "the guest's writes failed: $(cat "$RUN/md5")"
-    counters=$(xenstore-read "/local/domain/$(xl domid storage)/data/store/xvda")
+    counters=$(store_counters xvda)
     note "$counters"
     expect_match "cycles of the backend" "connects=([4-9]|1[0-9])" "$counters"
     expect_match "errors" "errors=0" "$counters"

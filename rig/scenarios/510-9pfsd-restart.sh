@@ -11,23 +11,16 @@ scenario() {
     guest_must guest 'echo before | dd of=/dev/xvda conv=fsync 2>/dev/null'
     step "kill -9, and start again"
     stop_9p_server storage
-    ups=$(console_of storage | grep -c "store 'images' is up")
+    ups=$(up_count storage images)
     # Started alone: the share is attached already, also on the release where that is done by hand.
     within 10 eval '! pgrep -x platter-9pfsd' || fail "the server does not die"
     /usr/lib/platter/platter-9pfsd serve --user root --allow "$IMAGES" </dev/null \
         >"$RUN/again.log" 2>&1 &
-    up_again() { [ "$(console_of storage | grep -c "store 'images' is up")" -gt "$ups" ]; }
-    within 60 up_again || fail "the store does not come up again"
+    within 60 up_more_than storage images "$ups" || fail "the store does not come up again"
     step "a second one is refused"
     if said=$(timeout 10 /usr/lib/platter/platter-9pfsd serve --user root --allow "$IMAGES" 2>&1)
     then fail "a second server runs"; fi
     expect_match "the refusal" "process [0-9]+, serves this domain's shares already" "$said"
     step "the guest goes on"
-    guest_must guest '
-        set -e
-        echo 3 >/proc/sys/vm/drop_caches
-        [ "$(head -n1 /dev/xvda)" = before ]
-        echo after | dd of=/dev/xvda conv=fsync 2>/dev/null'
-    stop_guest guest
-    expect_equal "the image" after "$(head -n1 "$IMAGES/disk.raw")"
+    guest_goes_on guest disk.raw
 }

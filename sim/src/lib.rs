@@ -7,6 +7,7 @@
 
 pub mod blkback_model;
 pub mod disks;
+mod extents;
 pub mod files;
 pub mod guest;
 pub mod hostile;

@@ -6,6 +6,9 @@
 #![forbid(unsafe_code)]
 
 extern crate alloc;
+// What the tests share with the simulator names this crate from outside.
+#[cfg(test)]
+extern crate self as platter_storage;
 #[cfg(test)]
 extern crate std;
 
@@ -19,6 +22,9 @@ pub mod block_store;
 pub mod bytes;
 pub mod disk;
 pub mod ext4;
+#[cfg(test)]
+#[path = "../../sim/src/extents.rs"]
+mod extents;
 #[cfg(test)]
 #[path = "../../xen/src/fake.rs"]
 mod fake;

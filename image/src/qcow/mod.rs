@@ -205,11 +205,10 @@ impl Qcow {
         } else {
             None
         };
-        let space = match access {
-            // Offsets stay below the sign bit, as all tools keep file sizes.
-            Access::ReadWrite => Some(Space::at_end(file, ctx.files.info(file), i64::MAX as u64)?),
-            Access::ReadOnly => None,
-        };
+        // Offsets stay below the sign bit, as all tools keep file sizes.
+        let space = (access == Access::ReadWrite)
+            .then(|| Space::at_end(file, ctx.files.info(file), i64::MAX as u64))
+            .transpose()?;
         let writing = space.map(|space| {
             let first = FirstWrite::new(false);
             Box::new(Writing { writer: Writer::new(), space, first, growth: None })

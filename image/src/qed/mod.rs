@@ -169,11 +169,10 @@ impl Qed {
         } else {
             None
         };
-        let space = match access {
-            // Offsets stay below the sign bit, as all tools keep file sizes.
-            Access::ReadWrite => Some(Space::at_end(file, ctx.files.info(file), i64::MAX as u64)?),
-            Access::ReadOnly => None,
-        };
+        // Offsets stay below the sign bit, as all tools keep file sizes.
+        let space = (access == Access::ReadWrite)
+            .then(|| Space::at_end(file, ctx.files.info(file), i64::MAX as u64))
+            .transpose()?;
         let writing = space.map(|space| {
             let need_check = header.features & FEATURE_NEED_CHECK != 0;
             let first = FirstWrite::new(header.autoclear != 0 || need_check);

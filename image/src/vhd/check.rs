@@ -233,7 +233,7 @@ impl Vhd {
     fn end_pass(&self, check: &mut Check) -> bool {
         check.starts.sort_unstable();
         let block = self.block_bytes() / SECTOR_BYTES;
-        let starts = core::mem::take(&mut check.starts);
+        let mut starts = core::mem::take(&mut check.starts);
         for &start in &starts {
             let start = start as u64;
             if check.last.is_some_and(|last| start < last + block) {
@@ -245,13 +245,14 @@ impl Vhd {
             self.count_gaps(check, free, start);
             check.last = Some(start);
         }
+        starts.clear();
         check.starts = starts;
-        check.starts.clear();
         check.window = (check.beyond, check.beyond.saturating_add(check.window_length));
         check.entry = 0;
         check.first_pass = false;
         core::mem::replace(&mut check.beyond, u64::MAX) == u64::MAX
     }
+
     /// Places of blocks between two sectors that nothing names.
     fn count_gaps(&self, check: &mut Check, from: u64, to: u64) {
         let block = self.block_bytes() / SECTOR_BYTES;

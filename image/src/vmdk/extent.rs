@@ -159,10 +159,9 @@ impl Extent {
             && !is_cowd
             && !header.is_compressed
             && header.version < 3;
-        let space = match writable {
-            true => Some(Box::new(Space::at_end(file, ctx.files.info(file), REACH_BYTES)?)),
-            false => None,
-        };
+        let space = writable
+            .then(|| Space::at_end(file, ctx.files.info(file), REACH_BYTES).map(Box::new))
+            .transpose()?;
         let tables = Tables { file, header, is_writable: writable };
         Ok((header.sectors, Body::Sparse(tables, space)))
     }

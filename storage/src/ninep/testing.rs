@@ -13,10 +13,11 @@ use platter_xen::ninepfs::{
 use platter_xen::{Gref, Hypervisor, PAGE_BYTES, Region};
 
 use super::message::{
-    Answer, EXTENTS_MAX, Extent, MODE_REGULAR, QID_DIR, QID_SYMLINK, Qid, Request, VERSION_PLAIN,
-    VERSION_PLATTER, VERSION_UNKNOWN,
+    Answer, MODE_REGULAR, QID_DIR, QID_SYMLINK, Qid, Request, VERSION_PLAIN, VERSION_PLATTER,
+    VERSION_UNKNOWN,
 };
 use super::{BackNodes, Client, Mount, MountStep, Session};
+use crate::extents::extents;
 use crate::fake::Fake;
 use crate::store::{Done, Store};
 
@@ -341,27 +342,6 @@ impl Server {
             _ => Answer::Fsync,
         }
     }
-}
-
-/// Blocks of zeros have no space.
-fn extents(bytes: &[u8], offset: u64, len: u64) -> Answer<'static> {
-    const BLOCK: u64 = 4096;
-    let end = offset.saturating_add(len).min(bytes.len() as u64);
-    let mut list = heapless::Vec::<Extent, EXTENTS_MAX>::new();
-    let mut at = offset;
-    while at < end {
-        let next = (at / BLOCK * BLOCK + BLOCK).min(end);
-        let is_data = bytes[at as usize..next as usize].iter().any(|byte| *byte != 0);
-        if is_data {
-            let is_new = list.last().is_none_or(|last| last.offset + last.len < at);
-            if is_new && list.push(Extent { offset: at, len: 0 }).is_err() {
-                break;
-            }
-            list.last_mut().expect("this one or the one before").len += next - at;
-        }
-        at = next;
-    }
-    Answer::Extents { end: at, extents: list }
 }
 
 fn read_at(hv: &Fake, ring: &Ring, base: usize, index: u32, into: &mut [u8]) {

@@ -113,7 +113,7 @@ impl Convert {
 
     fn stream(&self, reader: Engine, format: Format, sectors: u64) -> Outcome {
         if self.backing.is_some() {
-            return Err(Failure::new("a streamOptimized VMDK has no backing file"));
+            return Err(Failure::new("a compressed target has no backing file"));
         }
         let options = FormatOptions::parse(&self.options)?;
         let pairs = options.pairs();
