@@ -121,6 +121,9 @@ impl Disk {
     fn end_op<S>(&mut self, engine: &mut Engine<S>, id: Id) -> Op {
         let op = engine.ops.take(id).expect("an operation ends once");
         self.ops -= 1;
+        if matches!(op.kind, OpKind::GuestRead { .. } | OpKind::GuestWrite { .. }) {
+            self.bytes -= op.stretch.len as u64;
+        }
         if matches!(op.kind, OpKind::GuestRead { .. } | OpKind::Punch { .. }) {
             self.reads[op.parity as usize] -= 1;
         }

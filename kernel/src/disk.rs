@@ -4,7 +4,9 @@
 //! mapping visible, commits wait while a flush is under way, and an answer is given only after
 //! that. Every stop of a planner is turned into work (a read, a flush) or a reason to wait.
 
-use platter_image::{BlockRef, FileNo, Image, ImageFault, PLANS_MAX, Prepared, Stop};
+use platter_image::{
+    BlockRef, FileNo, Image, ImageFault, PLANS_MAX, Prepared, SECTOR_BYTES, SectorRange, Stop,
+};
 use platter_storage::Store;
 use platter_xen::blkif::{Limits, Request as Wire, Segment, Transfer};
 use platter_xen::ring::{BackRing, Permit};
@@ -15,8 +17,8 @@ use crate::engine::{Engine, Handle, Op, OpKind, Stretch, Submitted};
 use crate::fault::{Fault, Party};
 use crate::flush::FlushRun;
 use crate::limits::{
-    OPS_CONTENDED_MAX, QUANTUM_CONTENDED_REQUESTS, QUANTUM_CONTENDED_SECTORS, QUANTUM_REQUESTS,
-    QUANTUM_SECTORS, QUEUES_MAX, REQUESTS_MAX, REQUESTS_PER_DISK_MIN,
+    BYTES_CONTENDED_MAX, OPS_CONTENDED_MAX, QUANTUM_CONTENDED_REQUESTS, QUANTUM_CONTENDED_SECTORS,
+    QUANTUM_REQUESTS, QUANTUM_SECTORS, QUEUES_MAX, REQUESTS_MAX, REQUESTS_PER_DISK_MIN,
 };
 use crate::request::{Kind, Request, Stage};
 use crate::stats::Stats;
@@ -67,18 +69,22 @@ pub struct Disk {
     pub stats: Stats,
     /// Requests of this disk in the server's table.
     pub requests: usize,
+    /// Sectors that they move.
+    pub sectors: u64,
     /// Of these, those that others must keep an order with: barriers and discards.
     pub ordered: usize,
     /// Of these, those that wait for a flush.
     pub flush_waiters: usize,
     /// How many requests it may have in the table now.
     pub share: usize,
-    /// Other disks want the store too.
+    /// Another disk, that asks for little, wants the store too.
     pub contended: bool,
     /// When it last took a request.
     pub taken_ns: u64,
     /// Store operations and jobs of this disk.
     pub ops: usize,
+    /// The guest's bytes in store operations under way.
+    pub bytes: u64,
     /// Some of them wait for room with their rest.
     pub rests: bool,
     /// Guest reads and discards under way, by the parity of the flush they began under.
@@ -111,12 +117,14 @@ impl Disk {
             throttle: Throttle::unlimited(),
             stats: Stats::default(),
             requests: 0,
+            sectors: 0,
             ordered: 0,
             flush_waiters: 0,
             share: REQUESTS_PER_DISK_MIN,
             contended: false,
             taken_ns: 0,
             ops: 0,
+            bytes: 0,
             rests: false,
             reads: [0; 2],
             parity: 0,
@@ -138,9 +146,23 @@ impl Disk {
         self.is_idle() && !self.flush.wanted && !self.image.is_dirty()
     }
 
-    /// It has as many operations in the store as it may have now.
+    /// It has as much in the store as it may have now.
     pub fn has_its_share(&self) -> bool {
-        self.contended && self.ops >= OPS_CONTENDED_MAX
+        self.contended && (self.ops >= OPS_CONTENDED_MAX || self.bytes >= BYTES_CONTENDED_MAX)
+    }
+
+    /// Its guest asks for so little that others should not make it wait.
+    pub fn is_light(&self) -> bool {
+        self.sectors * SECTOR_BYTES <= BYTES_CONTENDED_MAX
+    }
+
+    /// How much of a range may be one operation now, with a store that takes so many bytes.
+    pub fn piece(&self, range: SectorRange, store_max: u32) -> SectorRange {
+        let range = range.prefix(store_max as u64 / SECTOR_BYTES);
+        match self.contended {
+            true => range.prefix(CUT_SECTORS - range.start % CUT_SECTORS),
+            false => range,
+        }
     }
 
     /// There is something to take, to plan or to write.
@@ -299,6 +321,7 @@ impl Disk {
         }
         self.throttle.spend(now_ns, request.sectors * 512);
         self.requests += 1;
+        self.sectors += request.sectors;
         self.ordered += request.is_ordered() as usize;
         self.flush_waiters += (request.stage != Stage::Moving) as usize;
         request.segments = segments.len() as u16;
@@ -533,6 +556,7 @@ impl Disk {
     pub fn finish<H: Hypervisor, S>(&mut self, engine: &mut Engine<S>, hv: &mut H, id: Id) {
         let request = engine.requests.take(id).expect("a request is finished once");
         self.requests -= 1;
+        self.sectors -= request.sectors;
         self.ordered -= request.is_ordered() as usize;
         self.flush_waiters -= (request.stage != Stage::Moving) as usize;
         self.kick = true;
@@ -617,6 +641,9 @@ struct Arrived {
     permit: Permit,
     wire: Result<(Wire, usize), Fault>,
 }
+
+/// Where large requests are cut while the disk is contended.
+const CUT_SECTORS: u64 = BYTES_CONTENDED_MAX / SECTOR_BYTES;
 
 type Taken = heapless::Vec<Arrived, QUANTUM_REQUESTS>;
 

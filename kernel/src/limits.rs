@@ -11,9 +11,14 @@ pub const FRONTS_MAX: usize = 16;
 pub const REQUESTS_MAX: usize = 192;
 /// Requests one disk may always have in flight, whatever the others do.
 pub const REQUESTS_PER_DISK_MIN: usize = 4;
-/// Store operations that one disk may have under way while others want the store too: what lies
-/// in a server's queue delays everybody behind it, and a server is busy with this many.
+/// Store operations that one disk may have under way while another, that asks for little, wants
+/// the store too: what lies in a server's queue delays everybody behind it, and a server is busy
+/// with this many.
 pub const OPS_CONTENDED_MAX: usize = 4;
+/// Bytes of the guest's in these operations, at which no more is submitted, and the boundaries
+/// at which large requests are then cut: a default qcow2 cluster, so that no cut leaves a
+/// cluster partly written.
+pub const BYTES_CONTENDED_MAX: u64 = 64 * 1024;
 /// How long after its last request a disk still counts as wanting the store.
 pub const CONTENDED_NS: u64 = 100_000_000;
 /// Requests taken from one disk in a turn.

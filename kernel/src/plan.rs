@@ -114,8 +114,8 @@ impl Disk {
             }
             Place::File { file, offset } => {
                 let handle = self.handle(file);
-                let max = engine.io_bytes_max(handle) as u64 / SECTOR_BYTES;
-                let sectors = sectors.min(max);
+                let piece = self.piece(range.prefix(sectors), engine.io_bytes_max(handle));
+                let sectors = piece.count;
                 let len = (sectors * SECTOR_BYTES) as u32;
                 let kind = OpKind::GuestRead { request: id, at: at as u32 };
                 let mut op = Op::new(self.index, Stretch { handle, offset, len }, kind);
@@ -126,6 +126,7 @@ impl Disk {
                     Submitted::Failed(fault) => return Err(fault),
                 }
                 self.ops += 1;
+                self.bytes += len as u64;
                 self.reads[self.parity as usize] += 1;
                 engine.requests.get(id).in_flight += 1;
                 return Ok(Step::Sectors(sectors));
@@ -195,8 +196,8 @@ impl Disk {
         if !engine.has_room(top) {
             return Ok(Step::Park);
         }
-        let max = engine.io_bytes_max(top) as u64 / SECTOR_BYTES;
-        let plan = match self.image.prepare_write(range.prefix(max)) {
+        let piece = self.piece(range, engine.io_bytes_max(top));
+        let plan = match self.image.prepare_write(piece) {
             Ok(plan) => plan,
             Err(stop) => return self.stopped(engine, hv, stop).map(|()| Step::Park),
         };
@@ -224,6 +225,7 @@ impl Disk {
             Submitted::Yes(op) => {
                 engine.ops.get(op).prepared = Some(plan.prepared);
                 self.ops += 1;
+                self.bytes += len as u64;
                 engine.requests.get(id).in_flight += 1;
                 Ok(Step::Sectors(plan.sectors))
             }

@@ -315,7 +315,7 @@ impl Server {
         let share = (REQUESTS_MAX / serving.max(1)).max(REQUESTS_PER_DISK_MIN);
         let lately = |disk: &Disk| disk.taken_ns.saturating_add(CONTENDED_NS) > now_ns;
         let disks = self.devices.iter().flatten().filter_map(|device| device.disk.as_ref());
-        let contended = disks.filter(|disk| lately(disk)).count() > 1;
+        let light = disks.filter(|disk| lately(disk) && disk.is_light()).count();
         let count = self.devices.len();
         let mut went_on = false;
         let mut next_first = None;
@@ -328,7 +328,8 @@ impl Server {
                 continue;
             }
             disk.share = share;
-            disk.contended = contended;
+            let itself = usize::from(lately(disk) && disk.is_light());
+            disk.contended = light > itself;
             for queue in &mut disk.queues {
                 // While there is always work nothing is asked for by an event: look.
                 let waits = serving && queue.ring.has_requests(hv);

@@ -80,6 +80,9 @@ pub struct Server {
     pub faults: Faults,
     /// Shortest and longest time of a request.
     pub latency_ns: (u64, u64),
+    /// What each KiB costs beyond that, one request after the other.
+    pub kib_ns: u64,
+    busy_until_ns: u64,
     be: String,
     fe: String,
     client: u16,
@@ -117,6 +120,8 @@ impl Server {
             order_max: 4,
             faults: Faults::default(),
             latency_ns: (20_000, 80_000),
+            kib_ns: 0,
+            busy_until_ns: 0,
             be,
             fe,
             client,
@@ -257,7 +262,10 @@ impl Server {
         hv.notify(ring.port);
         ring.in_progress += 1;
         *self.served.entry(head.id).or_default() += 1;
-        let due_ns = now_ns + self.rng.between(self.latency_ns.0, self.latency_ns.1);
+        let moving_ns = moved_bytes(head, &body) * self.kib_ns / 1024;
+        self.busy_until_ns = self.busy_until_ns.max(now_ns) + moving_ns;
+        let latency_ns = self.rng.between(self.latency_ns.0, self.latency_ns.1);
+        let due_ns = self.busy_until_ns + latency_ns;
         let mark = self.files.mark();
         let mut job = Job { due_ns, ring: index, head, body, mark, applied: None, extents: None };
         if self.rng.chance(500) {
@@ -455,6 +463,14 @@ impl Server {
                 Answer::Fsync
             }
         }
+    }
+}
+
+/// Bytes of file that a request moves.
+fn moved_bytes(head: MessageHead, body: &[u8]) -> u64 {
+    match Request::parse(head, body) {
+        Ok(Request::Read { count, .. } | Request::Write { count, .. }) => u64::from(count),
+        _ => 0,
     }
 }
 
