@@ -115,7 +115,7 @@ pub struct StoreSlot<S> {
     /// The first word of a disk's path.
     pub name: String,
     pub store: S,
-    /// It had no room; cleared when it answers something.
+    /// It had no room; cleared when it answers something, or tells that it made room.
     pub full: bool,
 }
 
@@ -372,11 +372,6 @@ impl<S> Engine<S> {
     /// An operation of this disk that waits for room.
     pub fn waiting_op(&self, disk: u16) -> Option<Id> {
         self.ops.iter().find(|(_, op)| op.disk == disk && op.waiting).map(|(id, _)| id)
-    }
-
-    /// Operations of ours are under way at this store.
-    pub fn store_has_ops(&self, store: u8) -> bool {
-        self.ops.iter().any(|(_, op)| op.stretch.handle.store == store && !op.waiting)
     }
 
     /// Operations of the disk in this place are under way.

@@ -147,18 +147,15 @@ impl Server {
                 went_on = true;
                 self.dispatch(hv, now_ns, store as u8, done);
             }
-            // What filled the store may be its own (a file being closed): no answer tells.
-            if self.engine.stores[store].full && !self.engine.store_has_ops(store as u8) {
-                self.engine.stores[store].full = false;
-                freed = true;
-            }
         }
         // The bytes of all that was read go to the guests together, then their room is given
         // back; what goes on after that may take it.
         self.engine.copies.run(hv);
         for slot in &mut self.engine.stores {
             slot.store.release(hv);
-            slot.full &= !went_on;
+            let made_room = Store::<H>::made_room(&mut slot.store);
+            slot.full &= !went_on && !made_room;
+            freed |= made_room;
         }
         self.settle_copies(hv);
         if went_on | freed {

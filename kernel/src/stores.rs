@@ -142,4 +142,11 @@ impl<H: Hypervisor + Bus> Store<H> for AnyStore {
     fn release(&mut self, hv: &mut H) {
         each!(self, store => store.release(hv))
     }
+
+    fn made_room(&mut self) -> bool {
+        match self {
+            AnyStore::NineP(store) => Store::<H>::made_room(&mut **store),
+            AnyStore::Block(store) => Store::<H>::made_room(&mut **store),
+        }
+    }
 }

@@ -83,6 +83,8 @@ pub struct Server {
     /// What each KiB costs beyond that, one request after the other.
     pub kib_ns: u64,
     busy_until_ns: u64,
+    /// It neither takes requests nor answers those that it has.
+    pub stalled: bool,
     be: String,
     fe: String,
     client: u16,
@@ -122,6 +124,7 @@ impl Server {
             latency_ns: (20_000, 80_000),
             kib_ns: 0,
             busy_until_ns: 0,
+            stalled: false,
             be,
             fe,
             client,
@@ -179,7 +182,7 @@ impl Server {
 
     /// Its turn. When it must run again without an event.
     pub fn run(&mut self, machine: &mut Machine, xs: &mut Xenstore, now_ns: u64) -> Option<u64> {
-        if !self.alive {
+        if !self.alive || self.stalled {
             return None;
         }
         self.handshake(machine, xs);

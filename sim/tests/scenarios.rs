@@ -6,6 +6,7 @@ use platter_sim::guest::{Habits, MANNERS, Manner};
 use platter_sim::oracle::Oracle;
 use platter_sim::toolstack::{Carrier, Outcome};
 use platter_sim::world::World;
+use platter_storage::ninep::message::id;
 use platter_xen::blkif::Abi;
 
 const MS: u64 = 1_000_000;
@@ -120,6 +121,31 @@ fn a_store_busy_with_its_own_messages_is_asked_again() {
             let line = world.guests[guest].line.clone();
             world.detach(&line, false);
         }
+        world.run_guests(60_000 * MS);
+        world.wind_up(false);
+    }
+}
+
+#[test]
+fn a_server_that_stalls_while_a_file_is_closed_is_waited_for_asleep() {
+    // The only request of the only ring is the store's own: its answer is what makes room, and
+    // until then turns are taken for the guests' events alone.
+    for seed in 0..4 {
+        let mut world = world(seed, false, 1);
+        let habits = Habits { depth: 4, requests: 200, patience_ns: 30_000 * MS, ..Habits::calm() };
+        world.add_guest(Format::Raw, 512, Habits { think_ns: 300_000, ..habits });
+        let brief = world.add_guest(Format::Raw, 64, Habits { requests: 2, ..Habits::calm() });
+        world.run_until("a brief guest", 30_000 * MS, |w| w.guests[brief].is_done());
+        let line = world.guests[brief].line.clone();
+        world.detach(&line, false);
+        let clunked = |world: &World| world.host.served.get(&id::TCLUNK).is_some_and(|n| *n > 0);
+        world.run_until("the close", 10_000 * MS, clunked);
+        world.host.stalled = true;
+        let turns = world.turns;
+        world.run_for(5000 * MS);
+        assert!(world.turns - turns < 100, "{} turns", world.turns - turns);
+        world.host.stalled = false;
+        world.poke_host();
         world.run_guests(60_000 * MS);
         world.wind_up(false);
     }

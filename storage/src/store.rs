@@ -73,7 +73,8 @@ pub enum Submit {
     /// Taken; covers this many bytes from the start of what was asked (at least one sector, at
     /// most [`Store::io_bytes_max`]). The caller submits the rest as further operations.
     Taken(u32),
-    /// No room now; nothing was done. Try again after a [`Store::poll`] that yielded something.
+    /// No room now; nothing was done. Try again after a [`Store::poll`] that yielded something, or
+    /// when [`Store::made_room`] says so.
     NoRoom,
 }
 
@@ -219,4 +220,11 @@ pub trait Store<H: Hypervisor> {
 
     /// Ends the life of all windows that answers have given out: the caller has copied them.
     fn release(&mut self, hv: &mut H);
+
+    /// True once after room appeared of which no answer told: what took it was the store's own (a
+    /// file that was being closed), or the server has gone. A store for which it is never true
+    /// has an operation of the caller's under way whenever it is full.
+    fn made_room(&mut self) -> bool {
+        false
+    }
 }

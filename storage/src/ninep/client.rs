@@ -115,6 +115,8 @@ pub struct Client {
     sweep: bool,
     /// Files with a step to send, or more: never fewer.
     steps_due: bool,
+    /// Room appeared that no answer tells of.
+    made_room: bool,
     /// Of the last poll.
     pub(super) now_ns: u64,
     /// When the last answer came, or when we first saw that we wait for one.
@@ -147,6 +149,7 @@ impl Client {
             answer_next: 0,
             sweep: false,
             steps_due: false,
+            made_room: false,
             now_ns: 0,
             alive_ns: 0,
             waited: false,
@@ -167,7 +170,7 @@ impl Client {
     /// wait to be opened again. The rings stay as they are.
     pub(super) fn lose(&mut self, session: Session) {
         self.session = session;
-        self.sweep = true;
+        (self.sweep, self.made_room) = (true, true);
         for lane in &mut self.lanes {
             (lane.in_flight, lane.answer_bytes, lane.taken_bytes) = (0, 0, 0);
         }
@@ -235,19 +238,15 @@ impl Client {
 
     fn clunk(&mut self, index: usize) {
         let slot = &mut self.files[index];
-        match slot.as_mut().map(|file| file.step) {
-            Some(Step::Ready) => {
-                let file = slot.as_mut().expect("just seen");
-                (file.step, file.due) = (Step::Clunk, true);
-                self.steps_due = true;
-            }
-            Some(Step::Refused(_)) if slot.as_ref().is_some_and(|file| file.fid_exists) => {
-                let file = slot.as_mut().expect("just seen");
-                (file.step, file.due) = (Step::Clunk, true);
-                self.steps_due = true;
-            }
+        let Some(file) = slot else { return };
+        match file.step {
             // The server does not know this fid.
-            Some(Step::Lost | Step::Refused(_)) => *slot = None,
+            Step::Lost => *slot = None,
+            Step::Refused(_) if !file.fid_exists => *slot = None,
+            Step::Ready | Step::Refused(_) => {
+                (file.step, file.due) = (Step::Clunk, true);
+                self.steps_due = true;
+            }
             // Being opened again: the answer in flight decides, see `step_answered`.
             _ => {}
         }
@@ -566,7 +565,7 @@ impl Client {
         Ok(submit)
     }
 
-    /// Declares a silent server dead.
+    /// The next answer from any ring; those that the caller does not hear of are passed over.
     fn next_answer<H: Hypervisor>(&mut self, hv: &mut H, now_ns: u64) -> Option<Done> {
         let mut silent = 0;
         while silent < self.lanes.len() && self.session.is_connected() {
@@ -578,6 +577,7 @@ impl Client {
                         self.answer_next = lane + 1;
                         return done;
                     }
+                    self.made_room = true;
                     self.session_send(hv);
                     self.send_steps(hv);
                     // A step's answer may come on a ring already passed.
@@ -787,6 +787,10 @@ impl<H: Hypervisor> Store<H> for Client {
             lane.answer_bytes -= core::mem::take(&mut lane.taken_bytes);
             lane.ring.release(hv);
         }
+    }
+
+    fn made_room(&mut self) -> bool {
+        core::mem::take(&mut self.made_room)
     }
 }
 

@@ -290,6 +290,25 @@ fn a_close_waits_for_what_is_outstanding() {
 }
 
 #[test]
+fn room_that_no_answer_tells_of_is_told_of_once() {
+    let mut world = world(false);
+    let (a, b) = (open(&mut world, "a.raw").unwrap().file, open(&mut world, "b.raw").unwrap().file);
+    let made_room = |world: &mut World| Store::<Fake>::made_room(&mut world.client);
+    made_room(&mut world);
+    assert_eq!(read(&mut world, 1, a, 0, 4096), Submit::Taken(4096));
+    world.poll_all();
+    assert!(!made_room(&mut world), "the answer told");
+    world.client.close(&mut world.hv, b);
+    assert!(!made_room(&mut world), "nothing has ended yet");
+    assert_eq!(world.poll_all(), []);
+    assert!(made_room(&mut world));
+    assert!(!made_room(&mut world));
+    world.server.die();
+    world.step();
+    assert!(made_room(&mut world), "operations are refused now, for which there was no room");
+}
+
+#[test]
 fn death_answers_everything_once_and_files_come_back() {
     for platter in [false, true] {
         let mut world = world(platter);
