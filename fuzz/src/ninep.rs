@@ -8,8 +8,9 @@ use std::sync::{Arc, OnceLock};
 
 use platter_9pfsd::frontend::Frontend;
 use platter_9pfsd::more::More;
+use platter_9pfsd::os::uring::Uring;
 use platter_9pfsd::serving::Serving;
-use platter_9pfsd::share::{Policy, Share};
+use platter_9pfsd::share::{Cache, Policy, Share};
 use platter_9pfsd::workers::{Mailbox, Workers};
 use platter_storage::ninep::message::{Answer, Request, VERSION_PLATTER, open};
 use platter_xen::PAGE_BYTES;
@@ -17,6 +18,8 @@ use platter_xen::ninepfs::{HEAD_BYTES, Interface, MessageHead, parse_front_nodes
 
 /// Files of a share may grow to this.
 const FILE_BYTES_MAX: u64 = 1 << 20;
+/// All together to this, where there is a limit.
+const SHARE_BYTES_MAX: u64 = 1 << 18;
 /// Steps of a session.
 const STEPS_MAX: usize = 200;
 
@@ -51,7 +54,8 @@ struct World {
 }
 
 impl World {
-    fn new() -> World {
+    /// `kind`, bit by bit: past the page cache; by io_uring; with a limited share.
+    fn new(kind: u8) -> World {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         static WORKERS: OnceLock<Workers> = OnceLock::new();
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
@@ -60,12 +64,17 @@ impl World {
         std::fs::create_dir_all(directory.join("share/sub")).expect("a directory");
         std::fs::write(directory.join("share/file"), b"0123456789").expect("a file");
         std::fs::write(directory.join("outside"), b"outside").expect("a file");
-        let policy = Policy { file_bytes_max: FILE_BYTES_MAX, ..Policy::default() };
+        let cache = if kind & 1 == 0 { Cache::Writeback } else { Cache::Direct };
+        let share_bytes_max = if kind & 4 == 0 { 0 } else { SHARE_BYTES_MAX };
+        let file_bytes_max = FILE_BYTES_MAX;
+        let policy = Policy { file_bytes_max, share_bytes_max, cache, ..Policy::default() };
         let share = Share::open(&directory.join("share"), policy).expect("a share");
         let (front, ring) = Frontend::pair(4, 0).expect("memory");
         let workers = WORKERS.get_or_init(|| Workers::start(2).expect("threads")).clone();
         let mailbox = Arc::new(Mailbox::new().expect("a mailbox"));
-        let serving = Serving::new(vec![ring], share, workers, mailbox);
+        let mut serving = Serving::new(vec![ring], share, workers, mailbox);
+        // Without it where the kernel has none.
+        serving.set_uring(if kind & 2 == 0 { None } else { Uring::open() });
         World { directory, serving, front }
     }
 }
@@ -78,9 +87,10 @@ impl Drop for World {
     }
 }
 
-/// A session: the input says, step by step, what the frontend does.
-pub fn session(mut input: &[u8]) {
-    let mut world = World::new();
+/// A session: the input says of what kind the share is, then, step by step, what the frontend does.
+pub fn session(input: &[u8]) {
+    let Some((kind, mut input)) = input.split_first() else { return };
+    let mut world = World::new(*kind);
     let begin = [
         Request::Version { msize: 32768, version: VERSION_PLATTER },
         Request::Attach { fid: 0, afid: u32::MAX, uname: "", aname: "", n_uname: 0 },

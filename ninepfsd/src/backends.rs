@@ -17,7 +17,7 @@ use platter_xen::xenbus::XenbusState;
 use crate::bell::Bell;
 use crate::device::{Device, Devices};
 use crate::share::{Policy, Share};
-use crate::usage::FILES_MAX;
+use crate::usage::{FILES_MAX, Usage};
 use crate::workers::Workers;
 use crate::xenstore::{Event, TRUSTED, Xenstore};
 
@@ -43,6 +43,8 @@ struct Backend {
     /// Lines of log so far.
     lines: u32,
     state: XenbusState,
+    /// Kept from one connection to the next: its frontend decides how many there are.
+    _usage: Option<Arc<Usage>>,
     device: Option<Device>,
     /// Which of all devices that one is.
     number: u64,
@@ -198,7 +200,9 @@ impl Backends {
         let share = self.share(xs, be)?;
         self.seen += 1;
         let (token, unknown) = (TRUSTED + self.seen, XenbusState::Unknown);
-        let mut backend = Backend { fe, token, lines: 0, state: unknown, device: None, number: 0 };
+        let _usage = share.as_ref().ok().and_then(Share::usage);
+        let (lines, device, number) = (0, None, 0);
+        let mut backend = Backend { fe, token, lines, state: unknown, _usage, device, number };
         let next = match share {
             Ok(_) => {
                 xs.write(&format!("{be}/versions"), VERSION)?;

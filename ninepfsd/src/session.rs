@@ -143,6 +143,7 @@ impl Session {
             Request::Clunk { fid } => {
                 self.fids.remove(&fid).ok_or(Errno::BADF)?;
                 locks::release(self.number, Some(fid));
+                self.share.shrank();
                 Answer::Clunk
             }
             Request::Flush { oldtag } => return Ok(Outcome::Flush { oldtag }),
@@ -150,7 +151,10 @@ impl Session {
                 let file = writable(&mut self.fids, fid)?.file.clone();
                 let end = offset.saturating_add(job::within_file(&file, offset, len)?);
                 let charge = match mode {
-                    AllocateMode::Punch => None,
+                    AllocateMode::Punch => {
+                        self.share.shrank();
+                        None
+                    }
                     AllocateMode::Allocate | AllocateMode::Zero => {
                         self.share.charge(&file, offset..end)?
                     }
@@ -335,6 +339,7 @@ impl Session {
                 Some(open) if open.writable => rustix::fs::ftruncate(&open.file, size)?,
                 _ => rustix::fs::ftruncate(self.share.open_file(&fid.path, true, false)?, size)?,
             }
+            self.share.shrank();
         }
         // Modes, owners and times are the administrator's: what is asked for them is granted
         // and left as it is.

@@ -108,6 +108,9 @@ impl Share {
         let mut flags = access(write);
         flags.set(OFlags::TRUNC, truncate);
         let file = self.open_at(path, flags, Mode::empty())?;
+        if truncate {
+            self.shrank();
+        }
         // It may have been exchanged since the look above.
         match FileType::from_raw_mode(fstat(&file)?.st_mode) {
             FileType::RegularFile | FileType::Directory => Ok(file),
@@ -149,13 +152,17 @@ impl Share {
     pub fn remove(&self, directory: &str, name: &str, is_directory: bool) -> Result<(), Errno> {
         self.prove_writable()?;
         let flags = if is_directory { AtFlags::REMOVEDIR } else { AtFlags::empty() };
-        unlinkat(&self.directory(directory)?, name, flags)
+        unlinkat(&self.directory(directory)?, name, flags)?;
+        self.shrank();
+        Ok(())
     }
 
     pub fn rename(&self, (from, old): (&str, &str), (to, new): (&str, &str)) -> Result<(), Errno> {
         self.prove_writable()?;
         let (from, to) = (self.directory(from)?, self.directory(to)?);
-        renameat_with(&from, old, &to, new, RenameFlags::empty())
+        renameat_with(&from, old, &to, new, RenameFlags::empty())?;
+        self.shrank();
+        Ok(())
     }
 
     /// What an entry of an open directory is, if it exists for a frontend.
@@ -202,6 +209,18 @@ impl Share {
 
     fn charge_name(&self) -> Result<(), Errno> {
         self.usage.as_ref().map_or(Ok(()), |usage| usage.charge_name(self))
+    }
+
+    /// Something was removed, or cut, or closed for the last time.
+    pub fn shrank(&self) {
+        if let Some(usage) = &self.usage {
+            usage.shrank();
+        }
+    }
+
+    /// The count of a share whose space is limited; it is made anew once nobody has it.
+    pub fn usage(&self) -> Option<Arc<Usage>> {
+        self.usage.clone()
     }
 
     /// What is in use of a share whose space is limited.

@@ -4,13 +4,15 @@
 //! sparse image costs what it holds. All frontends of a directory share one count. What may take
 //! space is charged before it is done, as if everything were new; only when that reaches the
 //! limit are the files looked at again, and so is whether the range has space already. Guards
-//! that no frontend gets beyond the limit, save for the file system's own blocks about a file.
-//! Must never: let pass what cannot be counted, nor walk without an end.
+//! that no frontend gets beyond the limit, save for the file system's own blocks about a file;
+//! and that counting takes no more than a tenth of one processor, whatever frontends ask for.
+//! Must never: let pass what cannot be counted, walk without an end, nor look at files while it
+//! holds what others need.
 
 use std::fs::File;
 use std::mem::MaybeUninit;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, FileType, OFlags, RawDir, SeekFrom, fstat, seek, statat};
@@ -22,6 +24,9 @@ use crate::share::Share;
 pub const FILES_MAX: u64 = 65536;
 /// A count is not believed for longer: others than frontends change files too.
 const RECOUNT: Duration = Duration::from_secs(30);
+/// After a count there is none for so many times as long as it took, and at most for so long.
+const REST_FACTOR: u32 = 9;
+const REST_MAX: Duration = Duration::from_secs(5);
 /// No file system gives less.
 const BLOCK_BYTES: u64 = 4096;
 /// Steps from data to hole that are looked at in one range; what follows counts as holes.
@@ -29,7 +34,7 @@ const STEPS_MAX: usize = 256;
 const LISTING_STEP_BYTES: usize = 16 << 10;
 const FREE: &str = "nobody panics with it in hand";
 
-/// What a count found, in use.
+/// What is in use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counted {
     pub bytes: u64,
@@ -42,30 +47,55 @@ pub struct Usage {
     /// Device and inode of the directory.
     root: (u64, u64),
     state: Mutex<State>,
+    /// A count has ended.
+    ended: Condvar,
 }
 
 #[derive(Default)]
 struct State {
-    counted: Counted,
-    counted_at: Option<Instant>,
-    /// What may have come since, and what may come of requests under way.
-    since: u64,
+    last: Option<Last>,
+    /// Somebody counts.
+    counting: bool,
+    /// What may have come since the last count, and what may come of requests under way.
+    since: Counted,
     under_way: u64,
+    /// Something was removed, or may have been, since the last count began.
+    shrank: bool,
+}
+
+/// What the last count found, or why it ended without.
+#[derive(Clone, Copy)]
+struct Last {
+    found: Result<Counted, Errno>,
+    began: Instant,
+    ended: Instant,
+}
+
+impl Last {
+    /// No count begins before.
+    fn rests_until(&self) -> Instant {
+        self.ended + ((self.ended - self.began) * REST_FACTOR).min(REST_MAX)
+    }
 }
 
 impl State {
-    fn bytes(&self) -> u64 {
-        self.counted.bytes.saturating_add(self.since).saturating_add(self.under_way)
+    /// Until when nobody counts; `None` when somebody may.
+    fn rests_until(&self) -> Option<Instant> {
+        self.last.map(|last| last.rests_until()).filter(|until| *until > Instant::now())
     }
 
-    fn is_stale(&self) -> bool {
-        self.counted_at.is_none_or(|at| at.elapsed() > RECOUNT)
+    /// What may be in use.
+    fn used(&self) -> Result<Counted, Errno> {
+        let Counted { bytes, files } = self.last.ok_or(Errno::AGAIN)?.found?;
+        let bytes = bytes.saturating_add(self.since.bytes).saturating_add(self.under_way);
+        Ok(Counted { bytes, files: files.saturating_add(self.since.files) })
     }
 
-    fn recount(&mut self, share: &Share) -> Result<(), Errno> {
-        self.counted = count(share)?;
-        (self.since, self.counted_at) = (0, Some(Instant::now()));
-        Ok(())
+    /// Whether it fits what may be in use, as far as that is known.
+    fn admits(&self, fits: impl Fn(Counted) -> bool) -> bool {
+        let is_recent = self.last.is_some_and(|last| last.ended.elapsed() <= RECOUNT);
+        let is_known = is_recent || self.counting || self.rests_until().is_some();
+        is_known && self.used().is_ok_and(fits)
     }
 }
 
@@ -77,9 +107,9 @@ pub struct Charge {
 
 impl Drop for Charge {
     fn drop(&mut self) {
-        let mut state = self.usage.state.lock().expect(FREE);
+        let mut state = self.usage.lock();
         state.under_way -= self.bytes;
-        state.since += self.bytes;
+        state.since.bytes += self.bytes;
     }
 }
 
@@ -94,9 +124,13 @@ impl Usage {
         if let Some(usage) = all.iter().filter_map(Weak::upgrade).find(|usage| usage.root == root) {
             return Ok(usage);
         }
-        let usage = Arc::new(Usage { root, state: Mutex::default() });
+        let usage = Arc::new(Usage { root, state: Mutex::default(), ended: Condvar::new() });
         all.push(Arc::downgrade(&usage));
         Ok(usage)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect(FREE)
     }
 
     /// Charges a change of `range` of a file, before it is made.
@@ -110,18 +144,15 @@ impl Usage {
         let range = range.start / BLOCK_BYTES * BLOCK_BYTES
             ..range.end.checked_next_multiple_of(BLOCK_BYTES).ok_or(Errno::FBIG)?;
         let mut bytes = range.end - range.start;
-        let mut state = self.state.lock().expect(FREE);
-        if state.is_stale() {
-            state.recount(share)?;
-        }
-        if state.bytes().saturating_add(bytes) > limit {
+        let mut state = self.lock();
+        if !state.admits(|used| used.bytes.saturating_add(bytes) <= limit) {
+            drop(state);
             bytes = bytes_wanting(file, range)?;
+            state = self.lock();
             if bytes > 0 {
-                state.recount(share)?;
+                let fits = |used: Counted| used.bytes.saturating_add(bytes) <= limit;
+                state = self.look_again(share, state, fits)?;
             }
-        }
-        if bytes > 0 && state.bytes().saturating_add(bytes) > limit {
-            return Err(Errno::NOSPC);
         }
         state.under_way += bytes;
         Ok(Charge { usage: Arc::clone(self), bytes })
@@ -129,22 +160,83 @@ impl Usage {
 
     /// Charges one more file or directory.
     pub fn charge_name(&self, share: &Share) -> Result<(), Errno> {
-        let mut state = self.state.lock().expect(FREE);
-        if state.is_stale() || state.counted.files >= FILES_MAX {
-            state.recount(share)?;
-        }
-        if state.counted.files >= FILES_MAX {
-            return Err(Errno::NOSPC);
-        }
-        state.counted.files += 1;
+        let fits = |used: Counted| used.files < FILES_MAX;
+        self.look_again(share, self.lock(), fits)?.since.files += 1;
         Ok(())
     }
 
-    /// What is in use now.
+    /// What is in use now; as of the last count, where another would come too soon.
     pub fn now(&self, share: &Share) -> Result<Counted, Errno> {
-        let mut state = self.state.lock().expect(FREE);
-        state.recount(share)?;
-        Ok(Counted { bytes: state.bytes(), ..state.counted })
+        let mut state = self.lock();
+        if state.last.is_none() || !state.counting && state.rests_until().is_none() {
+            state = self.count(share, state);
+        }
+        state.used()
+    }
+
+    /// Something may have been removed.
+    pub fn shrank(&self) {
+        self.lock().shrank = true;
+    }
+
+    /// Counts until `fits` says yes to what may be in use, or no to what a count found: one that
+    /// began after the caller came, or the last one, if nothing was removed since and another
+    /// would come too soon. Nobody else waits with the caller.
+    fn look_again<'a>(
+        &'a self,
+        share: &Share,
+        mut state: MutexGuard<'a, State>,
+        fits: impl Fn(Counted) -> bool,
+    ) -> Result<MutexGuard<'a, State>, Errno> {
+        let came = Instant::now();
+        while !state.admits(&fits) {
+            let rests_until = state.rests_until();
+            let holds = |last: &Last| {
+                last.began >= came || rests_until.is_some() && !state.counting && !state.shrank
+            };
+            if let Some(last) = state.last.filter(holds) {
+                let found = last.found?;
+                let bytes = found.bytes.saturating_add(state.under_way);
+                if !fits(Counted { bytes, ..found }) {
+                    return Err(Errno::NOSPC);
+                }
+            }
+            state = match rests_until {
+                Some(until) if !state.counting => {
+                    drop(state);
+                    std::thread::sleep(until.saturating_duration_since(Instant::now()));
+                    self.lock()
+                }
+                _ => self.count(share, state),
+            };
+        }
+        Ok(state)
+    }
+
+    /// Looks at the files, while others go on by what is known; or waits for whoever does.
+    fn count<'a>(
+        &'a self,
+        share: &Share,
+        mut state: MutexGuard<'a, State>,
+    ) -> MutexGuard<'a, State> {
+        if state.counting {
+            return self.ended.wait_while(state, |state| state.counting).expect(FREE);
+        }
+        (state.counting, state.shrank) = (true, false);
+        let before = state.since;
+        drop(state);
+        let began = Instant::now();
+        let found = count(share);
+        let last = Last { found, began, ended: Instant::now() };
+        let mut state = self.lock();
+        (state.counting, state.last) = (false, Some(last));
+        if found.is_ok() {
+            // What came meanwhile may have been found or not.
+            state.since.bytes -= before.bytes;
+            state.since.files -= before.files;
+        }
+        self.ended.notify_all();
+        state
     }
 }
 
@@ -231,6 +323,14 @@ mod tests {
 
     const KIB: u64 = 1024;
 
+    /// Until the files may be looked at again.
+    fn rest(share: &Share) {
+        let until = share.usage().expect("a limit").lock().rests_until();
+        if let Some(until) = until {
+            std::thread::sleep(until.saturating_duration_since(Instant::now()));
+        }
+    }
+
     fn share(limit_kib: u64) -> (TempDir, Share) {
         let dir = TempDir::new();
         std::fs::create_dir(dir.path().join("sub")).expect("a directory");
@@ -261,6 +361,7 @@ mod tests {
             assert_eq!(charge(&share, &file, 0, 64), Ok(()));
         }
         assert_eq!(charge(&share, &file, 32, 64), Ok(()));
+        rest(&share);
         let used = share.usage_now().expect("a limit").expect("a count");
         assert!((224 * KIB..=256 * KIB).contains(&used.bytes), "{used:?}");
         assert_eq!(used.files, 2);
@@ -269,7 +370,14 @@ mod tests {
         assert_eq!(charge(&share, &room, 0, 64), Err(Errno::NOSPC));
         std::fs::remove_file(dir.path().join("sub/sparse")).expect("removed");
         drop(file);
+        rest(&share);
         assert_eq!(charge(&share, &room, 0, 64), Ok(()));
+        // Whoever does so through the server need not wait to be believed.
+        assert_eq!(charge(&share, &room, 64, 256), Err(Errno::NOSPC));
+        share.remove("", "room", false).expect("removed");
+        drop(room);
+        let room = share.create("room", 0o600, true).expect("a file");
+        assert_eq!(charge(&share, &room, 0, 256), Ok(()));
     }
 
     #[test]
@@ -299,12 +407,58 @@ mod tests {
 
     #[test]
     fn names_have_an_end() {
-        let (dir, share) = share(256);
-        let usage = Usage::of(&File::open(dir.path()).expect("it")).expect("a count");
-        usage.state.lock().expect(FREE).counted_at = Some(Instant::now());
-        usage.state.lock().expect(FREE).counted.files = FILES_MAX;
+        let (_dir, share) = share(256);
+        let usage = share.usage().expect("a limit");
+        usage.now(&share).expect("a count");
+        usage.lock().since.files = FILES_MAX;
         // The files are looked at, and there are few.
         assert_eq!(usage.charge_name(&share), Ok(()));
-        assert_eq!(usage.state.lock().expect(FREE).counted.files, 2);
+        let used = usage.lock().used().expect("a count");
+        assert_eq!(used.files, 2);
+    }
+
+    #[test]
+    fn a_storm_of_questions_leaves_nine_tenths_of_the_time_to_others() {
+        let (dir, share) = share(256);
+        for number in 0..300 {
+            File::create(dir.path().join(format!("{number}"))).expect("a file");
+        }
+        let full = share.create("full", 0o600, true).expect("a file");
+        let usage = share.usage().expect("a limit");
+        let mut counts: Vec<Last> = vec![];
+        for asked in 0..600 {
+            match asked % 3 {
+                0 => assert_eq!(share.statfs().map(|_| ()), Ok(())),
+                1 => assert_eq!(charge(&share, &full, 0, 512), Err(Errno::NOSPC)),
+                _ => share.open_file("full", true, true).map(|_| ()).expect("it is cut"),
+            }
+            let last = usage.lock().last.expect("a count");
+            if counts.last().is_none_or(|before| before.ended != last.ended) {
+                counts.push(last);
+            }
+        }
+        for pair in counts.windows(2) {
+            assert!(pair[1].began - pair[0].ended >= 9 * (pair[0].ended - pair[0].began));
+        }
+    }
+
+    #[test]
+    fn a_count_holds_up_nobody_whose_request_fits() {
+        let (_dir, share) = share(256);
+        let usage = share.usage().expect("a limit");
+        let file = share.create("file", 0o600, true).expect("a file");
+        // As if another thread looked at very many files.
+        usage.lock().counting = true;
+        assert_eq!(charge(&share, &file, 0, 64), Ok(()));
+        let used = share.usage_now().expect("a limit").expect("what is known");
+        assert_eq!(used.bytes, 64 * KIB);
+        std::thread::scope(|scope| {
+            let other = scope.spawn(|| charge(&share, &file, 0, 512));
+            std::thread::sleep(Duration::from_millis(20));
+            assert!(!other.is_finished(), "it waits for the count");
+            usage.lock().counting = false;
+            usage.ended.notify_all();
+            assert_eq!(other.join().expect("it ends"), Err(Errno::NOSPC));
+        });
     }
 }
