@@ -122,7 +122,9 @@ impl Files {
         if name.is_empty() || name.len() > NAME_BYTES_MAX || name.contains('\0') {
             return refuse("the name of a backing file is empty, too long or holds a zero byte");
         }
-        if name.starts_with('/') || name.contains(':') || name.contains('\\') {
+        // A colon before the first slash ends a protocol or a drive, as everywhere (QEMU's rule).
+        let has_protocol = name.split('/').next().is_some_and(|first| first.contains(':'));
+        if name.starts_with('/') || has_protocol || name.contains('\\') {
             return refuse("a backing file must be named by a relative path in the same store");
         }
         if name.split('/').any(|part| part == ".." || part.is_empty()) {

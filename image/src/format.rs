@@ -48,18 +48,40 @@ impl Format {
         })
     }
 
-    /// The format that a file name's suffix stands for, `None` for any other suffix.
+    /// The format that a file name's suffix stands for, in upper or lower case, `None` for any
+    /// other suffix. `.avhd` and `.avhdx` are the differencing disks of Hyper-V's checkpoints.
     pub fn by_suffix(path: &str) -> Option<Format> {
+        const SUFFIXES: [(&str, Format); 11] = [
+            ("raw", Format::Raw),
+            ("img", Format::Raw),
+            ("qcow2", Format::Qcow2),
+            ("qed", Format::Qed),
+            ("qcow", Format::Qcow),
+            ("vdi", Format::Vdi),
+            ("vmdk", Format::Vmdk),
+            ("vhd", Format::Vhd),
+            ("avhd", Format::Vhd),
+            ("vhdx", Format::Vhdx),
+            ("avhdx", Format::Vhdx),
+        ];
         let (_, suffix) = path.rsplit_once('.')?;
-        Some(match suffix {
-            "raw" | "img" => Format::Raw,
-            "qcow2" => Format::Qcow2,
-            "qed" => Format::Qed,
-            "qcow" => Format::Qcow,
-            "vdi" => Format::Vdi,
-            "vmdk" => Format::Vmdk,
-            "vhd" => Format::Vhd,
-            "vhdx" => Format::Vhdx,
+        let known = SUFFIXES.iter().find(|(known, _)| known.eq_ignore_ascii_case(suffix));
+        known.map(|&(_, format)| format)
+    }
+
+    /// The format whose mark stands in the first sector of a file. Only to warn or to refuse: a
+    /// guest can write any of them into a raw disk.
+    pub(crate) fn marked(first: &[u8; 512]) -> Option<Format> {
+        let u32_at = |at: usize| first[at..at + 4].try_into().expect("four bytes");
+        Some(match &first[..4] {
+            b"QFI\xfb" if first[4..8] == [0, 0, 0, 1] => Format::Qcow,
+            b"QFI\xfb" => Format::Qcow2,
+            b"QED\0" => Format::Qed,
+            b"KDMV" | b"COWD" => Format::Vmdk,
+            b"# Di" if first.starts_with(b"# Disk DescriptorFile") => Format::Vmdk,
+            b"cone" if first.starts_with(b"conectix") => Format::Vhd,
+            b"vhdx" if first.starts_with(b"vhdxfile") => Format::Vhdx,
+            _ if u32::from_le_bytes(u32_at(0x40)) == 0xbeda_107f => Format::Vdi,
             _ => return None,
         })
     }
@@ -361,4 +383,26 @@ impl AnyLayer {
 /// A refusal of writes, said once.
 pub(crate) fn read_only(file: FileNo, why: &'static str) -> ImageFault {
     ImageFault::new(crate::fault::FaultKind::ReadOnly, file, why)
+}
+
+#[cfg(test)]
+mod tests {
+    //! Would miss: what is done with the answers; the image tests open such files.
+
+    use super::*;
+
+    #[test]
+    fn a_suffix_counts_in_any_case() {
+        for (name, format) in [
+            ("a.VHD", Some(Format::Vhd)),
+            ("a.b.Vmdk", Some(Format::Vmdk)),
+            ("d_1B2C.avhdx", Some(Format::Vhdx)),
+            ("d.AVHD", Some(Format::Vhd)),
+            ("a.IMG", Some(Format::Raw)),
+            ("a.iso", None),
+            ("vhd", None),
+        ] {
+            assert_eq!(Format::by_suffix(name), format, "{name}");
+        }
+    }
 }

@@ -96,6 +96,8 @@ pub struct Image {
     alone: bool,
     /// The layer to open next: its file and format; `None` when the chain is complete.
     next: Option<(FileNo, Format)>,
+    /// Only its suffix says that the next one is raw.
+    is_raw_by_suffix: bool,
     plans: [Option<Plan>; PLANS_MAX],
     walks: [Option<Walk>; WALKS],
     walk_clock: usize,
@@ -119,6 +121,7 @@ impl Image {
             origins: Vec::new(),
             alone: false,
             next: Some((FileNo(0), options.format)),
+            is_raw_by_suffix: false,
             plans: [None; PLANS_MAX],
             walks: [None; WALKS],
             walk_clock: 0,
@@ -174,6 +177,9 @@ impl Image {
     fn open_next(&mut self) -> Step<bool> {
         let Some((file, format)) = self.next else { return Ok(true) };
         let access = if self.layers.is_empty() { self.options.access } else { Access::ReadOnly };
+        if self.is_raw_by_suffix {
+            self.check_raw(file)?;
+        }
         let opened = AnyLayer::open(&mut ctx!(self), format, file, access)?;
         self.check_parent(file, &opened.layer)?;
         self.layers.push(opened.layer);
@@ -203,10 +209,24 @@ impl Image {
                 return Err(ImageFault::limit(*file, "chain depth", depth + 1, depth).into());
             }
             let below = self.files.open(*file, &parent.name, Access::ReadOnly)?;
+            self.is_raw_by_suffix = parent.format.is_none() && format == Format::Raw;
             self.next = Some((below, format));
         }
         self.unready = false;
         Ok(false)
+    }
+
+    /// Tools that give no format for the file below find it out from its content. Here that
+    /// decides nothing, but what they would take for another format must not be read as raw.
+    fn check_raw(&mut self, file: FileNo) -> Step<()> {
+        let mut first = [0; crate::types::SECTOR_BYTES as usize];
+        ctx!(self).read(file, 0, &mut first)?;
+        if Format::marked(&first).is_none() {
+            return Ok(());
+        }
+        let why = "the format of the backing file is not given, its suffix says raw, and it \
+                   starts like an image of another format";
+        Err(ImageFault::new(FaultKind::Refused, file, why).into())
     }
 
     /// Is `below`, just opened, the parent that the last layer was made on?

@@ -3,7 +3,7 @@
 use crate::create::{Create, CreateFault, CreateParams, Wanted};
 use crate::fault::{FaultKind, ImageFault};
 use crate::files::Access;
-use crate::format::{AnyLayer, Ctx, Found, Layer, OpenedLayer, read_only};
+use crate::format::{AnyLayer, Ctx, Format, Found, Layer, OpenedLayer, read_only};
 use crate::types::{
     DiscardPlan, FileNo, Prepared, ResizePlan, SECTOR_BYTES, SectorRange, Step, WritePlan,
 };
@@ -12,20 +12,38 @@ pub(crate) struct Raw {
     file: FileNo,
     sectors: u64,
     access: Access,
+    note: Option<&'static str>,
 }
 
 impl Raw {
-    /// A file whose length is not a multiple of 512 is served without its last partial sector.
+    /// Of a file whose length is not a multiple of 512 the last sector is filled up with zeros,
+    /// as QEMU does; a file that would have to grow for that and cannot goes without it.
     pub fn open(ctx: &mut Ctx, file: FileNo, access: Access) -> Step<OpenedLayer> {
-        let sectors = ctx.files.size(file) / SECTOR_BYTES;
+        let info = ctx.files.info(file);
+        let is_whole = info.size_bytes.is_multiple_of(SECTOR_BYTES);
+        let fills_up = access == Access::ReadOnly || info.can_grow;
+        let sectors = match fills_up {
+            true => info.size_bytes.div_ceil(SECTOR_BYTES),
+            false => info.size_bytes / SECTOR_BYTES,
+        };
         if sectors == 0 {
             let fault = ImageFault::new(FaultKind::NotThisFormat, file, "the file's length");
-            return Err(ImageFault { value: ctx.files.size(file), ..fault }.into());
+            return Err(ImageFault { value: info.size_bytes, ..fault }.into());
         }
-        let layer = AnyLayer::Raw(Raw { file, sectors, access });
+        let mut first = [0; SECTOR_BYTES as usize];
+        ctx.read(file, 0, &mut first)?;
+        let note = match Format::marked(&first) {
+            Some(_) => Some(FOREIGN),
+            None if is_whole => None,
+            None if fills_up => Some("the last sector is not whole: zeros fill it up"),
+            None => Some("the last sector is not whole, and it is not served"),
+        };
+        let layer = AnyLayer::Raw(Raw { file, sectors, access, note });
         Ok(OpenedLayer { layer, parent: None })
     }
 }
+
+const FOREIGN: &str = "it starts like an image of another format: if it is one, name that format";
 
 /// A new raw image is a file of zeros.
 pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
@@ -67,6 +85,10 @@ impl Layer for Raw {
             tail: None,
             preludes: heapless::Vec::new(),
         })
+    }
+
+    fn note(&self) -> Option<&'static str> {
+        self.note
     }
 
     fn commit(&mut self, _ctx: &mut Ctx, _slot: u16) {}
