@@ -8,6 +8,7 @@ use alloc::vec::Vec;
 use crate::fault::{FaultKind, ImageFault};
 use crate::files::NAME_BYTES_MAX;
 use crate::types::{FileNo, SECTOR_BYTES};
+use crate::vhd::{last, relative};
 
 /// Longest descriptor read (ours; embedded ones have 20 sectors).
 pub(super) const TEXT_BYTES_MAX: u64 = 64 << 10;
@@ -83,10 +84,6 @@ impl Descriptor {
     /// Parses the text that starts at byte `offset` of `file`.
     pub fn parse(file: FileNo, offset: u64, bytes: &[u8]) -> Result<Descriptor, ImageFault> {
         let end = bytes.iter().position(|&b| b == 0).unwrap_or(bytes.len());
-        let Ok(text) = core::str::from_utf8(&bytes[..end]) else {
-            let why = "the VMDK descriptor is not UTF-8";
-            return Err(ImageFault::new(FaultKind::Refused, file, why));
-        };
         let mut found = Descriptor {
             cid: 0,
             cid_digits: CidDigits { at: 0, count: 0 },
@@ -97,8 +94,10 @@ impl Descriptor {
             lines: Vec::new(),
         };
         let mut at = offset;
-        for raw in text.split('\n') {
-            found.line(file, at, raw.trim_end_matches('\r'))?;
+        for raw in bytes[..end].split(|&b| b == b'\n') {
+            // Comments are in the code page of whoever wrote them; names must be readable.
+            let line = String::from_utf8_lossy(raw);
+            found.line(file, at, line.trim_end_matches('\r'))?;
             at += raw.len() as u64 + 1;
         }
         if found.cid_digits.count == 0 {
@@ -122,28 +121,23 @@ impl Descriptor {
         let value_at = at + key.len() as u64 + 1;
         let spaces = value.len() - value.trim_start().len();
         let value = value.trim();
-        match key.trim() {
-            "CID" => {
-                self.cid = hex(file, value_at, value)?;
-                let at = value_at + spaces as u64;
-                self.cid_digits = CidDigits { at, count: value.len() };
-            }
-            "parentCID" => self.parent_cid = hex(file, value_at, value)?,
-            "parentFileNameHint" => {
-                let name = value.trim_matches('"');
-                if name.is_empty() || name.len() > NAME_BYTES_MAX {
-                    let (len, max) = (name.len() as u64, NAME_BYTES_MAX as u64);
-                    return Err(ImageFault::limit(file, "parentFileNameHint", len, max));
-                }
-                self.parent_hint = Some(name.to_string());
-            }
-            "createType" => {
-                let given = value.trim_matches('"');
-                let known = CREATE_TYPES.iter().find(|known| **known == given);
-                self.create_type = known.unwrap_or(&"other");
-            }
-            "changeTrackPath" => self.tracks_changes = true,
-            _ => {}
+        let key = key.trim();
+        // VMware's dictionaries do not tell upper from lower case.
+        let is = |name: &str| key.eq_ignore_ascii_case(name);
+        if is("CID") {
+            self.cid = hex(file, value_at, value)?;
+            let at = value_at + spaces as u64;
+            self.cid_digits = CidDigits { at, count: value.len() };
+        } else if is("parentCID") {
+            self.parent_cid = hex(file, value_at, value)?;
+        } else if is("parentFileNameHint") {
+            self.parent_hint = hint(file, value.trim_matches('"'))?;
+        } else if is("createType") {
+            let given = value.trim_matches('"');
+            let known = CREATE_TYPES.iter().find(|known| known.eq_ignore_ascii_case(given));
+            self.create_type = known.unwrap_or(&"other");
+        } else if is("changeTrackPath") {
+            self.tracks_changes = true;
         }
         Ok(())
     }
@@ -191,6 +185,7 @@ impl Descriptor {
             }
             _ => return Err(corrupt(sectors)),
         };
+        check_text(file, name)?;
         if name.contains('/') || matches!(name, "." | "..") {
             let why = "a VMDK extent must be named by a plain name in the same folder";
             return Err(ImageFault::new(FaultKind::Refused, file, why));
@@ -203,6 +198,29 @@ impl Descriptor {
         self.lines.push(Line { access, sectors, kind, name, offset_sectors });
         Ok(())
     }
+}
+
+/// Where the parent is, relative to the child. An absolute path is that of another machine: the
+/// file beside the child is meant, and the CID says whether it is the one.
+fn hint(file: FileNo, path: &str) -> Result<Option<String>, ImageFault> {
+    if path.len() > NAME_BYTES_MAX {
+        let (len, max) = (path.len() as u64, NAME_BYTES_MAX as u64);
+        return Err(ImageFault::limit(file, "parentFileNameHint", len, max));
+    }
+    check_text(file, path)?;
+    let has_drive = path.as_bytes().get(1) == Some(&b':');
+    if has_drive || path.starts_with(['/', '\\']) {
+        return Ok(last(path));
+    }
+    Ok(Some(relative(path)).filter(|path| !path.is_empty()))
+}
+
+fn check_text(file: FileNo, name: &str) -> Result<(), ImageFault> {
+    if !name.contains(char::REPLACEMENT_CHARACTER) {
+        return Ok(());
+    }
+    let why = "a file name in the VMDK descriptor is not UTF-8";
+    Err(ImageFault::new(FaultKind::Refused, file, why))
 }
 
 fn hex(file: FileNo, at: u64, digits: &str) -> Result<u32, ImageFault> {
@@ -285,6 +303,35 @@ mod tests {
         assert!(parse("RW 8 ZERO\n").unwrap_err().field.contains("without a CID"));
         assert!(parse("CID=123456789\n").is_err() && parse("CID=+1\n").is_err());
         assert!(parse("CID=1\nparentCID=2\n").is_err());
-        assert!(Descriptor::parse(FileNo(0), 0, b"CID=1\n\xff").is_err());
+        let name = b"CID=1\nRW 8 FLAT \"M\xfcll.vmdk\" 0\n";
+        assert!(Descriptor::parse(FileNo(0), 0, name).unwrap_err().field.contains("UTF-8"));
+    }
+
+    /// As VMware writes them on a Windows of another code page, and as people edit them.
+    #[test]
+    fn odd_case_code_pages_and_empty_hints_are_no_faults() {
+        let text = b"# Festplatte f\xfcr M\xfcller\r\nencoding=\"windows-1252\"\r\ncid = 0000000F\r\n\
+            PARENTCID=FFFFFFFF\r\nparentFileNameHint=\"\"\r\nCREATETYPE=\"MonolithicFlat\"\r\n\
+            RW 8 FLAT \"a.vmdk\" 0\r\nddb.comment = \"\xff\"\r\n";
+        let found = Descriptor::parse(FileNo(0), 0, text).unwrap();
+        assert_eq!((found.cid, found.parent_cid, found.lines.len()), (15, NO_PARENT, 1));
+        assert_eq!((found.create_type, &found.parent_hint), ("monolithicFlat", &None));
+        let at = found.cid_digits.at as usize;
+        assert_eq!(&text[at..at + found.cid_digits.count], b"0000000F");
+    }
+
+    #[test]
+    fn a_parent_elsewhere_is_looked_for_beside_the_child() {
+        for (path, name) in [
+            ("C:\\VMs\\base.vmdk", Some("base.vmdk")),
+            ("\\\\host\\share\\base.vmdk", Some("base.vmdk")),
+            ("/vmfs/volumes/5f1/vm/base.vmdk", Some("base.vmdk")),
+            ("sub\\base.vmdk", Some("sub/base.vmdk")),
+            ("../base.vmdk", Some("../base.vmdk")),
+            ("/vmfs/", None),
+        ] {
+            assert_eq!(hint(FileNo(0), path).unwrap().as_deref(), name, "{path}");
+        }
+        assert!(hint(FileNo(0), &"x".repeat(1024)).is_err());
     }
 }

@@ -179,6 +179,18 @@ impl Extent {
         Ok((header.sectors, Body::SeSparse(SeTables { file, header })))
     }
 
+    /// Of a single file the descriptor says how long the disk is: its maker may have rounded the
+    /// capacity up to whole grains (VirtualBox does; QEMU then sees a longer disk).
+    pub fn end_at(&mut self, lines: &[Line]) {
+        let Body::Sparse(tables, _) = &mut self.body else { return };
+        let [Line { sectors, kind: LineKind::Sparse, .. }] = lines else { return };
+        let rest = self.sectors.checked_sub(*sectors);
+        if rest.is_some_and(|rest| rest < tables.header.grain_sectors) {
+            self.sectors = *sectors;
+            tables.header.sectors = *sectors;
+        }
+    }
+
     /// Where the descriptor inside this extent is, if there is one.
     pub fn descriptor(&self) -> Option<(u64, u64)> {
         match &self.body {

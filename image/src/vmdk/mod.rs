@@ -98,6 +98,7 @@ impl Vmdk {
                     Some(place) => Some(read_descriptor(ctx, file, place)?),
                     None => None,
                 };
+                own.end_at(found.as_ref().map_or(&[], |found| &found.lines));
                 (place, found, vec![own])
             }
         };
@@ -211,7 +212,8 @@ fn read_descriptor(ctx: &mut Ctx, file: FileNo, (at, bytes): (u64, u64)) -> Step
     }
     let mut text = vec![0; bytes as usize];
     ctx.read(file, at, &mut text)?;
-    if !text.starts_with(b"#") && !text.starts_with(b"version=") {
+    let start = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&text).trim_ascii_start();
+    if !start.starts_with(b"#") && !start.starts_with(b"version") {
         let fault = ImageFault::new(FaultKind::NotThisFormat, file, "the start of a descriptor");
         let value = text.iter().take(4).fold(0, |value, &b| value << 8 | u64::from(b));
         return Err(ImageFault { value, offset: at, ..fault }.into());

@@ -106,6 +106,29 @@ fn an_extent_ends_where_its_line_says() {
     assert!(read_all(&mut open(&folder, "d.vmdk", ro(Format::Vmdk))) == want);
 }
 
+/// VirtualBox rounds the capacity in the header up to whole grains.
+#[test]
+fn a_disk_ends_where_its_descriptor_says() {
+    let folder = RamFolder::new();
+    create(&folder, &vmdk("a.vmdk"));
+    let mut bytes = folder.bytes("a.vmdk").unwrap();
+    put(&mut bytes, 12, &SECTORS.next_multiple_of(128).to_le_bytes());
+    folder.put("a.vmdk", bytes.clone());
+    let mut disk = model(SECTORS);
+    scribble_on(&folder, "a.vmdk", Format::Vmdk, &mut disk, 3);
+    let mut engine = open(&folder, "a.vmdk", rw(Format::Vmdk));
+    assert_eq!(engine.sectors(), SECTORS);
+    assert!(engine.write(SECTORS, &[1; 512]).is_err());
+    engine.resize(SECTORS + 3).unwrap();
+    engine.close().unwrap();
+    disk.resize(disk.len() + 3 * 512, 0);
+    assert!(read_all(&mut open(&folder, "a.vmdk", ro(Format::Vmdk))) == disk);
+    // More than rounding: the header counts, for all readers.
+    put(&mut bytes, 12, &(SECTORS + 500).to_le_bytes());
+    folder.put("a.vmdk", bytes);
+    assert_eq!(open(&folder, "a.vmdk", ro(Format::Vmdk)).sectors(), SECTORS + 500);
+}
+
 #[test]
 fn a_chain_goes_by_cid_and_a_changed_parent_is_refused() {
     let scratch = Scratch::new("vmdk-chain");
@@ -441,7 +464,7 @@ fn hostile_descriptors_open_nothing() {
         ("RW 8 SPARSE \"secret\"", "magic of a sparse VMDK extent"),
         ("RW 8 SPARSE \"empty.vmdk\"", "magic of a sparse VMDK extent"),
         ("RW 8 SESPARSE \"secret\"", "magic of seSparse"),
-        ("RW 8 FLAT \"secret\" 0\nparentCID=2\nparentFileNameHint=\"/p\"", "relative path"),
+        ("RW 8 FLAT \"secret\" 0\nparentCID=2\nparentFileNameHint=\"../p\"", "'..'"),
     ] {
         let fault = open_text(lines);
         assert!(fault.contains(says), "{lines}: {fault}");
