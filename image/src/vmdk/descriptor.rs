@@ -310,7 +310,8 @@ mod tests {
     /// As VMware writes them on a Windows of another code page, and as people edit them.
     #[test]
     fn odd_case_code_pages_and_empty_hints_are_no_faults() {
-        let text = b"# Festplatte f\xfcr M\xfcller\r\nencoding=\"windows-1252\"\r\ncid = 0000000F\r\n\
+        let text =
+            b"# Festplatte f\xfcr M\xfcller\r\nencoding=\"windows-1252\"\r\ncid = 0000000F\r\n\
             PARENTCID=FFFFFFFF\r\nparentFileNameHint=\"\"\r\nCREATETYPE=\"MonolithicFlat\"\r\n\
             RW 8 FLAT \"a.vmdk\" 0\r\nddb.comment = \"\xff\"\r\n";
         let found = Descriptor::parse(FileNo(0), 0, text).unwrap();
