@@ -1,6 +1,8 @@
 //! Giving a share to a running domain by hand, for Xen releases whose libxl would start QEMU
 //! for a `p9=` line (4.17), and for domains that were created without one.
 
+use std::path::Path;
+
 use anyhow::{Result, bail};
 
 use crate::xenstore::Xenstore;
@@ -14,7 +16,13 @@ pub fn attach(
     tag: &str,
     (path, max_space_mib): (&str, u32),
 ) -> Result<()> {
+    if !Path::new(path).is_absolute() {
+        bail!("a share is an absolute path, not '{path}'");
+    }
     let domid = domain_id(xs, domain)?;
+    if xs.read(&format!("/local/domain/{domid}"))?.is_none() {
+        bail!("there is no domain {domid}");
+    }
     let shares = format!("/local/domain/{domid}/device/9pfs");
     let taken = xs.list(&shares)?;
     let Some(number) = (0..).find(|number: &u32| !taken.contains(&number.to_string())) else {

@@ -6,7 +6,7 @@
 use platter_xen::PAGE_BYTES;
 
 /// Bytes that a pool keeps for later.
-const POOL_BYTES_MAX: usize = 4 << 20;
+pub const POOL_BYTES_MAX: usize = 4 << 20;
 /// Buffers that a pool keeps for later.
 const POOL_BUFFERS_MAX: usize = 64;
 

@@ -20,8 +20,10 @@ use crate::serving::Serving;
 use crate::share::Share;
 use crate::workers::{Mailbox, Workers};
 
-/// How often a full ring is looked at whose frontend does not say that it made room.
-const ROOM_PATIENCE: Timespec = Timespec { tv_sec: 0, tv_nsec: 2_000_000 };
+/// When a full ring is looked at whose frontend does not say that it made room, which Linux does
+/// not: soon, and then after twice the time each time that there is none.
+const ROOM_PATIENCE_MIN: Duration = Duration::from_millis(2);
+const ROOM_PATIENCE_MAX: Duration = Duration::from_millis(64);
 
 /// How long a thread may take to let go of its frontend's pages; one that hangs in a file system
 /// that does not answer is left behind, so that the other shares go on.
@@ -129,27 +131,38 @@ impl Drop for Device {
 
 /// Until told to stop.
 fn run(serving: &mut Serving, evtchn: &mut Evtchn, mailbox: &Mailbox) -> Result<(), Fault> {
+    let mut patience = ROOM_PATIENCE_MIN;
     while !mailbox.is_stopped() {
         let worked = serving.turn()?;
+        if worked || !serving.waits_for_room() {
+            patience = ROOM_PATIENCE_MIN;
+        }
         for port in serving.bells() {
             evtchn.notify(port)?;
         }
         // A channel stays masked while there is work anyway.
         if !worked && !evtchn.unmask()? && mailbox.go_to_sleep() {
-            sleep(serving, evtchn, mailbox)?;
+            sleep(serving, evtchn, mailbox, patience)?;
+            patience = (patience * 2).min(ROOM_PATIENCE_MAX);
         }
     }
     Ok(())
 }
 
-/// Waits for the frontend, the workers or the kernel.
-fn sleep(serving: &Serving, evtchn: &mut Evtchn, mailbox: &Mailbox) -> std::io::Result<()> {
+/// Waits for the frontend, the workers or the kernel; for room in a ring not longer than that.
+fn sleep(
+    serving: &Serving,
+    evtchn: &mut Evtchn,
+    mailbox: &Mailbox,
+    patience: Duration,
+) -> std::io::Result<()> {
     let mut fds = heapless::Vec::<_, 3>::from([
         PollFd::new(evtchn, PollFlags::IN),
         PollFd::new(mailbox, PollFlags::IN),
     ]);
     fds.extend(serving.uring().map(|uring| PollFd::new(uring, PollFlags::IN)));
-    match poll(&mut fds, serving.waits_for_room().then_some(&ROOM_PATIENCE)) {
+    let patience = Timespec { tv_sec: 0, tv_nsec: patience.subsec_nanos().into() };
+    match poll(&mut fds, serving.waits_for_room().then_some(&patience)) {
         Ok(_) | Err(rustix::io::Errno::INTR) => {}
         Err(errno) => return Err(errno.into()),
     }

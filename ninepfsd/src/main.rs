@@ -9,14 +9,14 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
+use platter_9pfsd::attach;
 use platter_9pfsd::backends::{Allowed, Backends, Ends, KINDS};
 use platter_9pfsd::device::Devices;
 use platter_9pfsd::sandbox::{self, Identity};
 use platter_9pfsd::share::{Cache, Policy};
 use platter_9pfsd::workers::Workers;
 use platter_9pfsd::xenstore::{TRUSTED, Xenstore};
-use platter_9pfsd::{attach, session};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// A small 9p server for Xen domains: serves directories of this domain over 9pfs.
 #[derive(Parser)]
@@ -69,7 +69,7 @@ struct Serve {
     /// Shares that may be in use at once.
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=1024))]
     shares: u16,
-    /// Threads that wait for disks.
+    /// Threads that wait for disks; one share has all but one of them at most.
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=64))]
     workers: u8,
     /// Keep the rights that the server does not need; for finding faults.
@@ -94,7 +94,7 @@ fn serve(arguments: &Serve) -> Result<()> {
     let mut xs = Xenstore::open()?;
     let home = home(&mut xs)?;
     claim(&mut xs, &home)?;
-    sandbox::raise_descriptors(usize::from(arguments.shares) * session::OPEN_MAX)?;
+    sandbox::raise_descriptors(arguments.shares.into(), arguments.cache)?;
     let devices = Devices::open(arguments.shares.into())?;
     if !arguments.no_sandbox {
         let open: Vec<_> =
@@ -110,14 +110,16 @@ fn serve(arguments: &Serve) -> Result<()> {
     backends.look(&mut xs)?;
     eprintln!("serving");
     loop {
-        while let Some(event) = xs.event() {
+        // One at a time: as long as frontends cause events there may always be another.
+        if let Some(event) = xs.event() {
             backends.heard(&mut xs, &event)?;
         }
         for ended in ends.take() {
             backends.device_ended(&mut xs, &ended)?;
         }
         let mut fds = [PollFd::new(&xs, PollFlags::IN), PollFd::new(&*ends, PollFlags::IN)];
-        match poll(&mut fds, None) {
+        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+        match poll(&mut fds, xs.has_event().then_some(&at_once)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(errno) => return Err(errno).context("cannot wait for xenstored"),
         }

@@ -4,8 +4,9 @@
 //! once. Where the kernel can tell (RWF_NOWAIT) it is asked. Where it cannot (writes on ext4,
 //! everything on tmpfs) it is tried, and [`Patience`] ends when that turns out slow.
 
+use std::collections::HashMap;
 use std::fs::File;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::io::{Errno, IoSliceMut, ReadWriteFlags, preadv2};
@@ -18,28 +19,31 @@ use crate::usage::Charge;
 /// That a file is open for writing, among all clients of this server.
 struct Writer((u64, u64));
 
-/// Device and inode of each, once for each fid.
-static WRITERS: Mutex<Vec<(u64, u64)>> = Mutex::new(Vec::new());
+/// How many there are, by device and inode.
+static WRITERS: LazyLock<Mutex<HashMap<(u64, u64), u32>>> = LazyLock::new(Mutex::default);
 const FREE: &str = "nobody panics with it in hand";
 
 impl Writer {
     fn of(file: &File) -> Option<Writer> {
         let stat = rustix::fs::fstat(file).ok()?;
         let file = (stat.st_dev, stat.st_ino);
-        WRITERS.lock().expect(FREE).push(file);
+        *WRITERS.lock().expect(FREE).entry(file).or_default() += 1;
         Some(Writer(file))
     }
 
     fn is_alone(&self) -> bool {
-        WRITERS.lock().expect(FREE).iter().filter(|file| **file == self.0).count() == 1
+        WRITERS.lock().expect(FREE)[&self.0] == 1
     }
 }
 
 impl Drop for Writer {
     fn drop(&mut self) {
         let mut writers = WRITERS.lock().expect(FREE);
-        let place = writers.iter().position(|file| *file == self.0);
-        writers.swap_remove(place.expect("it was entered"));
+        let count = writers.get_mut(&self.0).expect("it was entered");
+        *count -= 1;
+        if *count == 0 {
+            writers.remove(&self.0);
+        }
     }
 }
 

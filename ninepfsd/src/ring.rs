@@ -188,17 +188,19 @@ impl Ring {
         self.waiting.iter().any(|answer| answer.tag == tag)
     }
 
-    /// Sends what waits and fits now.
-    pub fn send(&mut self) -> Result<(), Fault> {
+    /// Sends what waits and fits now; whether there was something.
+    pub fn send(&mut self) -> Result<bool, Fault> {
+        let mut sent = false;
         while let Some(next) = self.waiting.front() {
             let room = self.half.room(self.in_prod, self.interface.load(IN_CONS))?;
             if room < next.bytes.len() as u32 {
-                return Ok(());
+                break;
             }
             let next = self.waiting.pop_front().expect("just looked at");
             self.publish(&next.bytes, 0);
+            sent = true;
         }
-        Ok(())
+        Ok(sent)
     }
 
     /// Copies bytes of the message at `out_cons`.

@@ -24,9 +24,14 @@ use seccompiler::{
 };
 
 use crate::os;
+use crate::session::OPEN_MAX;
+use crate::share::Cache;
 
-/// Descriptors beside the shares' files: devices, wake-ups, roots, directories on the way.
-const DESCRIPTORS_OWN: usize = 4096;
+/// Descriptors of a share beside its files: an event channel device, an io_uring, a wake-up, its
+/// root, a directory or two on the way.
+const SHARE_DESCRIPTORS: usize = 8;
+/// Of the server itself.
+const OWN_DESCRIPTORS: usize = 64;
 
 /// Who the server becomes.
 #[derive(Debug, PartialEq, Eq)]
@@ -64,9 +69,15 @@ impl Identity {
     }
 }
 
-/// Makes sure that so many files can be open at once.
-pub fn raise_descriptors(files: usize) -> Result<()> {
-    let want = (files + DESCRIPTORS_OWN) as u64;
+/// Most descriptors that frontends can make the server have.
+fn descriptors_max(shares: usize, cache: Cache) -> usize {
+    let each = if cache == Cache::Direct { 2 } else { 1 };
+    shares * (each * OPEN_MAX + SHARE_DESCRIPTORS) + OWN_DESCRIPTORS
+}
+
+/// Makes sure that all files can be open at once that so many shares may have open.
+pub fn raise_descriptors(shares: usize, cache: Cache) -> Result<()> {
+    let want = descriptors_max(shares, cache) as u64;
     let maximum = getrlimit(Resource::Nofile).maximum;
     let maximum = maximum.filter(|maximum| *maximum < want).map_or(maximum, |_| Some(want));
     let set = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
@@ -211,6 +222,20 @@ fn only(index: u8, value: u64) -> Result<SeccompRule> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::serving::FRONTEND_BYTES_MAX;
+
+    #[test]
+    fn the_unit_grants_what_64_shares_may_take() {
+        let unit = include_str!("../platter-9pfsd.service");
+        let number = |key: &str| -> usize {
+            let value = unit.lines().find_map(|line| line.strip_prefix(key)).expect(key);
+            value.replace('G', "000000000").parse().expect("a number")
+        };
+        assert!(number("LimitNOFILE=") >= descriptors_max(64, Cache::Direct));
+        assert!(number("MemoryMax=") >= 64 * FRONTEND_BYTES_MAX);
+        // A thread for each, as many workers as there may be, and the one that connects them.
+        assert!(number("TasksMax=") > 64 + 64);
+    }
 
     #[test]
     fn users_are_found_by_name_and_number() {

@@ -10,17 +10,27 @@ use std::sync::Arc;
 use platter_storage::ninep::message::{Answer, PLATTER_IN_FLIGHT, RREAD_BYTES, id};
 use rustix::io::Errno;
 
-use crate::buffer::Pool;
+use crate::buffer::{POOL_BYTES_MAX, Pool};
 use crate::job::{self, Job};
 use crate::open::{Move, Patience, Transfer};
 use crate::os::uring::{End, Moved, Uring};
 use crate::ring::{BODY_BYTES_MAX, Fault, Ring};
-use crate::session::{ANSWER_BYTES, Outcome, Session, emit, error};
+use crate::session::{
+    ANSWER_BYTES, FID_BYTES, FIDS_MAX, MSIZE_MAX, Outcome, PATHS_BYTES_MAX, Session, emit, error,
+};
 use crate::share::Share;
 use crate::workers::{Done, Mailbox, Task, Workers};
 
 /// Bytes of requests that one frontend may have under way.
-const IN_FLIGHT_BYTES_MAX: usize = 16 << 20;
+const IN_FLIGHT_BYTES_MAX: usize = 8 << 20;
+/// Memory that one frontend can make the server take: one request more than that, what is kept
+/// for later ones, the fids and their names, and what is of one size.
+pub const FRONTEND_BYTES_MAX: usize = IN_FLIGHT_BYTES_MAX
+    + MSIZE_MAX as usize
+    + POOL_BYTES_MAX
+    + PATHS_BYTES_MAX
+    + FIDS_MAX * FID_BYTES
+    + (128 << 10);
 /// Requests, and bytes, of one ring in one turn: then the frontend is told, and the others are
 /// looked at.
 const TURN_REQUESTS: u32 = 64;
@@ -122,7 +132,7 @@ impl Serving {
             worked = true;
         }
         for ring in &mut self.rings {
-            ring.send()?;
+            worked |= ring.send()?;
         }
         self.answer_flushes()?;
         self.closing = false;

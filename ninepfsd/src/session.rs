@@ -24,10 +24,14 @@ use crate::share::Share;
 
 /// Fids of one frontend.
 pub const FIDS_MAX: usize = 4096;
+/// What a fid takes beside its path, in its table too.
+pub const FID_BYTES: usize = 2 * size_of::<(u32, Fid)>();
+/// Names of all fids of one frontend together.
+pub const PATHS_BYTES_MAX: usize = 1 << 20;
 /// Files that one frontend may have open: platter has 2048 at most.
 pub const OPEN_MAX: usize = 2176;
 /// Longest message, as one ring allows at most.
-const MSIZE_MAX: u32 = 1 << 20;
+pub const MSIZE_MAX: u32 = 1 << 20;
 const MSIZE_MIN: u32 = 4096;
 /// Longest answer without data.
 pub const ANSWER_BYTES: usize = 1024;
@@ -59,6 +63,8 @@ pub struct Session {
     number: u64,
     share: Share,
     fids: HashMap<u32, Fid>,
+    /// Of all their paths.
+    path_bytes: usize,
     pub msize: u32,
     /// Largest message that the rings can carry.
     msize_max: u32,
@@ -71,7 +77,8 @@ impl Session {
         let msize_max = half_bytes.min(MSIZE_MAX);
         let fids = HashMap::new();
         let number = locks::new_session();
-        Session { number, share, fids, msize: msize_max, msize_max, is_platter: false }
+        let (msize, path_bytes, is_platter) = (msize_max, 0, false);
+        Session { number, share, fids, path_bytes, msize, msize_max, is_platter }
     }
 
     /// What a request means; `out` takes an answer. `body` is what follows the head, of a Twrite
@@ -141,8 +148,7 @@ impl Session {
                 return Ok(Outcome::Work(Job::Sync { file, data_only: datasync != 0 }));
             }
             Request::Clunk { fid } => {
-                self.fids.remove(&fid).ok_or(Errno::BADF)?;
-                locks::release(self.number, Some(fid));
+                self.forget(fid)?;
                 self.share.shrank();
                 Answer::Clunk
             }
@@ -178,13 +184,13 @@ impl Session {
             More::Lcreate { fid, name, flags, mode } => {
                 self.prove_openable(fid)?;
                 let path = Share::join(&self.fid(fid)?.path, name)?;
+                self.prove_path(&path)?;
                 let file = self.share.create(&path, mode, flags & libc::O_EXCL as u32 != 0)?;
                 let (direct, cache) =
                     (self.share.open_direct(&path, true, &file), self.share.policy.cache);
                 w.qid(qid(&rustix::fs::fstat(&file)?));
                 w.u32(0); // iounit: as much as fits
-                *self.fid_mut(fid)? =
-                    Fid { path, open: Some(Open::new(file, direct, true, cache)) };
+                self.move_to(fid, path)?.open = Some(Open::new(file, direct, true, cache));
             }
             More::Statfs { fid } => {
                 self.fid(fid)?;
@@ -214,8 +220,9 @@ impl Session {
                 let from = &self.fid(fid)?.path;
                 let to = &self.fid(dfid)?.path;
                 let path = Share::join(to, name)?;
+                self.prove_path(&path)?;
                 self.share.rename(split(from), (to, name))?;
-                self.fid_mut(fid)?.path = path;
+                self.move_to(fid, path)?;
             }
             More::Renameat { from, old, to, new } => {
                 let (from, to) = (&self.fid(from)?.path, &self.fid(to)?.path);
@@ -229,8 +236,7 @@ impl Session {
             }
             More::Remove { fid } => {
                 // The fid goes whatever happens to the file (9P2000, remove).
-                locks::release(self.number, Some(fid));
-                let fid = self.fids.remove(&fid).ok_or(Errno::BADF)?;
+                let fid = self.forget(fid)?;
                 let (directory, name) = split(&fid.path);
                 let is_directory = qid(&self.share.stat(&fid.path)?).kind == QID_DIR;
                 self.share.remove(directory, name, is_directory)?;
@@ -251,6 +257,8 @@ impl Session {
     /// Tversion begins a session anew: all fids are gone.
     fn version(&mut self, msize: u32, version: &str) -> Answer<'static> {
         self.fids.clear();
+        self.path_bytes = 0;
+        self.share.shrank();
         locks::release(self.number, None);
         let version = match version {
             VERSION_PLATTER => VERSION_PLATTER,
@@ -286,7 +294,8 @@ impl Session {
             }
         }
         if fid == newfid {
-            self.fid_mut(fid)?.path = path;
+            self.prove_path(&path)?;
+            self.move_to(fid, path)?;
         } else {
             self.bind(newfid, path)?;
         }
@@ -410,8 +419,30 @@ impl Session {
         if self.fids.len() >= FIDS_MAX {
             return Err(Errno::MFILE);
         }
+        self.prove_path(&path)?;
+        self.path_bytes += path.len();
         self.fids.insert(fid, Fid { path, open: None });
         Ok(())
+    }
+
+    /// Is there room for one more path?
+    fn prove_path(&self, path: &str) -> Result<(), Errno> {
+        if self.path_bytes + path.len() > PATHS_BYTES_MAX { Err(Errno::MFILE) } else { Ok(()) }
+    }
+
+    /// A fid stands for another path from now on; there is room.
+    fn move_to(&mut self, fid: u32, path: String) -> Result<&mut Fid, Errno> {
+        let fid = self.fids.get_mut(&fid).ok_or(Errno::BADF)?;
+        self.path_bytes = self.path_bytes - fid.path.len() + path.len();
+        fid.path = path;
+        Ok(fid)
+    }
+
+    fn forget(&mut self, fid: u32) -> Result<Fid, Errno> {
+        let gone = self.fids.remove(&fid).ok_or(Errno::BADF)?;
+        self.path_bytes -= gone.path.len();
+        locks::release(self.number, Some(fid));
+        Ok(gone)
     }
 
     fn fid(&self, fid: u32) -> Result<&Fid, Errno> {

@@ -298,8 +298,35 @@ fn fids_are_bounded() {
 }
 
 #[test]
+fn the_names_of_fids_are_bounded() {
+    let mut world = World::new(Policy::default());
+    world.open(false);
+    let name = "n".repeat(250);
+    let names = [name.as_str(); 4];
+    std::fs::create_dir_all(world.directory.join(names.join("/"))).expect("directories");
+    let walk = |newfid| Request::Walk { fid: 0, newfid, names: names.into_iter().collect() };
+    let bytes = names.join("/").len();
+    let most = (PATHS_BYTES_MAX - "sub/file".len()) / bytes;
+    for fid in 2..2 + most as u32 {
+        world.must(&walk(fid), &[]);
+    }
+    world.refused(&walk(4000), &[], Errno::MFILE);
+    // A name that goes makes room, and one that becomes longer wants it.
+    world.must(&Request::Walk { fid: 0, newfid: 4001, names: heapless::Vec::new() }, &[]);
+    let longer = Request::Walk { fid: 4001, newfid: 4001, names: names.into_iter().collect() };
+    world.refused(&longer, &[], Errno::MFILE);
+    world.must(&Request::Clunk { fid: 2 }, &[]);
+    world.must(&longer, &[]);
+    world.refused(&walk(4000), &[], Errno::MFILE);
+    world.must(&Request::Version { msize: 65536, version: VERSION_PLATTER }, &[]);
+    let attach = Request::Attach { fid: 0, afid: 0, uname: "", aname: "", n_uname: 0 };
+    world.must(&attach, &[]);
+    world.must(&walk(4000), &[]);
+}
+
+#[test]
 fn open_files_are_bounded() {
-    crate::sandbox::raise_descriptors(2 * OPEN_MAX).expect("as many as we want");
+    crate::sandbox::raise_descriptors(2, Cache::Writeback).expect("as many as we want");
     let mut world = World::new(Policy::default());
     world.open(false);
     let walk =

@@ -130,23 +130,26 @@ impl Share {
         (is_regular && is_same).then_some(file)
     }
 
+    /// Makes a file that the server itself can always open again.
     pub fn create(&self, path: &str, mode: u32, exclusive: bool) -> Result<File, Errno> {
         self.prove_writable()?;
         self.charge_name()?;
         let mut flags = OFlags::RDWR | OFlags::CREATE;
         flags.set(OFlags::EXCL, exclusive);
-        let file = self.open_at(path, flags, Mode::from_raw_mode(mode & 0o777))?;
+        let file = self.open_at(path, flags, Mode::from_raw_mode(mode & 0o777 | 0o600))?;
         match FileType::from_raw_mode(fstat(&file)?.st_mode) {
             FileType::RegularFile => Ok(file),
             _ => Err(Errno::ACCESS),
         }
     }
 
+    /// Makes a directory that the server itself can always read: what lies in others that it may
+    /// write to would not be counted.
     pub fn make_directory(&self, directory: &str, name: &str, mode: u32) -> Result<(), Errno> {
         self.prove_writable()?;
         self.charge_name()?;
         let at = self.directory(directory)?;
-        mkdirat(&at, name, Mode::from_raw_mode(mode & 0o777))
+        mkdirat(&at, name, Mode::from_raw_mode(mode & 0o777 | 0o700))
     }
 
     pub fn remove(&self, directory: &str, name: &str, is_directory: bool) -> Result<(), Errno> {

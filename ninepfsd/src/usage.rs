@@ -418,6 +418,23 @@ mod tests {
     }
 
     #[test]
+    fn what_lies_in_a_directory_that_cannot_be_read_is_counted() {
+        // Write and search alone: files could be made there, and no count saw them.
+        let (dir, share) = share(256);
+        share.make_directory("", "dark", 0o300).expect("a directory");
+        let file = share.create("dark/file", 0, true).expect("a file");
+        assert_eq!(charge(&share, &file, 0, 200), Ok(()));
+        let mode = |path| {
+            use std::os::unix::fs::PermissionsExt;
+            dir.path().join(path).metadata().expect("it").permissions().mode() & 0o777
+        };
+        assert_eq!((mode("dark"), mode("dark/file")), (0o700, 0o600));
+        rest(&share);
+        let used = share.usage_now().expect("a limit").expect("a count");
+        assert!(used.bytes >= 200 * KIB, "{used:?}");
+    }
+
+    #[test]
     fn a_storm_of_questions_leaves_nine_tenths_of_the_time_to_others() {
         let (dir, share) = share(256);
         for number in 0..300 {

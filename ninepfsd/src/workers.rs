@@ -1,7 +1,8 @@
 //! The threads that wait for disks: a few for all frontends, so that a slow file holds up none
 //! of them and no frontend makes threads.
 //!
-//! Guards that a frontend's thread is woken once for many answers, and only when it sleeps.
+//! Guards that a frontend's thread is woken once for many answers, and only when it sleeps; that
+//! frontends take turns, and that none has all workers wait for its files.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -43,8 +44,63 @@ pub struct Workers {
 }
 
 struct Queue {
-    tasks: Mutex<VecDeque<Task>>,
+    tasks: Mutex<Tasks>,
     came: Condvar,
+}
+
+/// What there is to do, by frontend; those who have something, in the order of their turns.
+struct Tasks {
+    frontends: VecDeque<Frontend>,
+    /// Workers that one frontend may have at a time.
+    each: usize,
+}
+
+#[derive(Default)]
+struct Frontend {
+    /// Which: its mailbox lives as long as it has tasks.
+    mailbox: usize,
+    waiting: VecDeque<Task>,
+    running: usize,
+}
+
+impl Tasks {
+    fn frontend(&mut self, mailbox: usize) -> &mut Frontend {
+        let place = self.frontends.iter().position(|frontend| frontend.mailbox == mailbox);
+        let place = place.unwrap_or_else(|| {
+            self.frontends.push_back(Frontend { mailbox, ..Frontend::default() });
+            self.frontends.len() - 1
+        });
+        &mut self.frontends[place]
+    }
+
+    fn put(&mut self, task: Task) {
+        self.frontend(number_of(&task.to)).waiting.push_back(task);
+    }
+
+    /// The next task of whoever waits longest for a turn and may have one more worker.
+    fn take(&mut self) -> Option<Task> {
+        let each = self.each;
+        let may = |frontend: &Frontend| !frontend.waiting.is_empty() && frontend.running < each;
+        let place = self.frontends.iter().position(may)?;
+        let mut frontend = self.frontends.remove(place).expect("just found");
+        let task = frontend.waiting.pop_front();
+        frontend.running += 1;
+        self.frontends.push_back(frontend);
+        task
+    }
+
+    /// A task of this frontend is done.
+    fn done(&mut self, mailbox: usize) {
+        let frontend = self.frontend(mailbox);
+        frontend.running -= 1;
+        if frontend.running == 0 && frontend.waiting.is_empty() {
+            self.frontends.retain(|frontend| frontend.mailbox != mailbox);
+        }
+    }
+}
+
+fn number_of(mailbox: &Arc<Mailbox>) -> usize {
+    Arc::as_ptr(mailbox).addr()
 }
 
 const FREE: &str = "nobody panics with it in hand";
@@ -107,8 +163,11 @@ impl AsFd for Mailbox {
 }
 
 impl Workers {
+    /// One of them is kept for frontends that have none, where there are several.
     pub fn start(count: usize) -> std::io::Result<Workers> {
-        let queue = Arc::new(Queue { tasks: Mutex::default(), came: Condvar::new() });
+        let each = count.saturating_sub(1).max(1);
+        let tasks = Mutex::new(Tasks { frontends: VecDeque::new(), each });
+        let queue = Arc::new(Queue { tasks, came: Condvar::new() });
         for _ in 0..count {
             let queue = Arc::clone(&queue);
             std::thread::Builder::new()
@@ -119,15 +178,15 @@ impl Workers {
     }
 
     pub fn run(&self, task: Task) {
-        self.queue.tasks.lock().expect(FREE).push_back(task);
+        self.queue.tasks.lock().expect(FREE).put(task);
         self.queue.came.notify_one();
     }
 
     /// Does the next task, as a worker would; false when there is none.
     #[cfg(test)]
     pub fn work_once(&self) -> bool {
-        let next = self.queue.tasks.lock().expect(FREE).pop_front();
-        next.map(work).is_some()
+        let next = self.queue.tasks.lock().expect(FREE).take();
+        next.map(|task| work(&self.queue, task)).is_some()
     }
 }
 
@@ -135,17 +194,55 @@ fn work_for_ever(queue: &Queue) {
     loop {
         let mut tasks = queue.tasks.lock().expect(FREE);
         let task = loop {
-            match tasks.pop_front() {
+            match tasks.take() {
                 Some(task) => break task,
                 None => tasks = queue.came.wait(tasks).expect(FREE),
             }
         };
         drop(tasks);
-        work(task);
+        work(queue, task);
     }
 }
 
-fn work(Task { job, tag, ring, to }: Task) {
+fn work(queue: &Queue, Task { job, tag, ring, to }: Task) {
     let (outcome, buffer) = job.run();
+    queue.tasks.lock().expect(FREE).done(number_of(&to));
     to.put(Done { outcome, buffer, tag, ring });
+}
+
+/// Would miss: workers that wait; these are asked what they would do next.
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frontends_take_turns_and_none_has_all_workers() {
+        let file = Arc::new(std::fs::File::open("/").expect("a directory"));
+        let mailboxes = [(), (), ()].map(|()| Arc::new(Mailbox::new().expect("a mailbox")));
+        let mut tasks = Tasks { frontends: VecDeque::new(), each: 2 };
+        let put = |tasks: &mut Tasks, of: usize, tag| {
+            let job = Job::Sync { file: Arc::clone(&file), data_only: true };
+            tasks.put(Task { job, tag, ring: 0, to: Arc::clone(&mailboxes[of]) });
+        };
+        for tag in 0..4 {
+            put(&mut tasks, 0, tag);
+        }
+        put(&mut tasks, 1, 10);
+        put(&mut tasks, 1, 11);
+        put(&mut tasks, 2, 20);
+        let next = |tasks: &mut Tasks| tasks.take().map(|task| task.tag);
+        let taken: Vec<_> = std::iter::from_fn(|| next(&mut tasks)).collect();
+        // Two of the first wait until one of its own is done.
+        assert_eq!(taken, [0, 10, 20, 1, 11]);
+        tasks.done(number_of(&mailboxes[1]));
+        assert_eq!(next(&mut tasks), None);
+        tasks.done(number_of(&mailboxes[0]));
+        assert_eq!((next(&mut tasks), next(&mut tasks)), (Some(2), None));
+        for (of, count) in [(0, 2), (1, 1), (2, 1)] {
+            (0..count).for_each(|_| tasks.done(number_of(&mailboxes[of])));
+        }
+        assert_eq!(next(&mut tasks), Some(3));
+        tasks.done(number_of(&mailboxes[0]));
+        assert!(tasks.frontends.is_empty(), "nothing is kept of those who have nothing");
+    }
 }

@@ -1,11 +1,13 @@
 //! dom0's xenstore by /dev/xen/xenbus: requests answered one by one, watch events kept apart.
 //!
 //! The messages are those of xs_wire.h; the kernel forwards them as they are. Guards that what
-//! a frontend writes in a loop is remembered once: its events carry no path.
+//! a frontend writes in a loop is remembered once, its events carry no path, and that it keeps
+//! nobody else from being heard.
 
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
+use std::ops::Bound;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use anyhow::{Context, Result, bail};
@@ -22,10 +24,28 @@ pub const TRUSTED: u32 = 0;
 /// Something changed below a watch: its token, and for [`TRUSTED`] where.
 pub type Event = (u32, String);
 
+/// Events that wait, taken in turns: one that comes again and again is taken once a round.
+#[derive(Default)]
+struct Events {
+    waiting: BTreeSet<Event>,
+    last: Event,
+}
+
+impl Events {
+    fn take(&mut self) -> Option<Event> {
+        let behind = (Bound::Excluded(&self.last), Bound::Unbounded);
+        let next = self.waiting.range(behind).next().or_else(|| self.waiting.first());
+        let next = next.cloned()?;
+        self.waiting.remove(&next);
+        self.last.clone_from(&next);
+        Some(next)
+    }
+}
+
 /// A connection to xenstored.
 pub struct Xenstore {
     file: File,
-    events: BTreeSet<Event>,
+    events: Events,
 }
 
 struct Message {
@@ -40,7 +60,7 @@ impl Xenstore {
             .write(true)
             .open("/dev/xen/xenbus")
             .context("cannot open /dev/xen/xenbus: is this a Xen domain with xenstored up?")?;
-        Ok(Xenstore { file, events: BTreeSet::new() })
+        Ok(Xenstore { file, events: Events::default() })
     }
 
     /// The value of a node; `None` when it is missing or may not be read.
@@ -83,9 +103,14 @@ impl Xenstore {
         self.optional(kind::UNWATCH, &watch(path, token)).map(|_| ())
     }
 
-    /// Takes an event that came with an answer.
+    /// Takes an event that came with an answer, or was waited for.
     pub fn event(&mut self) -> Option<Event> {
-        self.events.pop_first()
+        self.events.take()
+    }
+
+    /// There is an event to be taken.
+    pub fn has_event(&self) -> bool {
+        !self.events.waiting.is_empty()
     }
 
     /// Waits for an event and keeps it. Called when the connection is readable.
@@ -129,7 +154,7 @@ impl Xenstore {
             && let Some((path, Token(token))) = parse_watch_event(&message.payload)
         {
             let path = if token == TRUSTED { path.to_string() } else { String::new() };
-            self.events.insert((token, path));
+            self.events.waiting.insert((token, path));
         }
     }
 
@@ -167,4 +192,25 @@ fn nul(text: &str) -> Vec<u8> {
     let mut bytes = text.as_bytes().to_vec();
     bytes.push(0);
     bytes
+}
+
+/// Would miss: what xenstored sends, and when.
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_that_always_comes_again_keeps_no_other_waiting() {
+        let mut events = Events::default();
+        let event = |token| (token, String::new());
+        events.waiting.extend([event(3), event(7), event(9)]);
+        let mut taken = vec![];
+        for _ in 0..6 {
+            // The frontend with this token writes its state in a loop.
+            events.waiting.insert(event(3));
+            taken.push(events.take().expect("one waits").0);
+        }
+        assert_eq!(taken, [3, 7, 9, 3, 3, 3]);
+        assert_eq!(events.take(), None);
+    }
 }
