@@ -3,7 +3,11 @@
 //! must be read back as long as the image takes writes.
 
 pub mod disks;
+#[path = "../../xen/src/fake.rs"]
+#[allow(dead_code, reason = "unit tests call more of it")]
+mod fake;
 pub mod ninep;
+pub mod nvme;
 pub mod vhdx;
 pub mod zstd;
 

@@ -24,6 +24,8 @@ pub struct Faults {
     /// This many I/O commands from now fail with this status (type and code; bit 14: final).
     pub fail: u32,
     pub fail_status: u16,
+    /// This many admin commands from now fail with an internal error.
+    pub fail_admin: u32,
     /// All registers read as ones, nothing is done any more.
     pub gone: bool,
     /// CSTS.RDY never changes again, and a shutdown is never complete.
@@ -61,6 +63,8 @@ pub struct NvmeModel {
     pub block_bytes: u32,
     /// MDTS: 2^n pages of 4096 bytes; 0: no limit.
     pub mdts: u8,
+    /// CAP.MQES, one based: entries of an I/O queue at most.
+    pub entries_max: u16,
     /// I/O queue pairs that are granted.
     pub pairs: u16,
     /// Executed I/O commands by opcode.
@@ -81,6 +85,7 @@ pub struct NvmeModel {
 const SUCCESS: u16 = 0;
 const INVALID_OPCODE: u16 = 0x01;
 const INVALID_FIELD: u16 = 0x02;
+const INTERNAL: u16 = 0x06;
 const ABORTED: u16 = 0x07;
 const LBA_OUT_OF_RANGE: u16 = 0x80;
 
@@ -92,6 +97,7 @@ impl NvmeModel {
             faults: Faults::default(),
             block_bytes,
             mdts: 5,
+            entries_max: 256,
             pairs: 2,
             executed: BTreeMap::new(),
             resets: 0,
@@ -114,8 +120,8 @@ impl NvmeModel {
             return u32::MAX;
         }
         match offset {
-            // CAP: 256 entries, contiguous queues, 1 s, NVM commands.
-            0x00 => 0xFF | 1 << 16 | 2 << 24,
+            // CAP: contiguous queues, 1 s, NVM commands.
+            0x00 => u32::from(self.entries_max - 1) | 1 << 16 | 2 << 24,
             0x04 => 1 << 5,
             0x08 => 0x0001_0400,
             0x14 => self.cc,
@@ -306,6 +312,12 @@ impl NvmeModel {
         let (d10, d11) = (dword(entry, 10), dword(entry, 11));
         let page = qword(entry, 24);
         let (qid, entries) = (d10 as u16, (d10 >> 16) as u16 + 1);
+        let makes_queue = matches!(entry[0], 0x01 | 0x05);
+        assert!(!makes_queue || entries <= self.entries_max, "a queue beyond CAP.MQES");
+        if self.faults.fail_admin > 0 {
+            self.faults.fail_admin -= 1;
+            return Some((0, INTERNAL));
+        }
         match entry[0] {
             0x01 => {
                 assert_eq!(d11 >> 16, u32::from(qid), "its own completion queue");

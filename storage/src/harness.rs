@@ -9,7 +9,7 @@ use platter_xen::Hypervisor;
 
 use crate::block_store::BlockStore;
 use crate::disk::Device;
-use crate::machine::Fake;
+use crate::fake::Fake;
 use crate::{Access, Answer, Done, FileId, Store, StoreFault, Submit, Tag, Window};
 
 /// A store over a device of some kind, with a machine under it.

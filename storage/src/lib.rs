@@ -31,8 +31,6 @@ mod fake;
 #[cfg(test)]
 mod harness;
 pub mod lvm;
-#[cfg(test)]
-mod machine;
 pub mod meta;
 pub mod ninep;
 pub mod nvme;

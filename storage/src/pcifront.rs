@@ -254,7 +254,7 @@ mod tests {
     use std::rc::Rc;
 
     use super::*;
-    use crate::machine::{Fake, Registers};
+    use crate::fake::{Fake, Registers};
     use crate::nvme_model::NvmeModel;
 
     struct Model(Rc<RefCell<NvmeModel>>);

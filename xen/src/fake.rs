@@ -1,40 +1,64 @@
-//! A machine for unit tests: pages in a vector, grants and ports in tables. One world serves
-//! both ends, so a grant is mapped as the very page it names. Not a simulator: no faults, no
-//! schedule; it misses everything that needs two schedules.
+//! A machine for unit tests and fuzz targets: pages in a vector, grants and ports in tables, one
+//! device behind the bus. One world serves both ends, so a grant is mapped as the very page it
+//! names. Not a simulator: no faults, no schedule; it misses everything that needs two schedules.
 
+use std::boxed::Box;
+use std::cell::RefCell;
 use std::vec::Vec;
 
 use platter_xen::{
-    Direction, DomId, GrantCopy, Gref, Hypervisor, PAGE_BYTES, Port, Refusal, Region,
+    Bus, Direction, DomId, GrantCopy, Gref, Hypervisor, Mmio, PAGE_BYTES, Port, Refusal, Region,
 };
 
+/// Registers behind the bus.
+pub trait Registers {
+    fn read_u32(&mut self, offset: usize) -> u32;
+    fn write_u32(&mut self, offset: usize, value: u32);
+}
+
+/// Machine addresses are scattered: page n is at frame `n * 7 + 3`.
+const FRAME_STEP: u64 = 7;
+const FRAME_BASE: u64 = 3;
+
+#[derive(Default)]
 pub struct Fake {
     pub pages: Vec<u8>,
     pub frames_max: usize,
-    freed: usize,
+    /// Frames that are out.
+    pub taken: usize,
     /// Page of each gref, `None` once revoked.
     pub grants: Vec<Option<u32>>,
     /// Pending bit of each port; index is the port.
     pub ports: Vec<bool>,
     /// Notifications sent, per port.
     pub notified: Vec<u32>,
+    pub registers: Option<RefCell<Box<dyn Registers>>>,
 }
 
 impl Fake {
     pub fn new(frames_max: usize) -> Fake {
-        Fake {
-            pages: Vec::new(),
-            frames_max,
-            freed: 0,
-            grants: Vec::new(),
-            ports: Vec::new(),
-            notified: Vec::new(),
-        }
+        Fake { frames_max, ..Fake::default() }
     }
 
     fn at(&self, region: Region, offset: usize, len: usize) -> usize {
         assert!(offset + len <= region.bytes(), "access beyond its region");
         region.first_page as usize * PAGE_BYTES + offset
+    }
+
+    /// Index into `pages` of a machine address, as a device sees it.
+    pub fn dma(address: u64) -> usize {
+        let frame = address / PAGE_BYTES as u64;
+        assert!(
+            frame >= FRAME_BASE && (frame - FRAME_BASE).is_multiple_of(FRAME_STEP),
+            "not our page"
+        );
+        let page = (frame - FRAME_BASE) / FRAME_STEP;
+        page as usize * PAGE_BYTES + (address % PAGE_BYTES as u64) as usize
+    }
+
+    pub fn bytes(&self, region: Region, offset: usize, len: usize) -> Vec<u8> {
+        let at = self.at(region, offset, len);
+        self.pages[at..at + len].to_vec()
     }
 
     fn new_port(&mut self) -> Port {
@@ -63,16 +87,18 @@ impl Hypervisor for Fake {
         }
         let first_page = (self.pages.len() / PAGE_BYTES) as u32;
         self.pages.resize(self.pages.len() + pages * PAGE_BYTES, 0);
+        self.taken += pages;
         Some(Region { first_page, pages: pages as u32 })
     }
     fn frames_free(&mut self, region: Region) {
-        self.freed += region.pages as usize;
+        self.taken -= region.pages as usize;
     }
     fn frames_left(&self) -> usize {
-        self.frames_max + self.freed - self.pages.len() / PAGE_BYTES
+        self.frames_max - self.taken
     }
     fn dma_address(&self, region: Region, index: usize) -> u64 {
-        u64::from(region.page(index).first_page) << 12
+        let page = u64::from(region.page(index).first_page);
+        (page * FRAME_STEP + FRAME_BASE) * PAGE_BYTES as u64
     }
     fn read(&self, region: Region, offset: usize, into: &mut [u8]) {
         let at = self.at(region, offset, into.len());
@@ -136,5 +162,30 @@ impl Hypervisor for Fake {
     }
     fn take_pending(&mut self, port: Port) -> bool {
         core::mem::take(&mut self.ports[port.0 as usize])
+    }
+}
+
+impl Bus for Fake {
+    fn map_mmio(&mut self, _: u64, pages: usize) -> Result<Mmio, Refusal> {
+        Ok(Mmio { first_page: 0, pages: pages as u32 })
+    }
+    fn unmap_mmio(&mut self, _: Mmio) {}
+    fn mmio_read_u32(&self, mmio: Mmio, offset: usize) -> u32 {
+        assert!(offset + 4 <= mmio.pages as usize * PAGE_BYTES);
+        self.registers.as_ref().map_or(!0, |device| device.borrow_mut().read_u32(offset))
+    }
+    fn mmio_write_u32(&mut self, mmio: Mmio, offset: usize, value: u32) {
+        assert!(offset + 4 <= mmio.pages as usize * PAGE_BYTES);
+        if let Some(device) = &self.registers {
+            device.borrow_mut().write_u32(offset, value);
+        }
+    }
+    fn mmio_read_u64(&self, mmio: Mmio, offset: usize) -> u64 {
+        let low = u64::from(self.mmio_read_u32(mmio, offset));
+        u64::from(self.mmio_read_u32(mmio, offset + 4)) << 32 | low
+    }
+    fn mmio_write_u64(&mut self, mmio: Mmio, offset: usize, value: u64) {
+        self.mmio_write_u32(mmio, offset, value as u32);
+        self.mmio_write_u32(mmio, offset + 4, (value >> 32) as u32);
     }
 }

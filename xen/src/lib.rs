@@ -15,6 +15,7 @@ pub mod blkfront;
 pub mod blkif;
 pub mod bus;
 #[cfg(test)]
+#[allow(dead_code, reason = "other crates' tests call more of it")]
 mod fake;
 pub mod hypervisor;
 pub mod ninepfs;

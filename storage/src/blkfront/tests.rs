@@ -10,8 +10,8 @@ use platter_xen::vbd::BACK_KEYS;
 use super::*;
 use crate::blkback_model::BlkbackModel;
 use crate::block_store::BlockStore;
+use crate::fake::Fake;
 use crate::harness::{Harness, pattern};
-use crate::machine::Fake;
 use crate::{Answer, Done, FileId, Store, Tag};
 
 struct World {

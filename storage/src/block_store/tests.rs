@@ -8,8 +8,8 @@ use std::rc::Rc;
 use super::*;
 use crate::Opened;
 use crate::disk::{DiskDone, DiskIo, DiskOp, DiskSubmit, DiskTag};
+use crate::fake::Fake;
 use crate::harness::Harness;
-use crate::machine::Fake;
 use crate::vectors::expand;
 
 /// A disk in memory. Operations lie in a queue until the test lets them happen.

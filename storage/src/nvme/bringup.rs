@@ -102,7 +102,8 @@ impl Nvme {
 
     /// Queues in place, then CC.EN (7.6.1, steps 2 to 4).
     fn enable<H: Hypervisor + Bus>(&mut self, hv: &mut H) {
-        self.admin.reset(hv, ADMIN_ENTRIES.min(self.entries_max));
+        // CAP.MQES limits the other queues only (3.1.1).
+        self.admin.reset(hv, ADMIN_ENTRIES);
         self.pairs_live = 0;
         let size = u32::from(self.admin.entries() - 1);
         hv.mmio_write_u32(self.mmio, regs::AQA, size << 16 | size);
@@ -156,7 +157,8 @@ impl Nvme {
 
     /// Admin completions, during bring-up and after.
     pub(super) fn take_admin<H: Hypervisor + Bus>(&mut self, hv: &mut H) {
-        loop {
+        // Bounded: events may come as fast as they are asked for.
+        for _ in 0..ADMIN_ENTRIES {
             let completion = match self.admin.take(hv) {
                 Taken::Nothing => break,
                 Taken::Unknown => return self.reset(hv),
@@ -167,10 +169,13 @@ impl Nvme {
                 SLOT_BRINGUP => self.step(hv, completion),
                 _ => self.background(hv, completion),
             }
+            if matches!(self.phase, Phase::Start | Phase::Dead { .. }) {
+                // Stopped by us, which is no loss of its cache.
+                return;
+            }
         }
         // Once it is ready `watch` looks, less often.
-        let bringup = !matches!(self.phase, Phase::Ready | Phase::Dead { .. });
-        if bringup && self.has_fallen(hv) {
+        if self.phase != Phase::Ready && self.has_fallen(hv) {
             return;
         }
         let now = self.now_ns;
@@ -255,7 +260,7 @@ impl Nvme {
 
     fn inspected<H: Hypervisor + Bus>(&mut self, hv: &mut H, index: usize, failed: bool) {
         let info = NamespaceInfo::parse(&self.answer(hv)).ok().filter(|_| !failed);
-        self.namespaces[index].info = info;
+        self.namespaces[index].see(info);
         self.inspect_next(hv, index + 1);
     }
 

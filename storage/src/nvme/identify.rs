@@ -5,6 +5,8 @@ use alloc::vec::Vec;
 
 use crate::bytes::{array_at, u16_at, u32_at, u64_at};
 
+/// MDTS beyond this says more than 64 bits hold: no limit to us.
+const MDTS_MAX: u32 = 51;
 /// Namespaces of one controller (ours).
 pub const NAMESPACES_MAX: usize = 16;
 
@@ -42,7 +44,7 @@ impl ControllerInfo {
             serial: array_at(bytes, 4)?,
             model: array_at(bytes, 24)?,
             firmware: array_at(bytes, 64)?,
-            transfer_bytes_max: (mdts != 0).then(|| 4096u64.checked_shl(mdts).unwrap_or(4096)),
+            transfer_bytes_max: (1..=MDTS_MAX).contains(&mdts).then(|| 4096 << mdts),
             namespaces: u32_at(bytes, 516)?,
             dataset_management: oncs & 1 << 2 != 0,
             write_zeroes: oncs & 1 << 3 != 0,

@@ -56,11 +56,21 @@ struct Namespace {
     nsid: u32,
     /// `None` while it is not there.
     info: Option<NamespaceInfo>,
+    /// Of the first look. What waits to be sent is in whole blocks of this size.
+    block_bytes: Option<u32>,
 }
 
 impl Namespace {
     const fn new(nsid: u32) -> Namespace {
-        Namespace { nsid, info: None }
+        Namespace { nsid, info: None, block_bytes: None }
+    }
+
+    /// One that was formatted to another block size meanwhile holds nothing that anybody knows:
+    /// it is gone.
+    fn see(&mut self, info: Option<NamespaceInfo>) {
+        let known = self.block_bytes.or(info.map(|info| info.block_bytes));
+        self.block_bytes = known;
+        self.info = info.filter(|info| Some(info.block_bytes) == known);
     }
 }
 

@@ -9,8 +9,8 @@ use std::rc::Rc;
 
 use super::*;
 use crate::block_store::BlockStore;
+use crate::fake::{Fake, Registers};
 use crate::harness::{Harness, pattern};
-use crate::machine::{Fake, Registers};
 use crate::nvme_model::{Dma, NvmeModel};
 use crate::{Answer, FileId, Store, Tag};
 
@@ -54,7 +54,10 @@ struct World {
 
 impl World {
     fn new(bytes: usize, block_bytes: u32) -> World {
-        let model = NvmeModel::new(alloc::vec![0; bytes], block_bytes);
+        World::over(NvmeModel::new(alloc::vec![0; bytes], block_bytes))
+    }
+
+    fn over(model: NvmeModel) -> World {
         let model: Model = Rc::new(RefCell::new(model));
         let mut hv = Fake::new(4096);
         hv.registers = Some(RefCell::new(Box::new(Port(model.clone()))));
@@ -437,6 +440,55 @@ fn health_and_notices_of_changed_namespaces_are_taken_beside_operations() {
 }
 
 #[test]
+fn a_namespace_formatted_to_another_block_size_is_gone() {
+    // What waited in blocks of 512 bytes was sent as no block of 4096: the length underflowed.
+    let mut world = World::new(1 << 20, 512);
+    let file = world.open();
+    world.model.borrow_mut().faults.swallow = 1;
+    world.write(1, file, 512, &[5; 512]);
+    world.step(1);
+    world.model.borrow_mut().block_bytes = 4096;
+    let model = world.model.clone();
+    model.borrow_mut().notice_namespaces(&mut Memory(&mut world.hv));
+    assert_eq!(world.done().result, Err(StoreFault::Gone));
+    assert_eq!(world.store.read(&mut world.hv, Tag(1), file, 0, 512), Err(StoreFault::Gone));
+}
+
+#[test]
+fn queues_of_two_entries_are_enough() {
+    // The limit was taken for the admin queue's too, where an event request is always out.
+    let mut model = NvmeModel::new(alloc::vec![0; 1 << 20], 512);
+    model.entries_max = 2;
+    let mut world = World::over(model);
+    let file = world.open();
+    let bytes = pattern(64 << 10);
+    world.write_all(file, 0, &bytes);
+    assert!(world.read(file, 0, 64 << 10) == bytes);
+    for _ in 0..10 {
+        world.poll();
+        world.step(100);
+    }
+    assert_eq!(world.nvme().health().unwrap().media_errors, 7);
+}
+
+#[test]
+fn an_admin_command_that_fails_means_one_reset_and_no_lost_cache() {
+    for steps in 1..6 {
+        let mut world = World::new(1 << 20, 512);
+        for _ in 0..steps {
+            world.poll();
+            world.step(1);
+        }
+        world.model.borrow_mut().faults.fail_admin = 1;
+        let file = world.open();
+        let counters = world.nvme().counters();
+        let losses = Device::<Fake>::losses(world.nvme());
+        assert!(counters.resets <= 1 && losses == 0, "{counters:?}");
+        assert_eq!(world.flush(file), Ok(Answer::Flushed));
+    }
+}
+
+#[test]
 fn how_soon_to_look_again_follows_what_commands_take() {
     let mut world = World::new(1 << 20, 512);
     let file = world.open();
@@ -549,5 +601,12 @@ fn identify_answers_of_noise_never_panic() {
         let _ = parse_namespace_list(&bytes);
         let _ = ControllerInfo::parse(&bytes[..100]);
         let _ = Health::parse(&bytes[..7]);
+    }
+    // The largest MDTS: 4096 shifted so far was zero, a limit of no bytes.
+    for mdts in 0..=u8::MAX {
+        let mut bytes = alloc::vec![0; 4096];
+        (bytes[77], bytes[512], bytes[513]) = (mdts, 0x66, 0x44);
+        let limit = ControllerInfo::parse(&bytes).unwrap().transfer_bytes_max;
+        assert!(limit.is_none_or(|bytes| bytes >= 8192), "{mdts}");
     }
 }
