@@ -6,6 +6,7 @@ use alloc::vec::Vec;
 
 use platter_image::{BlockRef, Prepared};
 use platter_storage::any::AnyDevice;
+use platter_storage::block_store::Growth;
 use platter_storage::{FileId, Run, Store, StoreFault, Submit, Tag, Window};
 use platter_xen::{Direction, DomId, Hypervisor, PAGE_BYTES, Region};
 
@@ -420,10 +421,10 @@ impl Engine<AnyStore> {
         })
     }
 
-    /// A device of the block store.
-    pub fn device(&self, index: usize) -> Option<&AnyDevice> {
+    /// A device of the block store, and how what lies on it grew.
+    pub fn device(&self, index: usize) -> Option<(&AnyDevice, Growth)> {
         self.stores.iter().find_map(|slot| match &slot.store {
-            AnyStore::Block(store) => store.devices().nth(index),
+            AnyStore::Block(store) => Some((store.devices().nth(index)?, store.growth(index))),
             AnyStore::NineP(_) => None,
         })
     }

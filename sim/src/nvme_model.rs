@@ -65,6 +65,9 @@ pub struct NvmeModel {
     pub mdts: u8,
     /// CAP.MQES, one based: entries of an I/O queue at most.
     pub entries_max: u16,
+    /// First byte of the serial number, and of the namespace's NGUID.
+    pub serial: u8,
+    pub nguid: u8,
     /// I/O queue pairs that are granted.
     pub pairs: u16,
     /// Executed I/O commands by opcode.
@@ -98,6 +101,8 @@ impl NvmeModel {
             block_bytes,
             mdts: 5,
             entries_max: 256,
+            serial: b'm',
+            nguid: 1,
             pairs: 2,
             executed: BTreeMap::new(),
             resets: 0,
@@ -365,10 +370,12 @@ impl NvmeModel {
                 // Format 1, so that the index matters.
                 bytes[26] = 1;
                 bytes[33] = 1 << 3 | 1;
+                bytes[104] = self.nguid;
                 bytes[128 + 4 + 2] = self.block_bytes.trailing_zeros() as u8;
             }
             1 => {
                 bytes[4..24].copy_from_slice(b"model-1             ");
+                bytes[4] = self.serial;
                 bytes[77] = self.mdts;
                 bytes[92..96].copy_from_slice(&(1u32 << 8).to_le_bytes());
                 (bytes[512], bytes[513]) = (0x66, 0x44);

@@ -82,10 +82,8 @@ impl Volume {
 
     /// Where `sector` lies and how far the run goes on there. `None` beyond the end.
     pub fn place(&self, sector: u64) -> Option<Place> {
-        let index = self.segments.partition_point(|segment| segment.start <= sector);
-        let segment = self.segments.get(index.checked_sub(1)?)?;
-        let within = sector - segment.start;
-        (within < segment.sectors).then(|| segment.place(within))
+        let segment = self.segment(sector)?;
+        Some(segment.place(sector - segment.start))
     }
 
     /// All runs in order, striped ones as whole areas: what the volume covers.
@@ -103,6 +101,29 @@ impl Volume {
     /// One bit for each disk that it lies on.
     pub fn disks(&self) -> u32 {
         self.areas().fold(0, |mask, place| mask | 1 << place.disk)
+    }
+
+    /// Whether every sector of `old` is at the same place here. Striped segments count as the
+    /// same only where they begin together: lvm2 lengthens the last one, or adds others.
+    pub fn begins_with(&self, old: &Volume) -> bool {
+        let mut at = 0;
+        while at < old.sectors {
+            let (Some(here), Some(there)) = (self.segment(at), old.segment(at)) else {
+                return false;
+            };
+            if !here.continues(there, at) {
+                return false;
+            }
+            at = (here.start + here.sectors).min(there.start + there.sectors);
+        }
+        true
+    }
+
+    /// The segment that holds a sector.
+    fn segment(&self, sector: u64) -> Option<&Segment> {
+        let index = self.segments.partition_point(|segment| segment.start <= sector);
+        let segment = self.segments.get(index.checked_sub(1)?)?;
+        (sector - segment.start < segment.sectors).then_some(segment)
     }
 
     /// Follows a whole disk that grew or shrank.
@@ -133,6 +154,21 @@ impl Segment {
             }
         }
         Ok(())
+    }
+
+    /// Whether it holds volume sector `at`, and those after it, where `old` does.
+    fn continues(&self, old: &Segment, at: u64) -> bool {
+        match (&self.areas[..], &old.areas[..]) {
+            ([here], [there]) => {
+                let sector = |area: &Area, start: u64| area.sector + (at - start);
+                here.disk == there.disk && sector(here, self.start) == sector(there, old.start)
+            }
+            _ => {
+                self.areas == old.areas
+                    && self.stripe_sectors == old.stripe_sectors
+                    && self.start == old.start
+            }
+        }
     }
 
     fn place(&self, within: u64) -> Place {
@@ -260,5 +296,38 @@ mod tests {
         assert_eq!(layout.spot(16), Some(Spot::Zeros(8)));
         assert_eq!(layout.spot(32), Some(Spot::Zeros(8)));
         assert_eq!(layout.spot(40), None);
+    }
+
+    #[test]
+    fn a_volume_begins_with_another_only_where_no_sector_moved() {
+        let area = |disk, sector| Area { disk, sector };
+        let linear = |start, sectors, sector| Segment {
+            start,
+            sectors,
+            areas: alloc::vec![area(0, sector)],
+            stripe_sectors: 0,
+        };
+        let volume = |segments: &[Segment]| Volume::new(segments.to_vec(), &|_| 9999).unwrap();
+        let old = volume(&[linear(0, 10, 100), linear(10, 10, 300)]);
+        let longer = [linear(0, 10, 100), linear(10, 15, 300), linear(25, 5, 700)];
+        assert!(volume(&longer).begins_with(&old) && old.begins_with(&old));
+        assert!(!old.begins_with(&volume(&longer)), "it was cut");
+        // The same sectors in other pieces.
+        let pieces = [linear(0, 4, 100), linear(4, 6, 104), linear(10, 12, 300)];
+        assert!(volume(&pieces).begins_with(&old));
+        assert!(!volume(&[linear(0, 30, 100)]).begins_with(&old));
+        assert!(!volume(&[linear(0, 10, 100), linear(10, 20, 301)]).begins_with(&old));
+        let striped = |sectors, stripe_sectors, second| Segment {
+            start: 0,
+            sectors,
+            areas: alloc::vec![area(0, 100), area(1, second)],
+            stripe_sectors,
+        };
+        let old = volume(&[striped(64, 8, 100)]);
+        assert!(volume(&[striped(128, 8, 100)]).begins_with(&old));
+        assert!(volume(&[striped(64, 8, 100), linear(64, 9, 500)]).begins_with(&old));
+        assert!(!volume(&[striped(128, 16, 100)]).begins_with(&old));
+        assert!(!volume(&[striped(128, 8, 101)]).begins_with(&old));
+        assert!(!volume(&[linear(0, 128, 100)]).begins_with(&old));
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! A raw file or disk is grown by whoever owns it: its size is looked at now and then. Any other
 //! image is grown by us, when the toolstack's domain writes the new size in bytes to `resize` in
-//! the backend directory. The guest learns of it by `sectors` and our state written once more.
+//! the backend directory; on a disk of ours it has as much room as that disk has then. The guest
+//! learns of it by `sectors` and our state written once more.
 
 use platter_image::{FileNo, Format, ResizePlan, SECTOR_BYTES, Stop};
 use platter_storage::{Answer, Store, StoreFault, Submit, Tag};
@@ -18,15 +19,14 @@ use crate::limits::SIZE_NS;
 const TAIL_BYTES: u32 = 512;
 
 impl Device {
-    /// Asks for the size of a raw file when it is time.
+    /// Asks for the size of a file that others may make longer when it is time.
     pub(super) fn watch_size<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
-        let raw = self.config.as_ref().is_some_and(|config| config.format == Format::Raw);
-        let due = world.now_ns >= self.size_ns;
-        let (true, true, Some(disk)) =
-            (raw && due && self.is_serving(), !self.read_only, &mut self.disk)
-        else {
+        let raw = self.is_raw();
+        let due = world.now_ns >= self.size_ns && self.is_serving() && !self.read_only;
+        let Some(disk) = self.disk.as_mut().filter(|_| due) else { return };
+        if !raw && disk.files[0].can_grow {
             return;
-        };
+        }
         self.size_ns = world.now_ns + SIZE_NS;
         let DiskFile { handle, .. } = disk.files[0];
         let op = Op::new(self.index, Stretch { handle, offset: 0, len: 0 }, OpKind::Size);
@@ -40,8 +40,13 @@ impl Device {
         }
     }
 
-    /// The raw file's size, as it is now.
+    fn is_raw(&self) -> bool {
+        self.config.as_ref().is_some_and(|config| config.format == Format::Raw)
+    }
+
+    /// The file's size, as it is now.
     pub fn size_answer(&mut self, answer: Result<Answer, StoreFault>) {
+        let raw = self.is_raw();
         let Some(disk) = &mut self.disk else { return };
         disk.ops -= 1;
         disk.kick = true;
@@ -50,7 +55,9 @@ impl Device {
                 // A disk of ours was made longer by its own domain.
                 disk.image.file_grew(FileNo(0), bytes);
             }
-            self.wanted_sectors = bytes / SECTOR_BYTES;
+            if raw {
+                self.wanted_sectors = bytes / SECTOR_BYTES;
+            }
         }
     }
 
@@ -81,8 +88,7 @@ impl Device {
             Ok(ResizePlan { grow }) => {
                 disk.growing = false;
                 // A raw file is as long as it says; others must be made so.
-                let raw = self.config.as_ref().is_some_and(|config| config.format == Format::Raw);
-                self.grow_tail = grow.filter(|_| !raw);
+                self.grow_tail = grow.filter(|_| !self.is_raw());
                 self.grow_on(world);
             }
             Err(Stop::Fault(fault)) => {

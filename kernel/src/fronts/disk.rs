@@ -50,7 +50,7 @@ impl FrontSlot {
     /// Says when the disk comes and goes, and looks again when its backend broke the ring.
     pub(super) fn notice_disk(&mut self, engine: &Engine<AnyStore>) {
         let Drive::Disk { device, was_up } = &mut self.drive else { return };
-        let Some(AnyDevice::Blkfront(front)) = engine.device(*device) else { return };
+        let Some((AnyDevice::Blkfront(front), _)) = engine.device(*device) else { return };
         let up = front.is_connected();
         if up != core::mem::replace(was_up, up) {
             let state = if up { "is up" } else { "lost its backend; requests wait for it" };

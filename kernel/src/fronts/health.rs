@@ -8,6 +8,7 @@ use alloc::string::String;
 
 use platter_storage::any::AnyDevice;
 use platter_storage::blkfront::Blkfront;
+use platter_storage::block_store::Growth;
 use platter_storage::nvme::Nvme;
 
 use super::{Drive, FrontSlot};
@@ -15,6 +16,14 @@ use crate::engine::Engine;
 use crate::limits::STATS_NS;
 use crate::stores::AnyStore;
 use crate::xs::{Purpose, Xs};
+
+/// What was said of a device so far.
+#[derive(Default)]
+pub(super) struct Said {
+    text: String,
+    /// Changes under open disks that were not followed.
+    refused: u64,
+}
 
 impl FrontSlot {
     /// Shows the counters of the devices behind this slot when they changed.
@@ -25,13 +34,17 @@ impl FrontSlot {
         self.stats_ns = now_ns;
         match &mut self.drive {
             Drive::Disk { device, .. } => {
-                let Some(AnyDevice::Blkfront(front)) = engine.device(*device) else { return };
-                show(xs, &self.name, &mut self.stats_shown, disk_text(front));
+                let Some((AnyDevice::Blkfront(front), growth)) = engine.device(*device) else {
+                    return;
+                };
+                self.said.show(xs, &self.name, disk_text(front), growth);
             }
             Drive::Pci(pci) => {
-                for (number, (index, shown)) in pci.controllers().enumerate() {
-                    let Some(AnyDevice::Nvme(nvme)) = engine.device(index) else { continue };
-                    show(xs, &format!("nvme{number}"), shown, nvme_text(nvme));
+                for (number, (index, said)) in pci.controllers().enumerate() {
+                    let Some((AnyDevice::Nvme(nvme), growth)) = engine.device(index) else {
+                        continue;
+                    };
+                    said.show(xs, &format!("nvme{number}"), nvme_text(nvme), growth);
                 }
             }
             Drive::Unread | Drive::Share { .. } => {}
@@ -39,10 +52,20 @@ impl FrontSlot {
     }
 }
 
-fn show(xs: &mut Xs, name: &str, shown: &mut String, text: String) {
-    if *shown != text {
-        xs.write(&format!("data/store/{name}"), &text, Purpose::None);
-        *shown = text;
+impl Said {
+    fn show(&mut self, xs: &mut Xs, name: &str, text: String, growth: Growth) {
+        let Growth { grown, refused, why } = growth;
+        if core::mem::replace(&mut self.refused, refused) != refused {
+            let why = why.unwrap_or("");
+            log::warn!(
+                "a partition or volume on '{name}' changed in use and is served as it was: {why}"
+            );
+        }
+        let text = format!("{text} grown={grown} not_grown={refused}");
+        if self.text != text {
+            xs.write(&format!("data/store/{name}"), &text, Purpose::None);
+            self.text = text;
+        }
     }
 }
 
@@ -59,8 +82,9 @@ fn disk_text(front: &Blkfront) -> String {
 fn nvme_text(nvme: &Nvme) -> String {
     let counters = nvme.counters();
     let up = u8::from(nvme.is_ready());
+    let another = if nvme.is_another() { " another_controller=1" } else { "" };
     let ours = format!(
-        "up={up} timeouts={} aborts={} resets={} errors={} retries={} last_status={:#x}",
+        "up={up}{another} timeouts={} aborts={} resets={} errors={} retries={} last_status={:#x}",
         counters.timeouts,
         counters.aborts,
         counters.resets,

@@ -104,7 +104,7 @@ pub struct FrontSlot {
     /// Our own directory changed: it may be gone, or name another backend.
     look_at_own: bool,
     frames_max: usize,
-    stats_shown: String,
+    said: health::Said,
     stats_ns: u64,
 }
 
@@ -124,7 +124,7 @@ impl FrontSlot {
             look: true,
             look_at_own: false,
             frames_max,
-            stats_shown: String::new(),
+            said: health::Said::default(),
             stats_ns: 0,
         }
     }

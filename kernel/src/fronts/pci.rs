@@ -16,6 +16,7 @@ use platter_storage::pcifront::{PciFound, PciStep, Pcifront};
 use platter_xen::pciif::Device;
 use platter_xen::{Bus, DomId, Hypervisor};
 
+use super::health::Said;
 use super::{Busy, Drive, FrontSlot, block_store};
 use crate::engine::Engine;
 use crate::stores::AnyStore;
@@ -31,8 +32,7 @@ struct Controller {
     device: Device,
     /// Its place among the devices of the block store.
     index: usize,
-    /// What its node in xenstore says.
-    stats_shown: String,
+    said: Said,
 }
 
 /// What a PCI slot drives.
@@ -64,9 +64,9 @@ impl PciDrive {
         done
     }
 
-    /// Place and statistics of each controller.
-    pub fn controllers(&mut self) -> impl Iterator<Item = (usize, &mut String)> {
-        self.found.iter_mut().map(|it| (it.index, &mut it.stats_shown))
+    /// Place of each controller, and what was said of it.
+    pub fn controllers(&mut self) -> impl Iterator<Item = (usize, &mut Said)> {
+        self.found.iter_mut().map(|it| (it.index, &mut it.said))
     }
 
     /// When it must be looked after again even without an event.
@@ -82,20 +82,23 @@ impl PciDrive {
         store: &mut BlockStore<AnyDevice>,
         hv: &mut H,
         device: Device,
-        nvme: Box<Nvme>,
+        mut nvme: Box<Nvme>,
     ) {
-        let nvme = AnyDevice::Nvme(nvme);
         if let Some(known) = self.found.iter().find(|known| known.device == device) {
-            log::info!("the NVMe controller at {device:?} is back");
-            if let AnyDevice::Nvme(old) = store.replace(known.index, nvme) {
+            log::info!("there is an NVMe controller at {device:?} again");
+            if let (AnyDevice::Nvme(old), _) = store.device_mut(known.index) {
+                nvme.succeed(old);
+            }
+            if let AnyDevice::Nvme(old) = store.replace(known.index, AnyDevice::Nvme(nvme)) {
                 old.free(hv);
             }
             return;
         }
+        let nvme = AnyDevice::Nvme(nvme);
         let name = format!("nvme{}", store.count_named("nvme"));
         log::info!("{name} is an NVMe controller at {device:?}");
         let index = store.attach(&name, nvme);
-        self.found.push(Controller { device, index, stats_shown: String::new() });
+        self.found.push(Controller { device, index, said: Said::default() });
     }
 }
 

@@ -8,6 +8,9 @@
 //! now waits here in order, never in the caller. Must never: allocate on the request path, write
 //! metadata, serve two images that overlap when one is writable.
 
+mod growth;
+#[cfg(test)]
+mod growth_tests;
 mod opening;
 mod ops;
 mod start;
@@ -25,6 +28,7 @@ use crate::meta::META_BLOCKS_MAX;
 use crate::pool::Pool;
 use crate::store::{Access, Answer, Done, FileId, Store, StoreFault, Submit, Tag, Window};
 use crate::volume::Layout;
+pub use growth::Growth;
 use opening::{Opening, Request};
 use ops::{Kind, Op, Ops};
 
@@ -51,9 +55,13 @@ struct Attached<D> {
     units: usize,
     /// Of the device, as far as files know of them.
     losses: u32,
+    growth: Growth,
 }
 
 struct File {
+    path: String,
+    /// Its number among all openings.
+    opened: u64,
     layout: Layout,
     access: Access,
     identity: u64,
@@ -66,6 +74,10 @@ struct File {
     flushed: u64,
     /// A device lost its cache when there were more of the former: the next flush fails, once.
     lost: bool,
+    /// Its place is to be looked at anew.
+    asked: bool,
+    /// The change of its place that was not followed.
+    not_followed: Option<&'static str>,
 }
 
 /// See the module's head.
@@ -79,6 +91,12 @@ pub struct BlockStore<D> {
     answers: VecDeque<Done>,
     requests: VecDeque<Request>,
     opening: Option<Opening>,
+    /// Files opened so far.
+    opened: u64,
+    /// Some file is asked for its size; the next look, and at which file to begin.
+    looks_asked: bool,
+    next_look_ns: u64,
+    look_at: usize,
     /// Cache blocks of one opening; less than [`META_BLOCKS_MAX`] only in tests.
     meta_blocks_max: usize,
     /// Operations whose windows answers have given out.
@@ -102,6 +120,10 @@ impl<D> BlockStore<D> {
             answers: VecDeque::with_capacity(ops_max + OPENINGS_MAX),
             requests: VecDeque::new(),
             opening: None,
+            opened: 0,
+            looks_asked: false,
+            next_look_ns: 0,
+            look_at: 0,
             meta_blocks_max: META_BLOCKS_MAX,
             lent: Vec::with_capacity(ops_max),
         })
@@ -110,7 +132,8 @@ impl<D> BlockStore<D> {
     /// Adds a device; its units become disks called `name`, or `name` and `n` and their number.
     /// Returns the number for [`device_mut`](Self::device_mut).
     pub fn attach(&mut self, name: &str, device: D) -> usize {
-        self.devices.push(Attached { name: String::from(name), device, units: 0, losses: 0 });
+        let (name, growth) = (String::from(name), Growth::default());
+        self.devices.push(Attached { name, device, units: 0, losses: 0, growth });
         self.devices.len() - 1
     }
 
@@ -244,7 +267,7 @@ impl<H: Hypervisor, D: Device<H>> Store<H> for BlockStore<D> {
         if self.requests.len() == OPENINGS_MAX {
             return Err(StoreFault::Limit(OPENINGS_MAX as u32));
         }
-        self.requests.push_back(Request { tag, path: String::from(path), access });
+        self.requests.push_back(Request { tag, path: String::from(path), access, grows: None });
         Ok(())
     }
 
@@ -268,6 +291,7 @@ impl<H: Hypervisor, D: Device<H>> Store<H> for BlockStore<D> {
         }
         let result = Ok(Answer::Size(open.layout.size_bytes));
         self.answers.push_back(Done { tag, result });
+        self.ask_for_look(file);
         // Nothing is cut: a size has no length.
         Ok(Submit::Taken(0))
     }
@@ -330,13 +354,17 @@ impl<H: Hypervisor, D: Device<H>> Store<H> for BlockStore<D> {
         if !self.ops.nothing_ready() || !self.answers.is_empty() || !self.requests.is_empty() {
             return Some(0);
         }
-        self.devices.iter().filter_map(|attached| attached.device.poll_at_ns()).min()
+        let may_look = self.looks_asked && self.opening.is_none();
+        let look_ns = may_look.then_some(self.next_look_ns);
+        let devices = self.devices.iter().filter_map(|attached| attached.device.poll_at_ns());
+        devices.chain(look_ns).min()
     }
 
     fn poll(&mut self, hv: &mut H, now_ns: u64) -> Option<Done> {
         if self.ops.nothing_ready() {
             self.poll_devices(hv, now_ns);
             self.restart_waiting(hv);
+            self.look_for_growth(now_ns);
             self.advance_opening(hv);
         }
         if let Some(done) = self.answers.pop_front() {

@@ -24,6 +24,8 @@ pub struct Request {
     pub tag: Tag,
     pub path: String,
     pub access: Access,
+    /// No opening, but a look whether this file has grown.
+    pub grows: Option<(FileId, u64)>,
 }
 
 /// The opening that runs.
@@ -119,10 +121,9 @@ impl<D> BlockStore<D> {
             Some(fault) => Err(fault.into()),
             None => resolve(&view, &request.path, request.access, &mut opening.mapper),
         };
-        let (tag, access) = (request.tag, request.access);
         let geometries = view.geometries;
-        let result = match resolved {
-            Ok(resolved) => self.enter_file(resolved, access, &geometries),
+        let resolved = match resolved {
+            Ok(resolved) => Ok(resolved),
             Err(MetaFault::Refused(fault)) => Err(fault),
             Err(MetaFault::Miss(miss)) => match opening.make_room() {
                 Err(fault) => Err(fault),
@@ -133,7 +134,12 @@ impl<D> BlockStore<D> {
                 }
             },
         };
-        self.answers.push_back(Done { tag, result: result.map(Answer::Opened) });
+        let Request { tag, path, access, grows } = opening.request;
+        if let Some(file) = grows {
+            return self.looked(file, resolved, &geometries);
+        }
+        let entered = resolved.and_then(|found| self.enter_file(found, path, access, &geometries));
+        self.answers.push_back(Done { tag, result: entered.map(Answer::Opened) });
     }
 
     /// Starts reading a missing block, or leaves it for the next poll when there is no room.
@@ -191,6 +197,7 @@ impl<D> BlockStore<D> {
     fn enter_file(
         &mut self,
         found: Resolved,
+        path: String,
         access: Access,
         geometries: &[Option<Geometry>],
     ) -> Result<Opened, StoreFault> {
@@ -227,9 +234,21 @@ impl<D> BlockStore<D> {
         let whole_disk = found.whole_disk.then(|| disks.trailing_zeros() as u8);
         let (size_bytes, identity) = (found.layout.size_bytes, found.identity);
         let layout = found.layout;
-        let (writes, flushed, lost) = (0, 0, false);
-        self.files[slot] =
-            Some(File { layout, access, identity, whole_disk, disks, writes, flushed, lost });
+        self.opened += 1;
+        self.files[slot] = Some(File {
+            path,
+            opened: self.opened,
+            layout,
+            access,
+            identity,
+            whole_disk,
+            disks,
+            writes: 0,
+            flushed: 0,
+            lost: false,
+            asked: false,
+            not_followed: None,
+        });
         let file = FileId(slot as u16);
         Ok(Opened { file, size_bytes, block_bytes, can_grow: false, can_punch, identity })
     }
@@ -237,7 +256,7 @@ impl<D> BlockStore<D> {
 
 /// Whether two layouts share a sector of a disk. Files of one volume are compared by extents,
 /// everything else by the areas of the volumes: a file and the disk under it do overlap.
-fn overlap(one: &Layout, other: &Layout) -> bool {
+pub(super) fn overlap(one: &Layout, other: &Layout) -> bool {
     if one.volume == other.volume
         && let (Some(one), Some(other)) = (&one.extents, &other.extents)
     {

@@ -14,22 +14,22 @@ use crate::vectors::expand;
 
 /// A disk in memory. Operations lie in a queue until the test lets them happen.
 #[derive(Clone)]
-struct Mem {
-    bytes: Rc<RefCell<Vec<u8>>>,
+pub(super) struct Mem {
+    pub bytes: Rc<RefCell<Vec<u8>>>,
     block_bytes: u32,
     queue: Rc<RefCell<Vec<(DiskTag, DiskIo)>>>,
     room: usize,
     /// Operations that may still happen, and from which end of the queue.
-    allowed: Rc<Cell<usize>>,
+    pub allowed: Rc<Cell<usize>>,
     newest_first: Rc<Cell<bool>>,
-    fail: Rc<Cell<Option<StoreFault>>>,
+    pub fail: Rc<Cell<Option<StoreFault>>>,
     flushes: Rc<Cell<usize>>,
     losses: Rc<Cell<u32>>,
     io_bytes_max: Rc<Cell<u32>>,
 }
 
 impl Mem {
-    fn new(bytes: Vec<u8>, block_bytes: u32) -> Mem {
+    pub fn new(bytes: Vec<u8>, block_bytes: u32) -> Mem {
         Mem {
             bytes: Rc::new(RefCell::new(bytes)),
             block_bytes,
@@ -132,10 +132,11 @@ impl Device<Fake> for Mem {
     }
 }
 
-struct World {
-    hv: Fake,
-    store: BlockStore<Mem>,
-    disks: Vec<Mem>,
+pub(super) struct World {
+    pub hv: Fake,
+    pub store: BlockStore<Mem>,
+    pub disks: Vec<Mem>,
+    pub now_ns: u64,
 }
 
 impl Harness for World {
@@ -151,26 +152,26 @@ impl Harness for World {
 }
 
 impl World {
-    fn new(disks: &[(&str, Mem)]) -> World {
+    pub fn new(disks: &[(&str, Mem)]) -> World {
         let mut hv = Fake::new(4096);
         let mut store = BlockStore::new(&mut hv, 256, 32).unwrap();
         for (name, disk) in disks {
             store.attach(name, disk.clone());
         }
         let disks = disks.iter().map(|(_, disk)| disk.clone()).collect();
-        World { hv, store, disks }
+        World { hv, store, disks, now_ns: 0 }
     }
 
-    fn one(disk: Mem) -> World {
+    pub fn one(disk: Mem) -> World {
         World::new(&[("xvda", disk)])
     }
 
-    fn poll(&mut self) -> Option<Done> {
+    pub fn poll(&mut self) -> Option<Done> {
         self.store.release(&mut self.hv);
-        self.store.poll(&mut self.hv, 0)
+        self.store.poll(&mut self.hv, self.now_ns)
     }
 
-    fn open(&mut self, path: &str, access: Access) -> Result<Opened, StoreFault> {
+    pub fn open(&mut self, path: &str, access: Access) -> Result<Opened, StoreFault> {
         self.store.open(&mut self.hv, Tag(99), path, access)?;
         let done = self.done();
         assert_eq!(done.tag, Tag(99));
@@ -180,7 +181,7 @@ impl World {
         })
     }
 
-    fn read_all(&mut self, file: FileId, mut offset: u64, len: usize) -> Vec<u8> {
+    pub fn read_all(&mut self, file: FileId, mut offset: u64, len: usize) -> Vec<u8> {
         let mut bytes = Vec::new();
         while bytes.len() < len {
             let want = (len - bytes.len()) as u32;
@@ -197,7 +198,7 @@ impl World {
     }
 }
 
-fn pattern(len: usize, salt: usize) -> Vec<u8> {
+pub(super) fn pattern(len: usize, salt: usize) -> Vec<u8> {
     (0..len).map(|at| (at / 512 * 31 + at + salt) as u8).collect()
 }
 
@@ -437,7 +438,7 @@ fn lvm_over_three_disks_is_one_volume() {
 }
 
 /// Changes the text of an LVM vector's only metadata area, keeping its length, and both CRCs.
-fn retext(disk: &mut [u8], from: &str, to: &str) {
+pub(super) fn retext(disk: &mut [u8], from: &str, to: &str) {
     use crate::bytes::{crc32_raw, u64_at};
     assert_eq!(from.len(), to.len());
     let header = 4096;

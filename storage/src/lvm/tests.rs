@@ -143,6 +143,51 @@ fn a_broken_label_header_or_text_is_not_used() {
     assert!(read_text(&disk.as_slice(), pv.areas[0]).unwrap().is_some());
 }
 
+/// Moves the text of a disk's metadata area so that it begins `before` bytes from the ring's end.
+fn wrap(disk: &mut [u8], area: (u64, u64), before: usize) {
+    use crate::bytes::{crc32_raw, u64_at};
+    let start = area.0 as usize;
+    let text = read_text(&&*disk, area).unwrap().unwrap();
+    let offset = u64_at(disk, start + 32).unwrap() as usize - before;
+    let first = before.min(text.len());
+    disk[start + offset..][..first].copy_from_slice(&text[..first]);
+    disk[start + 512..][..text.len() - first].copy_from_slice(&text[first..]);
+    disk[start + 40..start + 48].copy_from_slice(&(offset as u64).to_le_bytes());
+    let crc = crc32_raw(0xF597_A6CF, &disk[start + 4..start + 512]);
+    disk[start..start + 4].copy_from_slice(&crc.to_le_bytes());
+}
+
+#[test]
+fn a_text_that_goes_on_at_the_start_of_its_ring_is_whole() {
+    let [disk, ..] = disks();
+    let pv = read_label(&disk.as_slice()).unwrap().unwrap();
+    let text = read_text(&disk.as_slice(), pv.areas[0]).unwrap().unwrap();
+    for before in [1, 512, 513, text.len() - 1, text.len()] {
+        let mut disk = disk.clone();
+        wrap(&mut disk, pv.areas[0], before);
+        assert_eq!(read_text(&disk.as_slice(), pv.areas[0]).unwrap().as_ref(), Some(&text));
+    }
+}
+
+#[test]
+fn what_other_volumes_of_the_group_say_does_not_matter() {
+    let (text, members) = group();
+    let odd = "logical_volumes {\nodd {\ndelta = -1\nratio = 0.5\nlarge = 99999999999999999999\n\
+        tags = [\"a}\", \"b\\\"]\"]\nempty = []\n}\n";
+    let past = "\nhistorical_logical_volumes {\ngone {\nid = \"x\"\norigin = \"-images\"\n}\n}\n";
+    let text = String::from_utf8(text).unwrap().replacen("logical_volumes {", odd, 1);
+    let at = text.find("logical_volumes").unwrap();
+    let text = [&text[..at], past, &text[at..]].concat();
+    assert_eq!(volume(text.as_bytes(), "images", &members).unwrap().0.sectors(), 8 * EXTENT);
+    for field in ["extent_size = 2048", "extent_count = 8", "pe_start = 2048"] {
+        let (name, number) = field.split_once("= ").unwrap();
+        for bad in ["-", "+", ".", "999999999999"] {
+            let bent = text.replacen(field, &[name, "= ", bad, number].concat(), 1);
+            assert!(volume(bent.as_bytes(), "images", &members).is_err(), "{name}{bad}");
+        }
+    }
+}
+
 #[test]
 fn bent_texts_never_panic() {
     let (text, members) = group();

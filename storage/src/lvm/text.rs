@@ -12,7 +12,7 @@ const NODES_MAX: usize = 32_768;
 /// Nesting; lvm2's own texts have four levels.
 const DEPTH_MAX: usize = 8;
 
-/// A value. Numbers with a fraction do not occur in metadata and are refused.
+/// A value.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Value<'a> {
     Section,
@@ -20,6 +20,9 @@ pub enum Value<'a> {
     Text(&'a str),
     /// What stands between the brackets.
     Array(&'a str),
+    /// A number with a sign, a fraction, or beyond 64 bits: no field that matters here has one,
+    /// and a neighbour's must not spoil the group.
+    Odd(&'a str),
 }
 
 struct Node<'a> {
@@ -172,10 +175,14 @@ fn value(text: &str) -> Result<(Value<'_>, &str), StoreFault> {
             return Ok((Value::Array(inside.get(..length).ok_or(BAD)?), after));
         }
     }
-    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let part = |c: char| c.is_ascii_digit() || matches!(c, '-' | '+' | '.');
+    let end = text.find(|c: char| !part(c)).unwrap_or(text.len());
     let (digits, after) = text.split_at(end);
-    let number = digits.parse().map_err(|_| BAD)?;
-    Ok((Value::Number(number), after))
+    match digits.parse() {
+        _ if !digits.contains(|c: char| c.is_ascii_digit()) => Err(BAD),
+        Ok(number) if !digits.starts_with('+') => Ok((Value::Number(number), after)),
+        _ => Ok((Value::Odd(digits), after)),
+    }
 }
 
 /// The inside of a string whose opening quote is gone, and what follows the closing one.

@@ -76,7 +76,7 @@ impl Nvme {
             }
             Phase::Disabling { until_ns } => {
                 let csts = regs::Csts(hv.mmio_read_u32(self.mmio, regs::CSTS));
-                if csts.is_gone() {
+                if csts.is_gone() || !csts.is_ready() && self.is_another {
                     self.die(true);
                 } else if !csts.is_ready() {
                     self.take_all_back();
@@ -233,6 +233,11 @@ impl Nvme {
     fn identified<H: Hypervisor + Bus>(&mut self, hv: &mut H) {
         let bytes = self.answer(hv);
         let Some(info) = ControllerInfo::parse(&bytes) else { return self.die(false) };
+        let is_other = |old: &ControllerInfo| (old.serial, old.model) != (info.serial, info.model);
+        if self.expected.as_ref().is_some_and(is_other) {
+            self.is_another = true;
+            return self.stop(hv);
+        }
         self.events_wanted = info.namespace_notices;
         self.info = Some(info);
         self.ask(hv, Phase::AskingQueues);

@@ -70,6 +70,8 @@ pub struct NamespaceInfo {
     pub write_protected: bool,
     /// DLFEAT: Write Zeroes may deallocate.
     pub zeroes_deallocate: bool,
+    /// NGUID and EUI64; zeros when it has none.
+    pub unique: [u8; 24],
 }
 
 /// Why a namespace is left out.
@@ -110,6 +112,7 @@ impl NamespaceInfo {
             block_bytes: 1 << shift,
             write_protected: byte(99)? & 1 != 0,
             zeroes_deallocate: byte(33)? & 1 << 3 != 0,
+            unique: array_at(bytes, 104).ok_or(Unusable::Broken)?,
         })
     }
 

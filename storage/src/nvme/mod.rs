@@ -56,21 +56,21 @@ struct Namespace {
     nsid: u32,
     /// `None` while it is not there.
     info: Option<NamespaceInfo>,
-    /// Of the first look. What waits to be sent is in whole blocks of this size.
-    block_bytes: Option<u32>,
+    /// Of the first look: block size, NGUID and EUI64.
+    first: Option<(u32, [u8; 24])>,
 }
 
 impl Namespace {
     const fn new(nsid: u32) -> Namespace {
-        Namespace { nsid, info: None, block_bytes: None }
+        Namespace { nsid, info: None, first: None }
     }
 
-    /// One that was formatted to another block size meanwhile holds nothing that anybody knows:
-    /// it is gone.
+    /// One that has become another meanwhile, or was formatted to another block size, in whose
+    /// blocks what waits was not cut, is gone.
     fn see(&mut self, info: Option<NamespaceInfo>) {
-        let known = self.block_bytes.or(info.map(|info| info.block_bytes));
-        self.block_bytes = known;
-        self.info = info.filter(|info| Some(info.block_bytes) == known);
+        let what = |info: NamespaceInfo| (info.block_bytes, info.unique);
+        self.first = self.first.or(info.map(what));
+        self.info = info.filter(|info| self.first == Some(what(*info)));
     }
 }
 
@@ -103,6 +103,10 @@ pub struct Nvme {
     /// A page for what Identify and log pages answer.
     page: Region,
     info: Option<ControllerInfo>,
+    /// What the controller was before it went away.
+    expected: Option<ControllerInfo>,
+    /// It is not the one that was expected, and is not used.
+    is_another: bool,
     namespaces: Vec<Namespace>,
     /// Operations that wait to be sent (again), in order.
     pending: VecDeque<Work>,
@@ -180,6 +184,8 @@ impl Nvme {
             pairs_live: 0,
             page,
             info: None,
+            expected: None,
+            is_another: false,
             namespaces: Vec::with_capacity(NAMESPACES_MAX),
             pending: VecDeque::with_capacity(2 * work_max),
             done: VecDeque::with_capacity(2 * work_max),
@@ -200,9 +206,23 @@ impl Nvme {
         Ok(nvme)
     }
 
+    /// Takes the place of another, whose disks are in use: the same numbers for its namespaces,
+    /// and nothing at all when it is not that very controller (serial number and model).
+    pub fn succeed(&mut self, old: &Nvme) {
+        self.namespaces.clear();
+        let away = |known: &Namespace| Namespace { info: None, ..*known };
+        self.namespaces.extend(old.namespaces.iter().map(away));
+        self.expected = old.info.or(old.expected);
+    }
+
     /// Serial, model and firmware, once identified.
     pub fn info(&self) -> Option<&ControllerInfo> {
         self.info.as_ref()
+    }
+
+    /// It is not the controller whose place it took, and is not used.
+    pub fn is_another(&self) -> bool {
+        self.is_another
     }
 
     pub fn counters(&self) -> Counters {

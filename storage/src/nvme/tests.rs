@@ -454,6 +454,47 @@ fn a_namespace_formatted_to_another_block_size_is_gone() {
     assert_eq!(world.store.read(&mut world.hv, Tag(1), file, 0, 512), Err(StoreFault::Gone));
 }
 
+/// The function goes away and one comes back: whether the file works then.
+fn comes_back(world: &mut World, file: FileId) -> bool {
+    let (hv, store) = (&mut world.hv, &mut world.store);
+    while !store.device_mut(0).0.shut_down(hv, world.now_ns) {
+        world.now_ns += MS;
+    }
+    world.model.borrow_mut().plug_in();
+    let mmio = hv.map_mmio(0xFEB0_0000, MMIO_PAGES).unwrap();
+    let mut nvme = Nvme::new(hv, mmio).unwrap();
+    nvme.succeed(store.device(0));
+    let taken = hv.taken;
+    store.replace(0, nvme).free(hv);
+    assert!(hv.taken < taken, "stopped, so its frames are free");
+    for _ in 0..50 {
+        world.poll();
+        world.step(1);
+    }
+    world.store.read(&mut world.hv, Tag(1), file, 0, 512).is_ok() && {
+        world.done().result.expect("a read");
+        true
+    }
+}
+
+#[test]
+fn another_controller_or_namespace_does_not_take_the_place_of_one_in_use() {
+    let mut world = World::new(1 << 20, 512);
+    let file = world.open();
+    assert!(comes_back(&mut world, file));
+    world.model.borrow_mut().serial = b'n';
+    assert!(!comes_back(&mut world, file));
+    assert!(world.nvme().is_another() && world.nvme().is_dead());
+    // A third one in its place is compared with the first.
+    assert!(!comes_back(&mut world, file));
+    world.model.borrow_mut().serial = b'm';
+    assert!(comes_back(&mut world, file));
+    world.model.borrow_mut().nguid = 2;
+    assert!(!comes_back(&mut world, file));
+    world.model.borrow_mut().nguid = 1;
+    assert!(comes_back(&mut world, file));
+}
+
 #[test]
 fn queues_of_two_entries_are_enough() {
     // The limit was taken for the admin queue's too, where an event request is always out.

@@ -1,5 +1,4 @@
-//! Tables made by sgdisk and sfdisk (`vectors/make-partitions.sh`), whole and damaged. Misses:
-//! entries larger than 128 bytes.
+//! Tables made by sgdisk and sfdisk (`vectors/make-partitions.sh`), whole and damaged.
 
 use alloc::string::ToString;
 
@@ -55,6 +54,45 @@ fn a_header_of_another_place_is_not_used() {
     // The backup's header, right by its CRC, where the first one belongs.
     disk.copy_within(BYTES - 512.., 512);
     assert_eq!(read(&disk).unwrap().scheme, Scheme::GptBackup);
+}
+
+#[test]
+fn beside_the_protective_entry_an_mbr_may_have_others() {
+    // A hybrid MBR: its other entries repeat what the GPT says, for other systems.
+    let mut disk = gpt_disk();
+    let entries = &mut disk[446..510];
+    entries.copy_within(..16, 16);
+    (entries[4], entries[8]) = (0x83, 200);
+    let table = read(&disk).unwrap();
+    assert_eq!((table.scheme, table.partitions.len()), (Scheme::Gpt, 3));
+}
+
+#[test]
+fn entries_may_be_larger_than_128_bytes() {
+    use crate::bytes::crc32;
+    for entry_bytes in [256usize, 512, 1024, 192, 64] {
+        let mut disk = gpt_disk();
+        let old = disk[1024..1024 + 8 * 128].to_vec();
+        let array = &mut disk[1024..1024 + 8 * entry_bytes];
+        array.fill(0);
+        for (new, old) in array.chunks_exact_mut(entry_bytes).zip(old.chunks_exact(128)) {
+            let len = old.len().min(new.len());
+            new[..len].copy_from_slice(&old[..len]);
+        }
+        let sum = crc32(array);
+        let header = &mut disk[512..1024];
+        header[80..84].copy_from_slice(&8u32.to_le_bytes());
+        header[84..88].copy_from_slice(&(entry_bytes as u32).to_le_bytes());
+        header[88..92].copy_from_slice(&sum.to_le_bytes());
+        header[16..20].fill(0);
+        let sum = crc32(&header[..92]);
+        header[16..20].copy_from_slice(&sum.to_le_bytes());
+        let table = read(&disk).unwrap();
+        // 192 is no power of two, 64 too little: that copy is not used.
+        let right = entry_bytes >= 256;
+        assert_eq!(table.scheme, if right { Scheme::Gpt } else { Scheme::GptBackup });
+        assert_eq!(table.find("images").0.map(|part| part.sector), Some(8192));
+    }
 }
 
 #[test]
