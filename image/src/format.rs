@@ -78,7 +78,7 @@ impl Format {
             b"QFI\xfb" => Format::Qcow2,
             b"QED\0" => Format::Qed,
             b"KDMV" | b"COWD" => Format::Vmdk,
-            b"# Di" if first.starts_with(b"# Disk DescriptorFile") => Format::Vmdk,
+            b"# Di" if first.starts_with(b"# Disk Descriptor") => Format::Vmdk,
             b"cone" if first.starts_with(b"conectix") => Format::Vhd,
             b"vhdx" if first.starts_with(b"vhdxfile") => Format::Vhdx,
             _ if u32::from_le_bytes(u32_at(0x40)) == 0xbeda_107f => Format::Vdi,

@@ -36,8 +36,9 @@ fn checked(folder: &RamFolder, name: &str, repair: Repair) -> CheckReport {
     report
 }
 
+/// Shared: a lock of ours outlives the close for as long as another test forks.
 fn qemu_check(scratch: &Scratch, name: &str) -> i32 {
-    scratch.run("qemu-img", &["check", "-q", "-f", "qcow2", name]).status.code().unwrap()
+    scratch.run("qemu-img", &["check", "-q", "-U", "-f", "qcow2", name]).status.code().unwrap()
 }
 
 #[test]
@@ -218,6 +219,23 @@ fn a_disk_grows_and_its_new_end_reads_zeros() {
         assert!(disk[old..last].iter().all(|&b| b == 0));
         assert!(disk[last..].iter().all(|&b| b == 2));
     }
+}
+
+/// QEMU saves a machine's state behind the disk (`savevm`); old ones left it there.
+#[test]
+fn a_disk_does_not_grow_over_saved_machine_state() {
+    let scratch = Scratch::new("qcow2-vmstate");
+    let options = ["create", "-q", "-f", "qcow2", "-o", "cluster_size=512", "a.qcow2", "20k"];
+    scratch.ok("qemu-img", &options);
+    scratch.ok("qemu-io", &["-f", "qcow2", "-c", "write -b -P 7 0 4k", "a.qcow2"]);
+    let folder = DiskFolder::new(&scratch.0);
+    let mut engine = Engine::open(&folder, "a.qcow2", rw(Q)).unwrap();
+    engine.resize(64).unwrap();
+    let fault = engine.resize(2000).unwrap_err().to_string();
+    assert!(fault.contains("machine state"), "{fault}");
+    assert_eq!(engine.sectors(), 64);
+    engine.close().unwrap();
+    assert_eq!(qemu_check(&scratch, "a.qcow2"), 0);
 }
 
 #[test]

@@ -40,6 +40,7 @@ impl Qcow2 {
             let what = "the L1 table, bytes";
             return Err(ImageFault::limit(self.file, what, entries * 8, L1_BYTES_MAX).into());
         }
+        self.check_beyond(ctx, entries)?;
         if self.kind.data_file {
             let info = ctx.files.info(self.data);
             if !info.can_grow && bytes > info.size_bytes {
@@ -75,6 +76,24 @@ impl Qcow2 {
             ctx.files.grow(file, bytes);
         }
         Ok(ResizePlan { grow })
+    }
+
+    /// Saved machine state lies beyond the end of the disk, behind entries of the same L1 table:
+    /// in a longer disk it would show (as it does when QEMU grows it).
+    fn check_beyond(&mut self, ctx: &mut Ctx, entries: u64) -> Step<()> {
+        let end = entries.min(self.header.l1_entries.into());
+        let first = self.header.size_bytes.div_ceil(1 << self.l2_reach_bits());
+        for entry in first.max(self.writer().empty_to)..end {
+            let at = self.header.l1_offset + entry * 8;
+            let word = ctx.meta.get_u64_be(self.file, at)?;
+            if word != 0 {
+                let what = "growing a disk over the machine state saved behind its end: convert it";
+                let fault = ImageFault::unsupported(self.file, what, word);
+                return Err(ImageFault { offset: at, ..fault }.into());
+            }
+            self.writer_mut().empty_to = entry + 1;
+        }
+        Ok(())
     }
 
     /// Writes an L1 table of `entries` entries with the old ones in it; gives its offset.

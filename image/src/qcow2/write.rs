@@ -40,6 +40,8 @@ pub(super) struct Writer {
     /// Changes of the active L1 table so far, and a longer one that is being made.
     pub l1_changes: u64,
     pub growth: Option<Growth>,
+    /// L1 entries beyond the disk's end that are known to be empty, up to this one.
+    pub empty_to: u64,
     /// Clusters that hold L2 tables and refcount blocks.
     pub tables: Filter,
     pub compared: Compared,
@@ -111,6 +113,7 @@ impl Writer {
             space,
             guarded: [Stretch::default(); GUARDED],
             awaits_flush: false,
+            empty_to: 0,
             l1_changes: 0,
             growth: None,
             tables: Filter::new(),
