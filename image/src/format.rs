@@ -71,7 +71,7 @@ impl Format {
 
     /// The format whose mark stands in the first sector of a file. Only to warn or to refuse: a
     /// guest can write any of them into a raw disk.
-    pub(crate) fn marked(first: &[u8; 512]) -> Option<Format> {
+    pub fn marked(first: &[u8; 512]) -> Option<Format> {
         let u32_at = |at: usize| first[at..at + 4].try_into().expect("four bytes");
         Some(match &first[..4] {
             b"QFI\xfb" if first[4..8] == [0, 0, 0, 1] => Format::Qcow,

@@ -68,6 +68,24 @@ fn sample(path: &Path) {
     fs::write(path, bytes).expect("room for a sample");
 }
 
+/// A qcow2 image called .img, as cloud images are: never silently taken for raw.
+#[test]
+fn what_only_its_suffix_makes_raw_must_not_look_like_another_format() {
+    let folder = Folder::new("marked");
+    folder.good(&["create", "-q", "-f", "qcow2", "box.img", "4M"]);
+    for args in [&["info"][..], &["check"], &["map"], &["snapshot", "-l"], &["bench", "-c", "1"]] {
+        let error = folder.refused(&[args, &["box.img"]].concat(), "box.img");
+        assert!(error.contains("starts like qcow2"), "{error}");
+        folder.good(&[args, &["-f", "qcow2", "box.img"]].concat());
+    }
+    folder.refused(&["convert", "box.img", "copy.qcow2"], "box.img");
+    folder.refused(&["create", "-f", "qcow2", "-b", "box.img", "over.qcow2"], "box.img");
+    assert!(!folder.path("copy.qcow2").exists() && !folder.path("over.qcow2").exists());
+    folder.good(&["convert", "-q", "-f", "qcow2", "box.img", "copy.qcow2"]);
+    let text = folder.good(&["info", "-f", "raw", "box.img"]);
+    assert!(text.contains("starts like"), "{text}");
+}
+
 #[test]
 fn every_format_there_and_back_is_the_same_disk() {
     let folder = Folder::new("formats");

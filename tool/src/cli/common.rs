@@ -1,6 +1,8 @@
 //! What the commands share: how a file's format is found, how it is opened, how failures are
 //! told, and progress.
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
@@ -127,6 +129,23 @@ pub fn format_of(path: &Path, named: Option<&str>) -> Result<Format, Failure> {
     })
 }
 
+/// The format of an image that is there. What only its suffix makes raw must not look like
+/// something else: cloud images and Vagrant boxes are often qcow2 and called `.img`.
+pub fn format_of_image(path: &Path, named: Option<&str>) -> Result<Format, Failure> {
+    let format = format_of(path, named)?;
+    let mut first = [0; SECTOR_BYTES as usize];
+    let read = |first: &mut [u8]| File::open(path).and_then(|file| file.read_at(first, 0));
+    // What cannot be read is told when it is opened.
+    if named.is_some() || format != Format::Raw || read(&mut first).is_err() {
+        return Ok(format);
+    }
+    Format::marked(&first).map_or(Ok(format), |marked| {
+        let (path, marked) = (path.display(), marked.name());
+        let why = format!("{path}: its suffix says raw, but it starts like {marked}");
+        Err(Failure::new(format!("{why}: give its format with -f")))
+    })
+}
+
 /// Opens a chain.
 pub fn open(
     path: &Path,
@@ -150,7 +169,7 @@ fn open_by(
     flags: &OpenFlags,
     by: fn(&dyn crate::medium::Folder, &str, Options) -> Result<Engine, Fault>,
 ) -> Result<Opened, Failure> {
-    let format = format_of(path, named)?;
+    let format = format_of_image(path, named)?;
     let told = |e| Fault::io(&path.to_string_lossy(), "open", e);
     let (mut folder, name) = DiskFolder::of(path).map_err(told)?;
     if flags.force_share && access == Access::ReadWrite {

@@ -30,7 +30,7 @@ pub struct Info {
 
 impl Info {
     pub fn run(self) -> Outcome {
-        let format = common::format_of(&self.file, self.format.as_deref())?;
+        let format = common::format_of_image(&self.file, self.format.as_deref())?;
         let mut engine = match self.backing_chain {
             true => {
                 common::open(&self.file, Some(format.name()), Access::ReadOnly, &self.open)?.engine

@@ -47,7 +47,7 @@ impl Snapshot {
     }
 
     fn show(&self) -> Outcome {
-        let format = common::format_of(&self.file, self.format.as_deref())?;
+        let format = common::format_of_image(&self.file, self.format.as_deref())?;
         let mut engine = common::open_alone(&self.file, format, &self.open)?;
         let snapshots = info::snapshots(&self.file, &mut engine)?;
         if self.output.json() {
@@ -61,7 +61,7 @@ impl Snapshot {
     }
 
     fn make(&self, overlay: &std::path::Path) -> Outcome {
-        let base_format = common::format_of(&self.file, self.format.as_deref())?;
+        let base_format = common::format_of_image(&self.file, self.format.as_deref())?;
         let format = match &self.output_format {
             Some(name) => common::format_of(overlay, Some(name))?,
             None => Format::by_suffix(&overlay.to_string_lossy()).unwrap_or(base_format),
