@@ -85,6 +85,12 @@ pub struct Move<'a> {
 }
 
 impl Transfer<'_> {
+    /// The file has no more than so many bytes from there on.
+    pub fn ends_after(&self, len: usize) -> bool {
+        let end = self.offset.saturating_add(len as u64);
+        rustix::fs::fstat(self.file).is_ok_and(|stat| stat.st_size as u64 <= end)
+    }
+
     pub fn how(&self, now: bool) -> How {
         How { now, dontcache: self.dontcache }
     }
@@ -146,18 +152,18 @@ pub struct Patience {
 }
 
 impl Patience {
-    /// Does `transfer` of `count` bytes at once, unless it waits or might be slow: then `None`.
-    /// It is told whether to fail rather than wait.
+    /// Does `transfer` at once, unless it waits or might be slow: then `None`. It is told whether
+    /// to fail rather than wait; `is_whole` says whether so many bytes are all there is.
     pub fn at_once(
         &mut self,
         foretells: &mut bool,
-        count: u32,
+        is_whole: impl Fn(usize) -> bool,
         transfer: impl Fn(bool) -> Result<usize, Errno>,
     ) -> Option<Result<usize, Errno>> {
         self.served += 1;
         if *foretells {
             match transfer(true) {
-                Ok(len) if len == count as usize => return Some(Ok(len)),
+                Ok(len) if is_whole(len) => return Some(Ok(len)),
                 // Done again as a whole by whoever may wait.
                 Ok(_) | Err(Errno::AGAIN | Errno::INTR | Errno::FAULT) => return None,
                 Err(Errno::OPNOTSUPP) => *foretells = false,
@@ -200,18 +206,18 @@ mod tests {
 
     #[test]
     fn what_waits_goes_to_workers() {
-        let mut patience = Patience::default();
+        let (mut patience, eight) = (Patience::default(), |len| len == 8);
         let mut foretells = true;
-        assert_eq!(patience.at_once(&mut foretells, 8, |_| Err(Errno::AGAIN)), None);
-        assert_eq!(patience.at_once(&mut foretells, 8, |_| Ok(4)), None, "a part");
-        assert_eq!(patience.at_once(&mut foretells, 8, |_| Ok(8)), Some(Ok(8)));
-        let failed = patience.at_once(&mut foretells, 8, |_| Err(Errno::IO));
+        assert_eq!(patience.at_once(&mut foretells, eight, |_| Err(Errno::AGAIN)), None);
+        assert_eq!(patience.at_once(&mut foretells, eight, |_| Ok(4)), None, "a part");
+        assert_eq!(patience.at_once(&mut foretells, eight, |_| Ok(8)), Some(Ok(8)));
+        let failed = patience.at_once(&mut foretells, eight, |_| Err(Errno::IO));
         assert_eq!((failed, foretells), (Some(Err(Errno::IO)), true));
     }
 
     #[test]
     fn what_cannot_be_foretold_is_tried_until_it_is_slow() {
-        let mut patience = Patience::default();
+        let (mut patience, eight) = (Patience::default(), |len| len == 8);
         let mut foretells = true;
         let delay = Cell::new(Duration::ZERO);
         let file = |now| {
@@ -222,15 +228,15 @@ mod tests {
             Ok(4)
         };
         // A part is an answer here: the file has no more.
-        assert_eq!(patience.at_once(&mut foretells, 8, file), Some(Ok(4)));
+        assert_eq!(patience.at_once(&mut foretells, eight, file), Some(Ok(4)));
         assert!(!foretells);
         patience.judge();
         delay.set(SLOW * 3);
-        assert_eq!(patience.at_once(&mut foretells, 8, file), Some(Ok(4)));
+        assert_eq!(patience.at_once(&mut foretells, eight, file), Some(Ok(4)));
         patience.judge();
         for _ in 0..WORKERS_TURNS {
-            assert_eq!(patience.at_once(&mut foretells, 8, file), None);
+            assert_eq!(patience.at_once(&mut foretells, eight, file), None);
         }
-        assert_eq!(patience.at_once(&mut foretells, 8, file), Some(Ok(4)));
+        assert_eq!(patience.at_once(&mut foretells, eight, file), Some(Ok(4)));
     }
 }

@@ -296,7 +296,8 @@ fn at_once<'a>(
     let Move { ref open, offset, count, is_write, .. } = order;
     let transfer = Transfer { file: &open.file, offset, count, dontcache: open.dontcache };
     let mut foretells = if is_write { open.foretells.write } else { open.foretells.read };
-    let done = patience.at_once(&mut foretells, count, |now| {
+    let is_whole = |len| len == count as usize || !is_write && transfer.ends_after(len);
+    let done = patience.at_once(&mut foretells, is_whole, |now| {
         if is_write { ring.write_file(&transfer, now) } else { ring.read_file(&transfer, now) }
     });
     let field = &mut order.open.foretells;

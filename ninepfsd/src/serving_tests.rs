@@ -159,6 +159,20 @@ fn the_frontend_is_told_once_for_many_answers() {
     assert_eq!(bells(&mut world), [0, 1], "others may not");
 }
 
+#[test]
+fn a_read_that_ends_with_the_file_needs_no_worker() {
+    let mut world = World::new(4);
+    for (tag, offset) in [(1, 65530), (2, 65536), (3, 1 << 40)] {
+        world.fronts[0].ask(tag, &Request::Read { fid: 1, offset, count: 100 }, &[]);
+    }
+    world.turn();
+    let (mut into, mut counts) = ([0; 4], vec![]);
+    while world.fronts[0].take(&mut into).is_some() {
+        counts.push(u32::from_le_bytes(into));
+    }
+    assert_eq!(counts, [6, 0, 0]);
+}
+
 /// Reads and writes of all sizes, at once and by workers, against a model of the file.
 #[test]
 fn bytes_are_the_same_on_both_sides() {
