@@ -106,6 +106,12 @@ fn vmware() {
 }
 
 #[test]
+fn image_factory() {
+    reads_as_qemu_reads("vmdkstream.vmdk", "vmdk", false, false);
+    reads_as_qemu_reads("pyvhd.vhd", "vpc", false, true);
+}
+
+#[test]
 fn the_fuzzers_image_is_refused() {
     let folder = Folder::of("afl9.vmdk");
     let (code, text) = folder.run(env!("CARGO_BIN_EXE_platter"), &["info", "afl9.vmdk"]);
