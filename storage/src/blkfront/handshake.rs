@@ -144,6 +144,8 @@ impl Blkfront {
         }
         let mut nodes = front_nodes(&Connect { abi: Abi::X86_64, queues });
         self.take_back_names(&mut nodes, count, pages);
+        // The pool's grants are for ever, so a backend may keep its mappings of them.
+        nodes.push(("feature-persistent".to_string(), "1".to_string()));
         Ok(nodes)
     }
 

@@ -139,6 +139,7 @@ fn connect_write_flush_read() {
         let mut world = World::new(1 << 20, sector);
         let file = world.open();
         assert_eq!((world.node("multi-queue-num-queues"), world.node("state")), (Some(4), Some(4)));
+        assert_eq!(world.node("feature-persistent"), Some(1));
         // One sector up, direct, indirect, the largest.
         for (len, offset) in [(512, 512), (4096, 8192), (45_056, 65_536), (131_072, 1 << 19)] {
             let bytes = pattern(len);

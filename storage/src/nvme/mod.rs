@@ -46,6 +46,9 @@ const DISCARD_SECTORS_MAX: u32 = 2 << 20;
 /// looking costs little and delays an answer by little; within these bounds (ours).
 const LOOK_AGAIN_NS_MIN: u64 = 10_000;
 const LOOK_AGAIN_NS_MAX: u64 = 250_000;
+/// When nothing was sent or came back for long, a sixteenth of that time, up to this (ours): a
+/// controller that swallowed a command is no reason to be busy until it is aborted.
+const LOOK_SELDOM_NS_MAX: u64 = 250_000_000;
 
 /// How long an orderly shutdown may take (ours; Linux waits as long by default).
 const SHUTDOWN_NS: u64 = 5_000_000_000;
@@ -119,6 +122,8 @@ pub struct Nvme {
     now_ns: u64,
     /// What a command took lately, as far as we looked: a moving average.
     latency_ns: u64,
+    /// When an operation was last sent or came back; `MAX` until the next poll tells the time.
+    stirred_ns: u64,
     /// Resets since a command last succeeded.
     resets_in_vain: u8,
     counters: Counters,
@@ -194,6 +199,7 @@ impl Nvme {
             next_health_ns: 0,
             now_ns: 0,
             latency_ns: 0,
+            stirred_ns: 0,
             resets_in_vain: 0,
             counters: Counters::default(),
             health: None,
@@ -298,6 +304,7 @@ impl Nvme {
             let held = Slot { work: Some(work), sent_ns: self.now_ns, aborting: false };
             pair.push(hv, slot, &command, held);
             pair.ring(hv, self.mmio, self.stride);
+            self.stirred_ns = u64::MAX;
             return true;
         }
         false
@@ -313,6 +320,7 @@ impl Nvme {
                     Taken::Unknown => return self.reset(hv),
                     Taken::Command(completion, slot) => {
                         any = true;
+                        self.stirred_ns = u64::MAX;
                         let Some(work) = slot.work else { continue };
                         let took_ns = self.now_ns.saturating_sub(slot.sent_ns);
                         self.latency_ns = self.latency_ns / 8 * 7 + took_ns / 8;
@@ -455,6 +463,7 @@ impl<H: Hypervisor + Bus> Device<H> for Nvme {
         if self.is_ready() {
             self.take_completions(hv);
         }
+        self.stirred_ns = self.stirred_ns.min(now_ns);
         self.advance(hv);
         if self.is_ready() {
             self.watch(hv);
@@ -472,7 +481,9 @@ impl<H: Hypervisor + Bus> Device<H> for Nvme {
             Phase::Ready if self.outstanding() == 0 => Some(self.next_check_ns),
             Phase::Ready => {
                 let soon_ns = (self.latency_ns / 4).clamp(LOOK_AGAIN_NS_MIN, LOOK_AGAIN_NS_MAX);
-                Some(self.now_ns.saturating_add(soon_ns))
+                let quiet_ns = self.now_ns.saturating_sub(self.stirred_ns);
+                let seldom_ns = (quiet_ns / 16).min(LOOK_SELDOM_NS_MAX);
+                Some(self.now_ns.saturating_add(soon_ns.max(seldom_ns)))
             }
             _ => Some(self.now_ns.saturating_add(bringup::STEP_NS)),
         }

@@ -556,6 +556,22 @@ fn how_soon_to_look_again_follows_what_commands_take() {
         answer_after_us(&mut world, 1);
     }
     assert_eq!(answer_after_us(&mut world, 1), 10);
+    // After a rest as soon as ever; a command that was swallowed is looked for ever more seldom.
+    world.now_ns += SECOND / 10;
+    world.model.borrow_mut().faults.swallow = 1;
+    assert_eq!(world.write(1, file, 0, &[1; 512]), 512);
+    world.poll();
+    assert_eq!(wait_us(&world), 10);
+    let began_ns = world.now_ns;
+    let mut looks = 0;
+    while world.nvme().counters().aborts == 0 {
+        world.poll();
+        world.now_ns = Store::<Fake>::poll_at_ns(&world.store).unwrap();
+        world.step(0);
+        looks += 1;
+    }
+    let took_ms = (world.now_ns - began_ns) / MS;
+    assert!(looks < 300 && (8000..9000).contains(&took_ms), "{looks} looks in {took_ms} ms");
 }
 
 #[test]
