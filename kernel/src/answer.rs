@@ -1,11 +1,11 @@
 //! What a store's answer means: each operation is handed to whoever asked and taken out of the
 //! table once; what was done only in part goes on in its place, or waits there for room.
 
-use platter_storage::{Answer, Run, Store, StoreFault, Tag, Window};
+use platter_storage::{Answer, Run, Store, StoreFault, Window};
 use platter_xen::{Direction, Hypervisor};
 
 use crate::disk::Disk;
-use crate::engine::{Engine, Op, OpKind, Stretch, Submitted};
+use crate::engine::{Engine, Op, OpKind, Stretch};
 use crate::fault::Fault;
 use crate::limits::BOUNCE_BYTES;
 use crate::table::Id;
@@ -21,7 +21,10 @@ impl Disk {
         result: Result<Answer, StoreFault>,
     ) {
         self.kick = true;
-        let kind = engine.ops.get(id).kind;
+        let Op { kind, behind, .. } = *engine.ops.get(id);
+        if behind.is_some() {
+            return self.train_answered(engine, hv, id, result);
+        }
         match (kind, result) {
             (OpKind::Open | OpKind::Size, _) => unreachable!("the device handles its own"),
             // The mapping is gone already: a punch that fails loses space and nothing else.
@@ -91,20 +94,6 @@ impl Disk {
         }
     }
 
-    /// Submits the rest of an operation; without room it is tried again when there may be some.
-    pub fn continue_op<H: Hypervisor, S: Store<H>>(
-        &mut self,
-        engine: &mut Engine<S>,
-        hv: &mut H,
-        id: Id,
-    ) {
-        match engine.go_on(hv, id) {
-            Submitted::Yes(_) => {}
-            Submitted::NoRoom => self.rests = true,
-            Submitted::Failed(fault) => self.op_failed(engine, hv, id, fault),
-        }
-    }
-
     /// Tries the rests that found no room, before anything new.
     pub fn retry_rests<H: Hypervisor, S: Store<H>>(&mut self, engine: &mut Engine<S>, hv: &mut H) {
         while core::mem::take(&mut self.rests)
@@ -131,7 +120,7 @@ impl Disk {
     }
 
     /// An operation is over, and not done.
-    fn op_failed<H: Hypervisor, S: Store<H>>(
+    pub fn op_failed<H: Hypervisor, S: Store<H>>(
         &mut self,
         engine: &mut Engine<S>,
         hv: &mut H,
@@ -204,13 +193,8 @@ impl Disk {
             }
             // Its bytes lie in the store's window; it leaves at the end of the turn.
             (OpKind::GuestWrite { .. }, Ok(())) => {}
-            (kind, Err(fault)) => {
-                if matches!(kind, OpKind::GuestWrite { .. }) {
-                    let slot = &mut engine.stores[op.stretch.handle.store as usize];
-                    slot.store.void(hv, Tag(id.0 as u32));
-                }
-                self.op_failed(engine, hv, id, fault);
-            }
+            (OpKind::GuestWrite { .. }, Err(fault)) => self.take_back(engine, hv, id, fault),
+            (_, Err(fault)) => self.op_failed(engine, hv, id, fault),
             (_, Ok(())) => unreachable!("only guests' bytes are queued"),
         }
     }

@@ -24,6 +24,7 @@ use crate::request::{Kind, Request, Stage};
 use crate::stats::Stats;
 use crate::table::Id;
 use crate::throttle::Throttle;
+use crate::train::Train;
 
 /// One ring of a disk and its event channel.
 pub struct Queue {
@@ -85,6 +86,8 @@ pub struct Disk {
     pub ops: usize,
     /// The guest's bytes in store operations under way.
     pub bytes: u64,
+    /// Those that have not left yet.
+    pub train: Option<Train>,
     /// Some of them wait for room with their rest.
     pub rests: bool,
     /// Guest reads and discards under way, by the parity of the flush they began under.
@@ -125,6 +128,7 @@ impl Disk {
             taken_ns: 0,
             ops: 0,
             bytes: 0,
+            train: None,
             rests: false,
             reads: [0; 2],
             parity: 0,
@@ -203,6 +207,7 @@ impl Disk {
                 Err(fault) => self.answer(hv, queue, permit, Err(fault)),
             }
         }
+        self.depart(engine, hv);
         any
     }
 
@@ -397,6 +402,16 @@ impl Disk {
     ) -> bool {
         self.kick = false;
         self.retry_rests(engine, hv);
+        let went_on = self.retry_waiting(engine, hv);
+        self.depart(engine, hv);
+        went_on
+    }
+
+    fn retry_waiting<H: Hypervisor, S: Store<H>>(
+        &mut self,
+        engine: &mut Engine<S>,
+        hv: &mut H,
+    ) -> bool {
         let mut went_on = false;
         let mut parked = 0;
         for _ in 0..self.waiting.len() {
@@ -475,7 +490,7 @@ impl Disk {
         let stretch = Stretch { handle, offset: block.offset, len: block.len };
         let op = Op::new(self.index, stretch, OpKind::MetaRead { block, buffer });
         match engine.submit(hv, op) {
-            Submitted::Yes(_) => {
+            Submitted::Yes => {
                 self.ops += 1;
                 return Ok(true);
             }

@@ -51,6 +51,8 @@ pub struct Op {
     pub prepared: Option<Prepared>,
     /// For reads: which of the disk's read counters it stands in.
     pub parity: u8,
+    /// The one whose bytes follow, in the same message.
+    pub behind: Option<Id>,
 }
 
 /// What an operation is for.
@@ -99,7 +101,17 @@ pub enum OpKind {
 
 impl Op {
     pub fn new(disk: u16, stretch: Stretch, kind: OpKind) -> Op {
-        Op { disk, stretch, done: 0, moving: 0, waiting: false, kind, prepared: None, parity: 0 }
+        Op {
+            disk,
+            stretch,
+            done: 0,
+            moving: 0,
+            waiting: false,
+            kind,
+            prepared: None,
+            parity: 0,
+            behind: None,
+        }
     }
 
     /// What is still to be done.
@@ -132,7 +144,7 @@ impl StoreSlot<AnyStore> {
 
 /// How a submission went.
 pub enum Submitted {
-    Yes(Id),
+    Yes,
     NoRoom,
     Failed(Fault),
 }
@@ -257,13 +269,14 @@ impl<S> Engine<S> {
         }
         let Ok(id) = self.ops.insert(op) else { return Submitted::NoRoom };
         let submitted = self.ask(hv, id);
-        if !matches!(submitted, Submitted::Yes(_)) {
+        if !matches!(submitted, Submitted::Yes) {
             self.ops.take(id);
         }
         submitted
     }
 
-    /// Submits the rest of an operation, from `done` on. Without room it waits in its place.
+    /// Submits the rest of an operation, from `done` on, and those behind it. Without room it
+    /// waits in its place.
     pub fn go_on<H: Hypervisor>(&mut self, hv: &mut H, id: Id) -> Submitted
     where
         S: Store<H>,
@@ -275,16 +288,18 @@ impl<S> Engine<S> {
         submitted
     }
 
-    /// Asks the store for what is left of an operation.
+    /// Asks the store for what is left of an operation and those behind it.
     fn ask<H: Hypervisor>(&mut self, hv: &mut H, id: Id) -> Submitted
     where
         S: Store<H>,
     {
-        let op = self.ops.get(id);
+        let len = self.train_bytes(id);
+        let Engine { stores, ops, requests, segments, copies, .. } = self;
+        let op = ops.get(id);
         let (kind, done) = (op.kind, op.done as usize);
-        let Stretch { handle: Handle { store, file }, offset, len } = op.rest();
+        let Stretch { handle: Handle { store, file }, offset, .. } = op.rest();
         let tag = Tag(id.0 as u32);
-        let slot = &mut self.stores[store as usize];
+        let slot = &mut stores[store as usize];
         let store = &mut slot.store;
         let later = store.is_deferring() && done == 0;
         let mut fault = None;
@@ -292,17 +307,10 @@ impl<S> Engine<S> {
             OpKind::GuestRead { .. } | OpKind::MetaRead { .. } | OpKind::JobRead { .. } => {
                 store.read(hv, tag, file, offset, len)
             }
-            OpKind::GuestWrite { request, at, from } => {
-                let segments = self.segments.of(request, self.requests.get(request).segments);
-                let guest = Guest { domid: from, segments };
-                let (at, copies) = (at as usize + done, &mut self.copies);
+            OpKind::GuestWrite { .. } => {
+                let mut guests = Guests { ops, requests, segments, copies };
                 store.write(hv, tag, file, offset, len, &mut |hv, window| {
-                    let (all, direction) = (Repeated::once(window), Direction::FromGuest);
-                    if later {
-                        copies.queue(hv, Owner::Op(id), &guest, at, &all, direction);
-                        return true;
-                    }
-                    fault = copies.now(hv, &guest, at, &all, direction).err().map(Fault::Grant);
+                    fault = guests.bring(hv, id, window, later).err();
                     fault.is_none()
                 })
             }
@@ -324,14 +332,14 @@ impl<S> Engine<S> {
             OpKind::Punch { end, .. } => {
                 let taken = store.discard(hv, tag, file, offset, end - offset);
                 if let Ok(Submit::Taken(bytes)) = taken {
-                    self.ops.get(id).stretch.len = bytes;
+                    ops.get(id).stretch.len = bytes;
                 }
                 taken
             }
             OpKind::Size | OpKind::Open => unreachable!("the device asks for these itself"),
         };
         match (asked, fault) {
-            (Ok(Submit::Taken(_)), None) => Submitted::Yes(id),
+            (Ok(Submit::Taken(_)), None) => Submitted::Yes,
             (Ok(Submit::NoRoom), _) => {
                 slot.full = true;
                 Submitted::NoRoom
@@ -355,11 +363,36 @@ impl<S> Engine<S> {
         *place
     }
 
-    /// An operation of a disk that is closed is over: what it holds is free.
+    /// Bytes still to be done by an operation and those behind it.
+    fn train_bytes(&mut self, id: Id) -> u32 {
+        let (mut bytes, mut next) = (0, Some(id));
+        while let Some(id) = next {
+            let op = self.ops.get(id);
+            bytes += op.rest().len;
+            next = op.behind;
+        }
+        bytes
+    }
+
+    /// The first of the train that an operation is in.
+    pub fn head_of(&self, id: Id) -> Id {
+        let mut head = id;
+        while let Some((before, _)) = self.ops.iter().find(|(_, op)| op.behind == Some(head)) {
+            head = before;
+        }
+        head
+    }
+
+    /// An operation of a disk that is closed is over, with those behind it: what it holds is
+    /// free.
     pub fn orphaned(&mut self, id: Id) {
-        let op = self.ops.take(id).expect("an operation ends once");
-        if let OpKind::MetaRead { buffer, .. } = op.kind {
-            self.gather.give_back(buffer);
+        let mut next = Some(id);
+        while let Some(id) = next {
+            let op = self.ops.take(id).expect("an operation ends once");
+            next = op.behind;
+            if let OpKind::MetaRead { buffer, .. } = op.kind {
+                self.gather.give_back(buffer);
+            }
         }
     }
 
@@ -441,5 +474,44 @@ pub fn move_window<H: Hypervisor>(hv: &mut H, window: &Window, ours: Run, into_o
             hv.move_bytes(from, to, run.len);
         }
         done += run.len;
+    }
+}
+
+/// What writes are made of, while a store takes them.
+struct Guests<'a> {
+    ops: &'a mut Table<Op>,
+    requests: &'a mut Table<Request>,
+    segments: &'a Segments,
+    copies: &'a mut Copies,
+}
+
+impl Guests<'_> {
+    /// Has the bytes of a write and of those behind it copied to the store's window: at once, or
+    /// `later` with all others of the turn.
+    fn bring<H: Hypervisor>(
+        &mut self,
+        hv: &mut H,
+        head: Id,
+        mut window: Window,
+        later: bool,
+    ) -> Result<(), Fault> {
+        let mut next = Some(head);
+        while let (Some(id), false) = (next, window.is_empty()) {
+            let op = self.ops.get(id);
+            let OpKind::GuestWrite { request, at, from } = op.kind else {
+                unreachable!("a train of writes has writes only")
+            };
+            next = op.behind;
+            let at = (at + op.done) as usize;
+            let part = Repeated::once(window.split(op.rest().len as usize));
+            let segments = self.segments.of(request, self.requests.get(request).segments);
+            let guest = Guest { domid: from, segments };
+            let direction = Direction::FromGuest;
+            match later {
+                true => self.copies.queue(hv, Owner::Op(id), &guest, at, &part, direction),
+                false => self.copies.now(hv, &guest, at, &part, direction).map_err(Fault::Grant)?,
+            }
+        }
+        Ok(())
     }
 }

@@ -284,7 +284,7 @@ impl Disk {
 
     pub fn note_flush_op(&mut self, submitted: Submitted) -> bool {
         match submitted {
-            Submitted::Yes(_) => {
+            Submitted::Yes => {
                 self.flush.ops += 1;
                 self.ops += 1;
                 true
@@ -370,5 +370,6 @@ impl Disk {
         if self.plan(engine, hv, id) == Progress::Parked {
             self.park(engine, id);
         }
+        self.depart(engine, hv);
     }
 }

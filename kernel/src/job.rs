@@ -357,7 +357,7 @@ impl Disk {
         submitted: Submitted,
     ) -> Result<Step, Fault> {
         match submitted {
-            Submitted::Yes(_) => {
+            Submitted::Yes => {
                 self.ops += 1;
                 engine.jobs.get(id).busy = true;
                 Ok(Step::Wait)

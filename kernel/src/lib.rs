@@ -27,6 +27,7 @@ mod stats;
 mod stores;
 mod table;
 mod throttle;
+mod train;
 mod transfer;
 mod xs;
 

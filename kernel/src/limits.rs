@@ -30,6 +30,9 @@ pub const QUANTUM_CONTENDED_REQUESTS: usize = 16;
 pub const QUANTUM_CONTENDED_SECTORS: u64 = 256;
 /// Store operations in flight over all disks: about 100 bytes each.
 pub const OPS_MAX: usize = 256;
+/// Bytes of guests' requests that leave as one message when they follow each other: beyond that
+/// a message costs by its bytes.
+pub const TRAIN_BYTES_MAX: u32 = 128 * 1024;
 /// Copy jobs (copy-on-write, zeroing of new tables) at once; each holds one bounce buffer.
 pub const JOBS_MAX: usize = 8;
 /// Reasons of refused disks kept in `error/backend`: three nodes of our quota each.

@@ -120,10 +120,8 @@ impl Disk {
                 let kind = OpKind::GuestRead { request: id, at: at as u32 };
                 let mut op = Op::new(self.index, Stretch { handle, offset, len }, kind);
                 op.parity = self.parity;
-                match engine.submit(hv, op) {
-                    Submitted::Yes(_) => {}
-                    Submitted::NoRoom => return Ok(Step::Park),
-                    Submitted::Failed(fault) => return Err(fault),
+                if self.board(engine, hv, op).is_none() {
+                    return Ok(Step::Park);
                 }
                 self.ops += 1;
                 self.bytes += len as u64;
@@ -205,7 +203,7 @@ impl Disk {
         if plan.head.is_some() || plan.tail.is_some() || !plan.preludes.is_empty() {
             return Ok(self.start_job(engine, hv, id, at as u32, range.start, plan));
         }
-        self.write_straight(engine, hv, id, at as u32, plan)
+        Ok(self.write_straight(engine, hv, id, at as u32, plan))
     }
 
     /// The common write: guest pages straight to where the store needs them.
@@ -216,28 +214,20 @@ impl Disk {
         id: Id,
         at: u32,
         plan: WritePlan,
-    ) -> Result<Step, Fault> {
+    ) -> Step {
         let handle = self.handle(plan.file);
         let len = (plan.sectors * SECTOR_BYTES) as u32;
         let stretch = Stretch { handle, offset: plan.offset, len };
         let kind = OpKind::GuestWrite { request: id, at, from: self.guest };
-        match engine.submit(hv, Op::new(self.index, stretch, kind)) {
-            Submitted::Yes(op) => {
-                engine.ops.get(op).prepared = Some(plan.prepared);
-                self.ops += 1;
-                self.bytes += len as u64;
-                engine.requests.get(id).in_flight += 1;
-                Ok(Step::Sectors(plan.sectors))
-            }
-            Submitted::NoRoom => {
-                self.image.abandon(plan.prepared);
-                Ok(Step::Park)
-            }
-            Submitted::Failed(fault) => {
-                self.image.abandon(plan.prepared);
-                Err(fault)
-            }
-        }
+        let Some(op) = self.board(engine, hv, Op::new(self.index, stretch, kind)) else {
+            self.image.abandon(plan.prepared);
+            return Step::Park;
+        };
+        engine.ops.get(op).prepared = Some(plan.prepared);
+        self.ops += 1;
+        self.bytes += len as u64;
+        engine.requests.get(id).in_flight += 1;
+        Step::Sectors(plan.sectors)
     }
 
     /// A write that must first copy or clear something around it.
@@ -288,7 +278,7 @@ impl Disk {
         // A flush waits for it as for a read: space that is let go may be written anew after it.
         op.parity = self.parity;
         match engine.submit(hv, op) {
-            Submitted::Yes(_) => {
+            Submitted::Yes => {
                 self.ops += 1;
                 self.reads[self.parity as usize] += 1;
                 engine.requests.get(id).in_flight += 1;

@@ -75,6 +75,8 @@ pub struct Hostile {
     old: Vec<(Region, Vec<Gref>)>,
     data: Option<(Region, Vec<Gref>)>,
     req_prod: u32,
+    /// Where its last transfer ended.
+    next_sector: u64,
     shown: u64,
     storm_ns: u64,
     /// Requests that it published.
@@ -108,6 +110,7 @@ impl Hostile {
             old: vec![],
             data: None,
             req_prod: 0,
+            next_sector: 0,
             shown: 1,
             storm_ns: 0,
             asked: 0,
@@ -375,11 +378,18 @@ impl Hostile {
     fn request(&mut self, machine: &mut Machine) -> RawRequest {
         // Numbers used twice are its own trouble.
         let id = self.rng.below(8);
-        let sector = self.rng.below(200);
+        // What follows each other leaves platter as one message: one bad page among good ones.
+        let follows = self.next_sector < 200 && self.rng.chance(500);
+        let sector = if follows { self.next_sector } else { self.rng.below(200) };
         let abi = self.abi;
         let mut raw = match self.rng.below(10) {
-            0..=3 => emit_transfer(abi, op::READ, id, 0, sector, &self.segments(6)),
-            4..=6 => emit_transfer(abi, op::WRITE, id, 0, sector, &self.segments(6)),
+            kind @ 0..=6 => {
+                let operation = if kind < 4 { op::READ } else { op::WRITE };
+                let segments = self.segments(6);
+                let sectors = segments.iter().map(|segment| u64::from(segment.sectors()));
+                self.next_sector = sector + sectors.sum::<u64>();
+                emit_transfer(abi, operation, id, 0, sector, &segments)
+            }
             7 => emit_transfer(abi, op::FLUSH_DISKCACHE, id, 0, 0, &[]),
             8 => emit_discard(abi, id, sector, self.rng.below(60), self.rng.chance(500)),
             _ => {

@@ -205,6 +205,7 @@ fn habits(rng: &mut Rng, errors_allowed: bool, patience_ns: u64) -> Habits {
         segments_max: *rng.pick(&[1, 11, 32, 256]),
         uniform: false,
         requests: rng.between(5, 120),
+        sequential: *rng.pick(&[0, 300, 970]),
         writes: *rng.pick(&[100, 500, 900]),
         flushes: *rng.pick(&[0, 20, 100]),
         barriers: *rng.pick(&[0, 0, 20]),

@@ -6,6 +6,10 @@ use platter_image::Format;
 use platter_sim::guest::Habits;
 use platter_sim::world::{S, World};
 
+/// Message numbers of 9P2000.
+const TREAD: u8 = 116;
+const TWRITE: u8 = 118;
+
 const MS: u64 = 1_000_000;
 const REQUESTS: u64 = 1000;
 
@@ -93,4 +97,33 @@ fn measure(row: &Row) {
     let fine = copies <= row.copies && notifies <= row.notifies && sleeps <= row.sleeps;
     let Row { copies, notifies, sleeps, .. } = row;
     assert!(fine, "{what}; the bounds are {copies}, {notifies}, {sleeps}");
+}
+
+/// Requests of 4 KiB that follow each other leave as messages of up to 128 KiB: at depth 32, where
+/// several turns may share what a guest has asked for, ten of them or more at a time.
+#[test]
+fn what_follows_each_other_is_one_message() {
+    for (writes, kind) in [(0, TREAD), (1000, TWRITE)] {
+        let mut world = World::new(7, 16384);
+        // Else it would tell that all of it is a hole.
+        world.host.platter = kind == TWRITE;
+        world.host.order_max = 7;
+        world.host.start(&mut world.xs);
+        world.poke_host();
+        let habits = Habits {
+            depth: 32,
+            segments_max: 1,
+            uniform: true,
+            requests: 1600,
+            sequential: 1000,
+            writes,
+            flushes: 0,
+            ..Habits::calm()
+        };
+        let guest = world.add_guest(Format::Raw, 65536, habits);
+        world.run_until("the load", 10_000 * MS, |w| w.guests[guest].is_done());
+        let messages = world.host.served[&kind];
+        println!("kind {kind}: {messages} messages for 1600 requests");
+        assert!(messages <= 160, "{messages} messages of kind {kind} for 1600 requests");
+    }
 }

@@ -183,7 +183,13 @@ impl Guest {
     fn place(&mut self, sectors: u64) -> u64 {
         let unit = u64::from(self.nodes.expect("connected").sector_bytes) / SECTOR as u64;
         let end = self.oracle.sectors().min(self.habits.span.max(sectors));
-        self.rng.below((end - sectors) / unit + 1) * unit
+        let follows = self.rng.chance(self.habits.sequential) && self.next_sector + sectors <= end;
+        let sector = match follows {
+            true => self.next_sector,
+            false => self.rng.below((end - sectors) / unit + 1) * unit,
+        };
+        self.next_sector = sector + sectors;
+        sector
     }
 
     fn new_id(&mut self) -> u64 {

@@ -54,6 +54,8 @@ pub struct Habits {
     pub uniform: bool,
     /// Requests of each cycle.
     pub requests: u64,
+    /// Of 1000 requests, those that begin where the one before ended.
+    pub sequential: u64,
     /// Of 1000 requests.
     pub writes: u64,
     pub flushes: u64,
@@ -80,6 +82,7 @@ impl Habits {
             segments_max: 11,
             uniform: false,
             requests: 200,
+            sequential: 0,
             writes: 500,
             flushes: 30,
             barriers: 0,
@@ -137,6 +140,8 @@ pub struct Guest {
     pending: BTreeMap<u64, io::Pending>,
     left: u64,
     next_ns: u64,
+    /// Where the last request ended.
+    next_sector: u64,
     remains: Vec<Remains>,
     /// Close and do not come back.
     pub stopping: bool,
@@ -164,6 +169,7 @@ impl Guest {
             pending: BTreeMap::new(),
             left: 0,
             next_ns: 0,
+            next_sector: 0,
             remains: vec![],
             stopping: false,
             latencies_ns: vec![],
