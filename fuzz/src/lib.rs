@@ -1,6 +1,6 @@
 //! What the image targets share: one image file of any bytes is opened, read, written, flushed,
-//! discarded, checked and opened again. Nothing may panic, whatever it says; what was written
-//! must be read back as long as the image takes writes.
+//! discarded, checked, made longer and opened again. Nothing may panic, whatever it says; what was
+//! written must be read back as long as the image takes writes.
 
 pub mod disks;
 #[path = "../../xen/src/fake.rs"]
@@ -8,17 +8,22 @@ pub mod disks;
 mod fake;
 pub mod ninep;
 pub mod nvme;
+mod sparse;
 pub mod vhdx;
 pub mod zstd;
 
 use platter_image::{Access, CheckParams, Create, CreateParams, Format, Options, Repair};
+use platter_tool::Fault;
 use platter_tool::engine::Engine;
-use platter_tool::medium::RamFolder;
+
+use crate::sparse::{Pages, SparseFolder};
 
 /// Largest file that is tried; fewer bytes are the more thorough search.
 const FILE_BYTES_MAX: usize = 12 << 20;
 /// Largest that the file may grow to: an image can name any place.
 const GROWN_BYTES_MAX: u64 = 32 << 20;
+/// The step of the script before which an even byte makes the disk longer.
+const GROWTH_AT: usize = 4;
 /// Bytes of a request.
 const GUEST_BYTES: usize = 4096;
 
@@ -26,49 +31,59 @@ const GUEST_BYTES: usize = 4096;
 pub fn image(format: &str, input: &[u8]) {
     let Some((file, script)) = input.split_last_chunk::<8>() else { return };
     if file.len() <= FILE_BYTES_MAX {
-        exercise(format, file.to_vec(), None, script);
+        exercise(format, Pages::from_bytes(file), None, script);
     }
 }
 
 /// Does with a file what the script says; beside it lies the parent it may name.
-fn exercise(format: &str, file: Vec<u8>, parent: Option<(&str, &[u8])>, script: &[u8; 8]) {
+fn exercise(format: &str, file: Pages, parent: Option<(&str, Pages)>, script: &[u8; 8]) {
     let format = Format::by_name(format).expect("a format of ours");
-    let folder = RamFolder::new();
+    let mut folder = SparseFolder::new(GROWN_BYTES_MAX);
     folder.put("top", file);
-    if let Some((name, bytes)) = parent {
-        folder.put(name, bytes.to_vec());
+    if let Some((name, pages)) = parent {
+        folder.put(name, pages);
     }
-    folder.limit(GROWN_BYTES_MAX);
     for access in [Access::ReadOnly, Access::ReadWrite] {
         let options =
             Options { format, access, allow_names: true, budget_bytes: 128 << 10, seed: 7 };
         let Ok(mut engine) = Engine::open(&folder, "top", options) else { continue };
-        let sectors = engine.sectors();
         let params = CheckParams { repair: Repair::Nothing, budget_bytes: 64 << 10 };
-        if sectors <= 1 << 22 {
+        if engine.sectors() <= 1 << 22 {
             let _ = engine.check(params, |_, _| {});
         }
-        let mut buffer = [0; GUEST_BYTES];
-        for &place in script {
-            let room = (GUEST_BYTES / 512) as u64;
-            let Some(last) = sectors.checked_sub(room) else { break };
-            let sector = (last / 255).saturating_mul(u64::from(place)).min(last);
-            let _ = engine.read(sector, &mut buffer);
-            if access == Access::ReadOnly {
-                continue;
+        for (at, &place) in script.iter().enumerate() {
+            if at == GROWTH_AT && place.is_multiple_of(2) && access == Access::ReadWrite {
+                let _ = grow(&mut engine, 1 << (place % 32));
             }
-            let done = match place % 5 {
-                0 => engine.discard(sector, room),
-                1 => engine.write_zeroes(sector, room),
-                2 => engine.flush(),
-                _ => engine.write(sector, &[place; GUEST_BYTES]),
-            };
-            if done.is_ok() && place % 5 > 2 {
-                engine.read(sector, &mut buffer).expect("what was just written can be read");
-                assert!(buffer == [place; GUEST_BYTES], "what was written reads differently");
-            }
+            operate(&mut engine, access, place);
         }
         let _ = engine.close();
+    }
+}
+
+fn grow(engine: &mut Engine, more: u64) -> Result<(), Fault> {
+    let wanted = engine.sectors().saturating_add(more);
+    engine.resize(wanted)
+}
+
+/// One step of the script: a read, and a change where the image takes any.
+fn operate(engine: &mut Engine, access: Access, place: u8) {
+    let (mut buffer, room) = ([0; GUEST_BYTES], (GUEST_BYTES / 512) as u64);
+    let Some(last) = engine.sectors().checked_sub(room) else { return };
+    let sector = (last / 255).saturating_mul(u64::from(place)).min(last);
+    let _ = engine.read(sector, &mut buffer);
+    if access == Access::ReadOnly {
+        return;
+    }
+    let done = match place % 5 {
+        0 => engine.discard(sector, room),
+        1 => engine.write_zeroes(sector, room),
+        2 => engine.flush(),
+        _ => engine.write(sector, &[place; GUEST_BYTES]),
+    };
+    if done.is_ok() && place % 5 > 2 {
+        engine.read(sector, &mut buffer).expect("what was just written can be read");
+        assert!(buffer == [place; GUEST_BYTES], "what was written reads differently");
     }
 }
 
