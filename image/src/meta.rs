@@ -341,6 +341,13 @@ impl Meta {
         self.dirty_slots > 0
     }
 
+    /// A change of a resident sector waits to be written, in whatever phase.
+    pub fn is_dirty_at(&self, file: FileNo, offset: u64) -> bool {
+        let unit = offset % BLOCK_BYTES / UNIT_BYTES;
+        self.find(file, offset / BLOCK_BYTES)
+            .is_some_and(|slot| self.slots[slot].dirty & (1 << unit) != 0)
+    }
+
     /// A flush is under way.
     pub fn flushing(&self) -> bool {
         self.flush.is_some()

@@ -5,8 +5,10 @@
 //! it; both are durable before its entry names the copy, and all entries are before anything is
 //! written where the blocks were. The new map stands there, durable, before the header names it,
 //! with the start of the data, the number of blocks and the size, all in one sector. A power cut
-//! leaves the old disk or the new one. No entry of the new map is written before the header is
-//! durable. It must never write into the old map anything but the new places of moved blocks.
+//! leaves the old disk or the new one; the old one may have blocks behind all that it can have,
+//! which QEMU reads and its check calls too large, until the disk is grown again. No entry of the
+//! new map is written before the header is durable. It must never write into the old map anything
+//! but the new places of moved blocks.
 
 use crate::append::{Space, Use};
 use crate::fault::ImageFault;
@@ -154,6 +156,11 @@ impl Vdi {
             writing.free_to += 1;
         }
         ctx.meta.reserve(file, 0)?;
+        if ctx.meta.is_dirty_at(file, at::ALLOCATED) {
+            // A block's count stands in this sector, and must not wait for the size: it comes
+            // before the block's entry, the size after all entries.
+            return Err(Stop::NeedFlush);
+        }
         let header = &mut map.header;
         if let Some(moving) = writing.moving.take() {
             header.map_offset = moving.map_offset;

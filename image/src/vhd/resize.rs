@@ -4,7 +4,8 @@
 //! it, then the footers that give the new size; each is durable before the next, so that a
 //! power cut leaves the old size or the new one. The header's change and each footer lie in one
 //! sector. A fixed disk's new footer comes before the old one is wiped from what has become the
-//! guest's. The old BAT stays as a gap.
+//! guest's: a power cut between the two leaves the old footer in the first new sector, which
+//! nobody has written. The old BAT stays as a gap.
 
 use crate::fault::ImageFault;
 use crate::format::{Ctx, with_writer};

@@ -36,11 +36,9 @@ pub fn change(rng: &mut Rng, case: &Case, copies: &mut [Copy; 2], ours: usize) {
     let over = matches!(case.format, "qcow2" | "qcow" | "qed" | "vmdk");
     let packed_up = copies[0].past.snapshots.is_empty() && !case.snapshot;
     match rng.below(5) {
-        0 if can_grow(case) && (packed_up || !case.options.contains("compat=0.10")) => {
+        0 if case.grows() && (packed_up || !case.options.contains("compat=0.10")) => {
             let now = copies[0].model.sets.len() as u64;
-            let wanted = now + 1 + rng.below(3000);
-            // A qcow's L1 table cannot grow where it is: up to what one entry of it covers.
-            let sectors = if case.format == "qcow" { now.max(wanted.min(8192)) } else { wanted };
+            let sectors = now + 1 + rng.below(3000);
             for (at, copy) in copies.iter_mut().enumerate() {
                 grow(case, copy, at == ours, sectors);
             }
@@ -66,12 +64,6 @@ pub fn change(rng: &mut Rng, case: &Case, copies: &mut [Copy; 2], ours: usize) {
 fn can_snapshot(case: &Case) -> bool {
     let alone = ["refcount_bits=1,", "data_file"].iter().any(|word| case.options.contains(word));
     case.format == "qcow2" && !alone
-}
-
-fn can_grow(case: &Case) -> bool {
-    let fixed = ["vdi-static", "vhd-fixed", "vhdx-fixed"].contains(&case.name);
-    // A VHD whose size is its geometry cannot have just any.
-    case.format != "vmdk" && case.name != "vhd" && !fixed
 }
 
 fn platter(scratch: &Scratch, args: &[&str]) {

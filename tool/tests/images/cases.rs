@@ -261,6 +261,13 @@ impl Case {
         Format::by_name(self.format)
     }
 
+    /// Whether the disk can get any larger size and is zeros from its old end on, whatever happens:
+    /// not if its size is its geometry, all its space is laid out for good, or ends in a footer.
+    pub fn grows(&self) -> bool {
+        let others = ["vdi-static", "vhdx-fixed", "vhd", "vhd-fixed", "vmdk-2g", "vmdk-2g-flat"];
+        !others.contains(&self.name)
+    }
+
     /// The case's image, made once in this process.
     pub fn build(&self) -> Arc<Built> {
         type Slot = Arc<OnceLock<Arc<Built>>>;

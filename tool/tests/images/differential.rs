@@ -67,7 +67,7 @@ fn by_platter(case: &Case, scratch: &Scratch, top: &str, steps: &[Step], seed: u
             }
             Kind::Zero => flight.settle().and_then(|engine| engine.write_zeroes(sector, count)),
             Kind::Discard => flight.settle().and_then(|engine| engine.discard(sector, count)),
-            Kind::Flush | Kind::Reopen => flight.settle().and_then(Engine::flush),
+            Kind::Flush | Kind::Reopen | Kind::Grow => flight.settle().and_then(Engine::flush),
         };
         result.unwrap_or_else(|fault| panic!("{kind:?} {sector}+{count}: {fault}"));
     }
@@ -85,7 +85,7 @@ fn by_qemu(case: &Case, scratch: &Scratch, top: &str, steps: &[Step]) {
                 Kind::Write => format!("write -P {} {start} {len}", step.pattern),
                 Kind::Zero => format!("write -z {start} {len}"),
                 Kind::Discard => format!("discard {start} {len}"),
-                Kind::Flush | Kind::Reopen => String::from("flush"),
+                Kind::Flush | Kind::Reopen | Kind::Grow => String::from("flush"),
             }
         })
         .collect();
@@ -148,7 +148,7 @@ impl Model {
                 Kind::Write => (*set, *pattern) = (WRITTEN, step.pattern),
                 Kind::Zero => *set = ZERO,
                 Kind::Discard => *set |= ZERO | BACKING,
-                Kind::Flush | Kind::Reopen => {}
+                Kind::Flush | Kind::Reopen | Kind::Grow => {}
             }
         }
     }

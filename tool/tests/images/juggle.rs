@@ -16,7 +16,7 @@ use platter_tool::medium::RamFolder;
 use crate::cases::{Built, Case};
 use crate::model::{self, INITIAL, Kind, OPS_MAX, Op, SECTOR};
 use crate::rng::Rng;
-use crate::run::{Run, pick_range, seed_options};
+use crate::run::{Run, pick_growth, pick_range, seed_options};
 
 /// Requests in flight.
 const DEPTH: usize = 6;
@@ -77,9 +77,11 @@ struct Juggler<'a> {
     /// A flush under way: the operation that asked for it, if one did.
     flushing: Option<Option<usize>>,
     wants_flush: bool,
+    /// Nothing begins until all has ended and the disk has grown.
+    wants_growth: bool,
 }
 
-/// Runs `count` operations and gives them back with the engine still open.
+/// Runs `count` operations, then drops the engine as a power cut does.
 pub fn workload(case: &Case, built: &Built, folder: &RamFolder, seed: u64, count: usize) -> Run {
     assert!(count <= OPS_MAX);
     let options = seed_options(case, seed, Access::ReadWrite);
@@ -98,6 +100,7 @@ pub fn workload(case: &Case, built: &Built, folder: &RamFolder, seed: u64, count
         sets,
         flushing: None,
         wants_flush: false,
+        wants_growth: false,
     };
     let mut idle = 0;
     while juggler.ops.len() < count || !juggler.tasks.is_empty() || juggler.flushing.is_some() {
@@ -107,13 +110,20 @@ pub fn workload(case: &Case, built: &Built, folder: &RamFolder, seed: u64, count
         idle = if juggler.turn() { 0 } else { idle + 1 };
         assert!(idle < IDLE_MAX, "{} requests wait for ever", juggler.tasks.len());
     }
-    let Juggler { engine, ops, sets, .. } = juggler;
-    Run { engine, ops, sets }
+    let Juggler { ops, sets, .. } = juggler;
+    Run { ops, sets }
 }
 
 impl Juggler<'_> {
     /// Starts a request, if the one drawn may start now.
     fn begin(&mut self, case: &Case) {
+        self.wants_growth |= case.grows() && self.rng.chance(2);
+        if self.wants_growth {
+            if self.tasks.is_empty() && self.flushing.is_none() {
+                self.grow();
+            }
+            return;
+        }
         let sectors = self.sets.len() as u64;
         let (sector, count) = pick_range(&mut self.rng, case.unit, sectors);
         let kinds = [Kind::Write, Kind::Write, Kind::Write, Kind::Zero, Kind::Discard, Kind::Flush];
@@ -154,6 +164,17 @@ impl Juggler<'_> {
             return true;
         }
         moved
+    }
+
+    fn grow(&mut self) {
+        self.wants_growth = false;
+        let (number, sector) = (self.ops.len(), self.sets.len() as u64);
+        let (count, began) = (pick_growth(&mut self.rng, sector), self.folder.events_len());
+        let grown = self.engine.resize(sector + count);
+        grown.unwrap_or_else(|fault| panic!("growing by {count}: {fault}"));
+        self.sets.resize((sector + count) as usize, model::ZERO);
+        self.ops.push(Op { kind: Kind::Grow, sector, count, began, done: usize::MAX });
+        self.finish(number);
     }
 
     fn finish(&mut self, number: usize) {
@@ -233,7 +254,7 @@ impl Juggler<'_> {
 
     fn ask_change(&mut self, task: &mut Task) -> bool {
         match task.kind {
-            Kind::Flush | Kind::Reopen => {
+            Kind::Flush | Kind::Reopen | Kind::Grow => {
                 // A flush covers what was done before it, so it can start at any time.
                 if self.flushing.is_some() {
                     return false;

@@ -9,6 +9,9 @@ pub const SECTOR: usize = 512;
 /// Operations of one workload: bits of a set less the three fixed values.
 pub const OPS_MAX: usize = 61;
 
+/// Sectors from the start that are read whenever all is read; of what lies behind, some.
+pub const LOOKED_AT: u64 = 48 << 10;
+
 /// Zeros.
 pub const ZERO: u64 = 1;
 /// What the image held at the start.
@@ -88,6 +91,8 @@ pub enum Kind {
     Flush,
     /// Close and open again: durable like a flush.
     Reopen,
+    /// The disk gets `count` sectors more, from `sector` on: durable like a flush.
+    Grow,
 }
 
 /// One operation of a workload and when it happened, in numbers of recorded events.
@@ -104,7 +109,7 @@ pub struct Op {
 
 impl Op {
     pub fn durable(&self) -> bool {
-        matches!(self.kind, Kind::Flush | Kind::Reopen)
+        matches!(self.kind, Kind::Flush | Kind::Reopen | Kind::Grow)
     }
 
     fn range(&self) -> std::ops::Range<usize> {
@@ -118,6 +123,7 @@ impl Op {
                 Kind::Write => *set = bit(number),
                 Kind::Zero => *set = ZERO,
                 Kind::Discard => *set |= ZERO | BACKING,
+                Kind::Grow => *set = ZERO,
                 Kind::Flush | Kind::Reopen => {}
             }
         }
@@ -130,16 +136,34 @@ impl Op {
                 Kind::Write => *set |= bit(number),
                 Kind::Zero => *set |= ZERO,
                 Kind::Discard => *set |= ZERO | BACKING,
+                Kind::Grow => *set |= ZERO,
                 Kind::Flush | Kind::Reopen => {}
             }
         }
     }
 }
 
+/// The sizes that a disk of at last `sectors` may have when the power is cut after `cut` events:
+/// what the last growth acknowledged by then made it, or one begun since.
+pub fn sizes_after_cut(ops: &[Op], sectors: u64, cut: usize) -> Vec<u64> {
+    let mut growths = ops.iter().filter(|op| op.kind == Kind::Grow).peekable();
+    let mut sizes = vec![growths.peek().map_or(sectors, |first| first.sector)];
+    for op in growths.filter(|op| op.began <= cut) {
+        if op.done <= cut {
+            sizes.clear();
+        }
+        sizes.push(op.sector + op.count);
+    }
+    sizes
+}
+
 /// What each sector may hold when the power is cut after `cut` events: what the last flush
-/// acknowledged by then covered, or anything written since.
+/// acknowledged by then covered, or anything written since. Sectors of a growth to come are in it.
 pub fn after_cut(ops: &[Op], sectors: u64, cut: usize) -> Vec<u64> {
     let mut sets = vec![INITIAL; sectors as usize];
+    for op in ops.iter().filter(|op| op.kind == Kind::Grow) {
+        sets[op.sector as usize..].fill(ZERO);
+    }
     let flush = ops.iter().rev().find(|op| op.durable() && op.done <= cut);
     let covered = flush.map(|flush| flush.began);
     let is_covered = |op: &Op| covered.is_some_and(|began| op.done <= began);
@@ -173,6 +197,17 @@ mod tests {
         assert_eq!(after_cut(&ops, 2, 3), [INITIAL | bit(0), INITIAL]);
         assert_eq!(after_cut(&ops, 2, 4), [bit(0) | bit(2), INITIAL]);
         assert_eq!(after_cut(&ops, 2, 6), [bit(0) | bit(2), INITIAL | ZERO]);
+    }
+
+    #[test]
+    fn a_growth_is_there_once_it_is_acknowledged_and_may_be_before() {
+        let grow = Op { count: 2, ..op(Kind::Grow, 1, 2, 5) };
+        let ops = [op(Kind::Write, 0, 0, 1), grow, op(Kind::Write, 2, 5, 6)];
+        assert_eq!(sizes_after_cut(&ops, 3, 1), [1]);
+        assert_eq!(sizes_after_cut(&ops, 3, 4), [1, 3]);
+        assert_eq!(sizes_after_cut(&ops, 3, 5), [3]);
+        assert_eq!(after_cut(&ops, 3, 4), [INITIAL | bit(0), ZERO, ZERO]);
+        assert_eq!(after_cut(&ops, 3, 5), [bit(0), ZERO, ZERO | bit(2)]);
     }
 
     #[test]

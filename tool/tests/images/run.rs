@@ -8,6 +8,9 @@ use crate::cases::{Built, Case};
 use crate::model::{self, Kind, OPS_MAX, Op, SECTOR};
 use crate::rng::Rng;
 
+/// Sectors of a disk up to which it may grow by many at once.
+const SECTORS_MAX: u64 = 300_000;
+
 /// Seeds to run: one, or a count from 1 on.
 pub fn seeds(default: u64) -> Vec<u64> {
     let number = |name| std::env::var(name).ok().and_then(|text: String| text.parse().ok());
@@ -68,9 +71,9 @@ pub fn pick_range(rng: &mut Rng, unit: u64, sectors: u64) -> (u64, u64) {
     (start, count.clamp(1, most))
 }
 
-fn pick_kind(rng: &mut Rng, weights: [u64; 5]) -> Kind {
+fn pick_kind(rng: &mut Rng, weights: [u64; 6]) -> Kind {
     let mut at = rng.below(weights.iter().sum());
-    let kinds = [Kind::Write, Kind::Zero, Kind::Discard, Kind::Flush, Kind::Reopen];
+    let kinds = [Kind::Write, Kind::Zero, Kind::Discard, Kind::Flush, Kind::Reopen, Kind::Grow];
     for (kind, weight) in kinds.into_iter().zip(weights) {
         if at < weight {
             return kind;
@@ -80,22 +83,35 @@ fn pick_kind(rng: &mut Rng, weights: [u64; 5]) -> Kind {
     Kind::Write
 }
 
-/// Runs `count` operations and gives them back with the engine still open.
+/// Sectors more: mostly some, now and then so many that tables move.
+pub fn pick_growth(rng: &mut Rng, sectors: u64) -> u64 {
+    match sectors < SECTORS_MAX && rng.chance(10) {
+        true => 60_000 + rng.below(SECTORS_MAX - 60_000),
+        false => 1 + rng.below(3000),
+    }
+}
+
+/// Runs `count` operations, then drops the engine as a power cut does.
 pub fn workload(case: &Case, built: &Built, folder: &RamFolder, seed: u64, count: usize) -> Run {
     assert!(count <= OPS_MAX);
     let mut rng = Rng::new(seed);
     let options = seed_options(case, seed, Access::ReadWrite);
     let mut engine = Engine::open(folder, &built.top, options.clone())
         .unwrap_or_else(|fault| panic!("opening: {fault}"));
-    let sectors = engine.sectors();
+    let mut sectors = engine.sectors();
     let mut sets = vec![model::INITIAL; sectors as usize];
     let mut ops: Vec<Op> = Vec::new();
     // Some seeds have no discards, some hardly a flush.
-    let weights = [10, rng.below(5), rng.below(5), 1 + rng.below(4), rng.below(2)];
+    let grows = if case.grows() { rng.below(2) } else { 0 };
+    let weights = [10, rng.below(5), rng.below(5), 1 + rng.below(4), rng.below(2), grows];
     for number in 0..count {
         let kind = pick_kind(&mut rng, weights);
         let (sector, count) = pick_range(&mut rng, case.unit, sectors);
-        let count = if matches!(kind, Kind::Flush | Kind::Reopen) { 0 } else { count };
+        let (sector, count) = match kind {
+            Kind::Flush | Kind::Reopen => (sector, 0),
+            Kind::Grow => (sectors, pick_growth(&mut rng, sectors)),
+            _ => (sector, count),
+        };
         let began = folder.events_len();
         let result = match kind {
             Kind::Write => engine.write(sector, &model::stamps(number, sector, count)),
@@ -106,9 +122,14 @@ pub fn workload(case: &Case, built: &Built, folder: &RamFolder, seed: u64, count
                 engine = Engine::open(folder, &built.top, options.clone())?;
                 Ok(())
             }),
+            Kind::Grow => engine.resize(sectors + count),
         };
         result.unwrap_or_else(|fault| panic!("op {number} {kind:?} {sector}+{count}: {fault}"));
         let op = Op { kind, sector, count, began, done: folder.events_len() };
+        if kind == Kind::Grow {
+            sectors += count;
+            sets.resize(sectors as usize, model::ZERO);
+        }
         op.apply(number, &mut sets);
         ops.push(op);
         if std::env::var_os("PLATTER_SEED").is_some() {
@@ -116,11 +137,10 @@ pub fn workload(case: &Case, built: &Built, folder: &RamFolder, seed: u64, count
         }
         verify(built, &mut engine, &sets, &op, &mut rng);
     }
-    Run { engine, ops, sets }
+    Run { ops, sets }
 }
 
 pub struct Run {
-    pub engine: Engine,
     pub ops: Vec<Op>,
     pub sets: Vec<u64>,
 }
@@ -129,7 +149,7 @@ pub struct Run {
 fn verify(built: &Built, engine: &mut Engine, sets: &[u64], op: &Op, rng: &mut Rng) {
     let sectors = sets.len() as u64;
     let (start, end) = match rng.chance(8) {
-        true => (0, sectors),
+        true => (0, sectors.min(model::LOOKED_AT)),
         false => (op.sector.saturating_sub(9), (op.sector + op.count + 9).min(sectors)),
     };
     let mut bytes = vec![0xee; (end - start) as usize * SECTOR];
