@@ -230,6 +230,9 @@ impl Device {
             if self.read_only { ", read-only" } else { "" },
             if depth > 1 { format!(", {depth} layers") } else { String::new() },
         );
+        for (layer, note) in disk.image.notes() {
+            log::warn!("guest {} disk {}: layer {layer}: {note}", self.guest.0, self.vdev);
+        }
         self.stage = Stage::Ready;
         self.look = true;
     }
