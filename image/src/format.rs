@@ -33,6 +33,18 @@ pub enum Format {
 }
 
 impl Format {
+    /// Every format there is.
+    pub const ALL: [Format; 8] = [
+        Format::Raw,
+        Format::Qcow2,
+        Format::Qed,
+        Format::Qcow,
+        Format::Vdi,
+        Format::Vmdk,
+        Format::Vhd,
+        Format::Vhdx,
+    ];
+
     /// The format a user names with `format=`.
     pub fn by_name(name: &str) -> Option<Format> {
         Some(match name {

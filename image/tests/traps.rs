@@ -10,17 +10,6 @@ use platter_image::{Backing, CreateParams, Format};
 use platter_tool::engine::Engine;
 use platter_tool::medium::RamFolder;
 
-const FORMATS: [Format; 8] = [
-    Format::Raw,
-    Format::Qcow2,
-    Format::Qed,
-    Format::Qcow,
-    Format::Vdi,
-    Format::Vmdk,
-    Format::Vhd,
-    Format::Vhdx,
-];
-
 fn le32(bytes: &[u8], at: usize) -> usize {
     u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize
 }
@@ -99,7 +88,7 @@ fn a_backing_file_that_is_raw_only_by_its_name_is_not_read_as_raw() {
     over[16..20].copy_from_slice(&(name.len() as u32).to_be_bytes());
     over[0x200..][..name.len()].copy_from_slice(name);
     folder.put("over.qcow2", over);
-    for format in FORMATS {
+    for format in Format::ALL {
         folder.put("base.img", base(format));
         match Engine::open(&folder, "over.qcow2", ro(Format::Qcow2)) {
             Ok(_) => assert!(format == Format::Raw, "{}", format.name()),

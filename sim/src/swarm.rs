@@ -17,17 +17,6 @@ use crate::world::World;
 const MS: u64 = 1_000_000;
 
 /// Formats that can be made and written.
-pub const FORMATS: [Format; 8] = [
-    Format::Raw,
-    Format::Qcow2,
-    Format::Qed,
-    Format::Qcow,
-    Format::Vdi,
-    Format::Vmdk,
-    Format::Vhd,
-    Format::Vhdx,
-];
-
 /// How a run ends.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum End {
@@ -226,7 +215,7 @@ fn add_guest(world: &mut World, rng: &mut Rng, plan: &Plan) {
     let silent = plan.deaths > 0 || plan.faults.garbage > 0;
     let patience_ns = if silent { 60_000 * MS } else { 30_000 * MS };
     let habits = habits(rng, !plan.is_clean(), patience_ns);
-    let format = *rng.pick(&FORMATS);
+    let format = *rng.pick(&Format::ALL);
     let sectors = rng.between(9, 4096) / 8 * 8;
     let mut options = String::new();
     if rng.chance(150) {

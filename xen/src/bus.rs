@@ -20,6 +20,16 @@ pub trait Bus {
     fn unmap_mmio(&mut self, mmio: Mmio);
     fn mmio_read_u32(&self, mmio: Mmio, offset: usize) -> u32;
     fn mmio_write_u32(&mut self, mmio: Mmio, offset: usize, value: u32);
-    fn mmio_read_u64(&self, mmio: Mmio, offset: usize) -> u64;
-    fn mmio_write_u64(&mut self, mmio: Mmio, offset: usize, value: u64);
+
+    /// As two halves, the lower first; a machine that can does it at once.
+    fn mmio_read_u64(&self, mmio: Mmio, offset: usize) -> u64 {
+        let low = u64::from(self.mmio_read_u32(mmio, offset));
+        u64::from(self.mmio_read_u32(mmio, offset + 4)) << 32 | low
+    }
+
+    /// As two halves, the lower first.
+    fn mmio_write_u64(&mut self, mmio: Mmio, offset: usize, value: u64) {
+        self.mmio_write_u32(mmio, offset, value as u32);
+        self.mmio_write_u32(mmio, offset + 4, (value >> 32) as u32);
+    }
 }

@@ -180,12 +180,4 @@ impl Bus for Fake {
             device.borrow_mut().write_u32(offset, value);
         }
     }
-    fn mmio_read_u64(&self, mmio: Mmio, offset: usize) -> u64 {
-        let low = u64::from(self.mmio_read_u32(mmio, offset));
-        u64::from(self.mmio_read_u32(mmio, offset + 4)) << 32 | low
-    }
-    fn mmio_write_u64(&mut self, mmio: Mmio, offset: usize, value: u64) {
-        self.mmio_write_u32(mmio, offset, value as u32);
-        self.mmio_write_u32(mmio, offset + 4, (value >> 32) as u32);
-    }
 }
