@@ -46,6 +46,9 @@ const CASES: &[Case] = &[
     case(Format::Vmdk, &[], 4096, (3001, 40_001)),
     case(Format::Vmdk, &[], 0, (3001, 100_000_001)),
     case(Format::Vmdk, &[("subformat", "monolithicFlat")], 0, (3001, 12_345)),
+    case(Format::Vmdk, &[("subformat", "twoGbMaxExtentSparse")], 0, (3001, 123_456)),
+    case(Format::Vmdk, &[("subformat", "twoGbMaxExtentFlat")], 0, (3001, 12_345)),
+    case(Format::Vmdk, BY_QEMU, 0, (3001, 123_456)),
 ];
 
 /// Made by qemu-img, which leaves less room.
@@ -96,6 +99,51 @@ fn a_vdi_grows_beyond_the_room_of_its_map() {
     assert_eq!(bytes, [7; 512]);
     let report = check_all(&mut engine);
     assert_eq!(report.corruptions, 0, "{report:#?}");
+}
+
+/// libvmdk is strict with the text that says how long a VMDK is; grains of 4 KiB it refuses.
+fn hold_by_libvmdk(case: &Case, scratch: &Scratch, name: &str, disk: &[u8], when: &str) {
+    if case.format != Format::Vmdk || case.cluster_bytes == 4096 || case.sizes.1 > 300_000 {
+        return;
+    }
+    if let Some(read) = scratch.by_reader("libvmdk", &[name]) {
+        let is_same = read.len() >= disk.len() && read[..disk.len()] == *disk;
+        assert!(is_same, "{when}: libvmdk reads {} bytes of another disk", read.len());
+    }
+}
+
+#[test]
+fn a_split_vmdk_grows_in_its_last_extent_up_to_2_gib() {
+    const SPLIT: u64 = 4_194_304;
+    let scratch = Scratch::new("grow-split");
+    let folder = RamFolder::new();
+    let options = &[("subformat", "twoGbMaxExtentSparse")];
+    let (name, sectors) = ("a.vmdk", SPLIT + 3001);
+    create(&folder, &CreateParams { name, options, ..params(Format::Vmdk, sectors) });
+    let mut engine = open(&folder, name, rw(Format::Vmdk));
+    engine.write(SPLIT - 1, &[5; 1024]).unwrap();
+    engine.write(sectors - 1, &[6; 512]).unwrap();
+    engine.resize(SPLIT + 99_999).unwrap();
+    engine.resize(2 * SPLIT).unwrap();
+    let fault = engine.resize(2 * SPLIT + 1).unwrap_err().to_string();
+    assert!(fault.contains("last extent") && fault.contains("convert it"), "{fault}");
+    engine.write(2 * SPLIT - 1, &[7; 512]).unwrap();
+    engine.close().unwrap();
+    let mut engine = open(&folder, name, ro(Format::Vmdk));
+    assert_eq!(engine.sectors(), 2 * SPLIT);
+    assert_eq!(check_all(&mut engine).corruptions, 0);
+    folder.names().iter().for_each(|name| scratch.put(name, &folder.bytes(name).unwrap()));
+    scratch.ok("qemu-img", &["check", "-q", "-f", "vmdk", name]);
+    for (fill, sector, count) in
+        [(5, SPLIT - 1, 2), (6, sectors - 1, 1), (0, sectors, 99), (7, 2 * SPLIT - 1, 1)]
+    {
+        let mut bytes = vec![0xee; count * 512];
+        engine.read(sector, &mut bytes).unwrap();
+        assert!(bytes.iter().all(|&byte| byte == fill), "sector {sector}");
+        let read = format!("read -P {fill} {} {}", sector * 512, count * 512);
+        let said = scratch.ok("qemu-io", &["-r", "-f", "vmdk", "-c", &read, name]);
+        assert!(!said.contains("failed"), "{said}");
+    }
 }
 
 /// Sectors that the tests look at: all of the old disk, some of the new end.
@@ -155,6 +203,10 @@ fn a_grown_disk_keeps_what_it_held_and_reads_zeros_behind() {
         for read in read {
             let said = scratch.ok("qemu-io", &["-r", "-f", format, "-c", &read, name]);
             assert!(!said.contains("failed"), "{what}: {said}");
+        }
+        if case.format == Format::Vmdk && new <= 300_000 {
+            let disk = scratch.by_qemu(format, name);
+            hold_by_libvmdk(case, &scratch, name, &disk, &what);
         }
         // QEMU writes where a table may be missing, and we read it.
         let write = format!("write -P 9 {} 4096", ((old + new) / 2) / 8 * 4096);
@@ -243,6 +295,7 @@ fn judge_by_qemu(case: &Case, names: &[String], files: &[Vec<u8>], model: &[u8],
     }
     let first = scratch.by_qemu(format, &names[0]);
     assert!(first.len() >= model.len() && first[..model.len()] == *model, "{when}: read by QEMU");
+    hold_by_libvmdk(case, &scratch, &names[0], model, &when);
     if case.format == Format::Vdi {
         hold_grown_again(case, names, files, model, &when);
     }

@@ -16,7 +16,7 @@ pub(super) const TABLE_ENTRIES: u64 = 512;
 /// Room of an embedded descriptor.
 pub(super) const DESCRIPTOR_SECTORS: u64 = 20;
 /// Sectors of an extent of the split kinds: 2 GiB.
-const SPLIT_SECTORS: u64 = (2 << 30) / SECTOR_BYTES;
+pub(super) const SPLIT_SECTORS: u64 = (2 << 30) / SECTOR_BYTES;
 /// Sectors that the u32 entries of a sparse extent can reach, with room for its tables.
 pub(super) const SPARSE_SECTORS_MAX: u64 = (1 << 32) - (1 << 26);
 /// Most extents that are opened again.

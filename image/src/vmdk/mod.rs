@@ -10,6 +10,7 @@ mod create;
 mod descriptor;
 mod extent;
 mod header;
+mod line;
 mod resize;
 mod sparse;
 mod stream;
@@ -21,7 +22,8 @@ use alloc::vec::Vec;
 use self::descriptor::{CidDigits, Descriptor, NO_PARENT, TEXT_BYTES_MAX};
 use self::extent::{Body, Extent};
 use self::header::HEADER_BYTES;
-use self::resize::{Edit, Growth};
+use self::line::{Edit, Text};
+use self::resize::Growth;
 use crate::append::{Checker, FirstWrite, Part, Writer};
 use crate::check::{CheckParams, CheckProgress};
 use crate::create::random;
@@ -44,7 +46,7 @@ struct Writing {
     is_sent: bool,
     /// The descriptor's text, once it was changed; the change that waits for the next flush; and
     /// longer directories that are being made.
-    text: Option<Vec<u8>>,
+    text: Option<Text>,
     edit: Option<Edit>,
     growth: Option<Growth>,
     /// What the flush was given last.
@@ -183,24 +185,6 @@ impl Vmdk {
 fn new_cid(random: u64, digits: usize) -> u32 {
     assert!((1..=8).contains(&digits), "a CID was parsed");
     (random as u32) >> (32 - 4 * digits as u32)
-}
-
-/// The descriptor's text as it will stand after the next flush, and where.
-fn descriptor_text<'a>(
-    ctx: &mut Ctx,
-    file: FileNo,
-    place: Option<(u64, u64)>,
-    kept: &'a mut Option<Vec<u8>>,
-) -> Step<Option<(u64, &'a [u8])>> {
-    let Some((at, bytes)) = place else { return Ok(None) };
-    if kept.is_none() {
-        let mut text = vec![0; bytes as usize];
-        ctx.read(file, at, &mut text)?;
-        let end = text.iter().position(|&b| b == 0).unwrap_or(text.len());
-        text.truncate(end);
-        *kept = Some(text);
-    }
-    Ok(kept.as_deref().map(|text| (at, text)))
 }
 
 fn read_descriptor(ctx: &mut Ctx, file: FileNo, (at, bytes): (u64, u64)) -> Step<Descriptor> {

@@ -1,32 +1,22 @@
-//! Making a VMDK larger: one sparse or flat extent.
+//! Making a VMDK larger: its only extent, or the last of several up to the split kinds' 2 GiB.
 //!
 //! Order guarded: a sparse extent's longer directories are written behind everything, with room
 //! for all new grain tables (QEMU writes over the header where a directory entry is 0), then the
-//! header that names them and the capacity, in one sector, then the extent's line in the
-//! descriptor; a flat extent's file grows first. The line is changed within one sector: digits
-//! that are more than before are taken from a comment before it, so that nothing else moves.
-
-use alloc::vec;
-use alloc::vec::Vec;
+//! header that names them and the capacity, in one sector, then the extent's [line](super::line) in
+//! the descriptor; a flat extent's file grows first.
 
 use crate::append::{Shape, Space};
 use crate::fault::{FaultKind, ImageFault};
 use crate::format::Ctx;
 use crate::meta::{BLOCK_BYTES, Phase};
-use crate::types::{FileNo, ResizePlan, SECTOR_BYTES, Step};
+use crate::types::{ResizePlan, SECTOR_BYTES, Step};
 
-use super::create::SPARSE_SECTORS_MAX;
+use super::Vmdk;
+use super::create::{SPARSE_SECTORS_MAX, SPLIT_SECTORS};
 use super::extent::Body;
 use super::header;
+use super::line::Text;
 use super::sparse::Tables;
-use super::{Vmdk, descriptor_text};
-
-/// A change of the descriptor, to be written by the next flush.
-pub(super) struct Edit {
-    pub at: u64,
-    pub bytes: heapless::Vec<u8, { SECTOR_BYTES as usize }>,
-    pub is_sent: bool,
-}
 
 /// Longer directories that are being made.
 #[derive(Clone, Copy)]
@@ -97,20 +87,24 @@ impl Vmdk {
     pub(super) fn grow(&mut self, ctx: &mut Ctx, sectors: u64) -> Step<ResizePlan> {
         self.first_write(ctx)?;
         let file = self.file;
-        let [extent] = &mut self.extents[..] else {
-            let what = "growing a VMDK of several extents: convert it";
-            return Err(ImageFault::unsupported(file, what, self.extents.len() as u64).into());
-        };
+        let number = self.extents.len() - 1;
+        let extent = &mut self.extents[number];
         extent.check_writable()?;
+        let sectors = sectors - extent.start;
+        if number > 0 && sectors > SPLIT_SECTORS.max(extent.sectors) {
+            let what = "sectors of a split VMDK's last extent (it gets no new one: convert it)";
+            return Err(ImageFault::limit(file, what, sectors, SPLIT_SECTORS).into());
+        }
         let writing = self.writing.as_mut().expect("a writable layer");
         if writing.edit.is_some() {
             // The descriptor's last change is not written yet.
             return Err(crate::types::Stop::NeedFlush);
         }
-        let edit = match descriptor_text(ctx, file, self.text_at, &mut writing.text)? {
-            Some((at, text)) => Some(line_edit(file, at, text, sectors)?),
-            None => None,
-        };
+        if let (None, Some(place), Some((_, cid))) = (&writing.text, self.text_at, self.cid) {
+            let digits = &writing.digits[..cid.count];
+            writing.text = Some(Text::read(ctx, file, place, (cid, digits))?);
+        }
+        let change = writing.text.as_ref().map(|text| text.plan(number, sectors)).transpose()?;
         let grow = match &mut extent.body {
             Body::Flat(offset) => {
                 let end = *offset + sectors * SECTOR_BYTES;
@@ -132,9 +126,9 @@ impl Vmdk {
             ctx.files.grow(file, end);
         }
         extent.sectors = sectors;
-        if let (Some((start, edit)), Some(text)) = (edit, &mut writing.text) {
-            text[start..start + edit.bytes.len()].copy_from_slice(&edit.bytes);
-            writing.edit = Some(edit);
+        if let (Some(change), Some(text)) = (change, &mut writing.text) {
+            writing.edit = Some(text.make(change));
+            ctx.files.grow(file, text.end());
         }
         // Entries of new directories come after the header that names them.
         writing.first.ask();
@@ -180,80 +174,4 @@ fn grow_sparse(
     (header.sectors, header.directory, header.redundant) =
         (sectors, directories[0], directories[1]);
     Ok(end)
-}
-
-/// The change of the only extent's line to another size: where in the text, and what to write.
-fn line_edit(
-    file: FileNo,
-    at: u64,
-    text: &[u8],
-    sectors: u64,
-) -> Result<(usize, Edit), ImageFault> {
-    let refuse = |what| Err(ImageFault::unsupported(file, what, sectors));
-    let mut offset = 0;
-    let mut comment: Option<(usize, usize)> = None;
-    for line in text.split_inclusive(|&b| b == b'\n') {
-        let start = offset;
-        offset += line.len();
-        let body = line.trim_ascii_end();
-        if body.first() == Some(&b'#') && start > 0 {
-            comment = Some((start, start + body.len()));
-        }
-        let indent = body.len() - body.trim_ascii_start().len();
-        if !body[indent..].starts_with(b"RW") {
-            continue;
-        }
-        let digits = body.iter().position(u8::is_ascii_digit).unwrap_or(body.len());
-        let rest = &body[digits..];
-        let count = rest.iter().position(|b| !b.is_ascii_digit()).unwrap_or(rest.len());
-        let (from, to) = (start + digits, start + digits + count);
-        let new = alloc::format!("{sectors}");
-        let more = new.len().saturating_sub(count);
-        let mut bytes: Vec<u8> = vec![b' '; count.saturating_sub(new.len())];
-        bytes.extend(new.as_bytes());
-        let mut first = from;
-        if more > 0 {
-            let Some((_, end)) = comment.filter(|(start, end)| end - start > more) else {
-                return refuse(
-                    "growing a VMDK whose descriptor has no room for the size: convert it",
-                );
-            };
-            bytes.splice(0..0, text[end..from].iter().copied());
-            first = end - more;
-        }
-        assert!(bytes.len() == to - first, "nothing else moves");
-        let place = at + first as u64;
-        let one_sector = place / SECTOR_BYTES == (at + to as u64 - 1) / SECTOR_BYTES;
-        let Ok(bytes) = heapless::Vec::from_slice(&bytes) else {
-            return refuse("growing a VMDK whose extent's line is too long: convert it");
-        };
-        if !one_sector {
-            return refuse("growing a VMDK whose extent's line crosses a sector: convert it");
-        }
-        return Ok((first, Edit { at: place, bytes, is_sent: false }));
-    }
-    refuse("growing a VMDK whose descriptor has no writable extent")
-}
-
-#[cfg(test)]
-mod tests {
-    //! Would miss: the order of the writes; the power-cut tests of the images hold that.
-
-    use super::*;
-
-    #[test]
-    fn a_longer_number_takes_its_room_from_the_comment() {
-        let text = "# Disk DescriptorFile\nCID=1\r\n# Extent description\r\nRW 99 FLAT \"a\" 0\n";
-        let (first, edit) = line_edit(FileNo(0), 0, text.as_bytes(), 123_456).unwrap();
-        let mut after = text.as_bytes().to_vec();
-        after[first..first + edit.bytes.len()].copy_from_slice(&edit.bytes);
-        let after = core::str::from_utf8(&after).unwrap();
-        assert_eq!(after.len(), text.len());
-        assert!(after.contains("\r\n# Extent descrip\r\nRW 123456 FLAT \"a\" 0\n"), "{after}");
-        let (first, edit) = line_edit(FileNo(0), 0, text.as_bytes(), 88).unwrap();
-        assert_eq!((first, &edit.bytes[..]), (text.find("99").unwrap(), &b"88"[..]));
-        assert!(line_edit(FileNo(0), 0, b"# D\nRW 9 FLAT \"a\" 0\n", 100).is_err());
-        let far = line_edit(FileNo(0), 512 - 55, text.as_bytes(), 123_456).err().unwrap();
-        assert!(far.field.contains("crosses a sector"));
-    }
 }

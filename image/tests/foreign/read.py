@@ -57,6 +57,8 @@ def dissect(paths):
         from dissect.hypervisor.disk.vmdk import VMDK
 
         disk = VMDK(Path(paths[0]))
+        # It would look behind a disk that ends within its 8 KiB.
+        disk.align = 512
     elif paths[0].endswith(".qcow2"):
         from dissect.hypervisor.disk.qcow2 import QCow2
 

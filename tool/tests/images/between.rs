@@ -36,11 +36,7 @@ pub fn change(rng: &mut Rng, case: &Case, copies: &mut [Copy; 2], ours: usize) {
     let over = matches!(case.format, "qcow2" | "qcow" | "qed" | "vmdk");
     let packed_up = copies[0].past.snapshots.is_empty() && !case.snapshot;
     match rng.below(5) {
-        // libvmdk wants the words of a comment from which a VMDK's growth takes room.
-        0 if case.grows()
-            && case.format != "vmdk"
-            && (packed_up || !case.options.contains("compat=0.10")) =>
-        {
+        0 if case.grows() && (packed_up || !case.options.contains("compat=0.10")) => {
             let now = copies[0].model.sets.len() as u64;
             let sectors = now + 1 + rng.below(3000);
             for (at, copy) in copies.iter_mut().enumerate() {

@@ -264,7 +264,7 @@ impl Case {
     /// Whether the disk can get any larger size and is zeros from its old end on, whatever happens:
     /// not if its size is its geometry, all its space is laid out for good, or ends in a footer.
     pub fn grows(&self) -> bool {
-        let others = ["vdi-static", "vhdx-fixed", "vhd", "vhd-fixed", "vmdk-2g", "vmdk-2g-flat"];
+        let others = ["vdi-static", "vhdx-fixed", "vhd", "vhd-fixed"];
         !others.contains(&self.name)
     }
 
