@@ -9,6 +9,8 @@ pub const STORES_MAX: usize = 8;
 pub const FRONTS_MAX: usize = 16;
 /// Guest requests in flight over all disks: 2.2 KiB each, most of it 256 segments.
 pub const REQUESTS_MAX: usize = 192;
+/// With so few requests under way the domain sleeps after a turn without another look.
+pub const REQUESTS_CALM_MAX: usize = 4;
 /// Requests one disk may always have in flight, whatever the others do.
 pub const REQUESTS_PER_DISK_MIN: usize = 4;
 /// Store operations that one disk may have under way while another, that asks for little, wants

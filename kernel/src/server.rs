@@ -15,8 +15,8 @@ use crate::disk::Disk;
 use crate::engine::{Engine, OpKind};
 use crate::fault::Fault;
 use crate::limits::{
-    CACHE_BYTES_MAX, CACHE_BYTES_MIN, CONTENDED_NS, DISKS_MAX, FLUSH_AFTER_NS, REQUESTS_MAX,
-    REQUESTS_PER_DISK_MIN,
+    CACHE_BYTES_MAX, CACHE_BYTES_MIN, CONTENDED_NS, DISKS_MAX, FLUSH_AFTER_NS, REQUESTS_CALM_MAX,
+    REQUESTS_MAX, REQUESTS_PER_DISK_MIN,
 };
 use crate::stores::AnyStore;
 use crate::table::Id;
@@ -117,7 +117,7 @@ impl Server {
     pub fn poll<H: Hypervisor + Bus>(&mut self, hv: &mut H, now_ns: u64) -> Turn {
         self.clear_events(hv);
         let mut went_on = self.take_answers(hv, now_ns);
-        went_on |= self.take_control(hv, now_ns);
+        let changed = self.take_control(hv, now_ns);
         went_on |= self.serve(hv, now_ns);
         let ending = self.end(hv, now_ns);
         self.settle_copies(hv);
@@ -125,10 +125,17 @@ impl Server {
         if let Some(ending) = ending {
             return Turn::End(ending);
         }
-        if went_on {
+        if changed || went_on && !self.is_calm() {
             return Turn::Again;
         }
         self.before_sleep(hv, now_ns)
+    }
+
+    /// Another turn would find nothing: whatever comes now rings. With more requests under way
+    /// another turn is worth it, for what comes meanwhile needs no event then.
+    fn is_calm(&self) -> bool {
+        self.engine.requests.len() <= REQUESTS_CALM_MAX
+            && self.devices.iter().flatten().all(|device| device.is_steady())
     }
 
     /// Before anything is looked at: an event that comes later is not lost then.

@@ -259,6 +259,15 @@ impl Device {
         self.rings == Rings::Up && self.stage == Stage::Ready
     }
 
+    /// It serves, and nothing of it waits for a turn.
+    pub fn is_steady(&self) -> bool {
+        let waits = |disk: &Disk| {
+            disk.kick || disk.growing || disk.flush.is_running() || !disk.waiting.is_empty()
+        };
+        let quiet = self.busy == Busy::No && !self.look && self.fate == Fate::Stays;
+        self.is_serving() && quiet && !self.disk.as_ref().is_some_and(waits)
+    }
+
     /// The domain ends: the image is made clean, whatever the guest does. True when it is.
     pub fn wind_up<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) -> bool {
         match self.rings {
