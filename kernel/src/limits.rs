@@ -27,7 +27,7 @@ pub const CONTENDED_NS: u64 = 100_000_000;
 pub const QUANTUM_REQUESTS: usize = 32;
 /// And no more than about so many sectors (512 KiB): large requests make long turns.
 pub const QUANTUM_SECTORS: u64 = 1024;
-/// The same while several disks want the store (128 KiB).
+/// The same while another disk, that asks for little, wants the store (128 KiB).
 pub const QUANTUM_CONTENDED_REQUESTS: usize = 16;
 pub const QUANTUM_CONTENDED_SECTORS: u64 = 256;
 /// Store operations in flight over all disks: about 100 bytes each.

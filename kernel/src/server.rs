@@ -317,9 +317,10 @@ impl Server {
     fn serve<H: Hypervisor + Bus>(&mut self, hv: &mut H, now_ns: u64) -> bool {
         let serving = self.devices.iter().flatten().filter(|d| d.is_serving()).count();
         let share = (REQUESTS_MAX / serving.max(1)).max(REQUESTS_PER_DISK_MIN);
-        let lately = |disk: &Disk| disk.taken_ns.saturating_add(CONTENDED_NS) > now_ns;
+        let wants_little =
+            |disk: &Disk| disk.is_light() && disk.taken_ns.saturating_add(CONTENDED_NS) > now_ns;
         let disks = self.devices.iter().flatten().filter_map(|device| device.disk.as_ref());
-        let light = disks.filter(|disk| lately(disk) && disk.is_light()).count();
+        let light = disks.filter(|disk| wants_little(disk)).count();
         let count = self.devices.len();
         let mut went_on = false;
         let mut next_first = None;
@@ -332,8 +333,7 @@ impl Server {
                 continue;
             }
             disk.share = share;
-            let itself = usize::from(lately(disk) && disk.is_light());
-            disk.contended = light > itself;
+            disk.contended = light > usize::from(wants_little(disk));
             for queue in &mut disk.queues {
                 // While there is always work nothing is asked for by an event: look.
                 let waits = serving && queue.ring.has_requests(hv);

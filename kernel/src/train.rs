@@ -9,7 +9,7 @@ use platter_storage::{Answer, Store, StoreFault, Tag, Window};
 use platter_xen::Hypervisor;
 
 use crate::disk::Disk;
-use crate::engine::{Engine, Handle, Op, OpKind, Submitted};
+use crate::engine::{Engine, Op, OpKind, Stretch, Submitted};
 use crate::fault::Fault;
 use crate::limits::TRAIN_BYTES_MAX;
 use crate::table::Id;
@@ -19,20 +19,18 @@ use crate::table::Id;
 pub struct Train {
     head: Id,
     last: Id,
-    writes: bool,
-    handle: Handle,
-    /// Where the next one would begin.
-    end: u64,
+    /// Of all together.
     bytes: u32,
-    bytes_max: u32,
 }
 
-impl Train {
-    fn takes(&self, op: &Op) -> bool {
-        self.handle == op.stretch.handle
-            && self.writes == op.is_guest_write()
-            && self.end == op.stretch.offset
-            && self.bytes.saturating_add(op.stretch.len) <= self.bytes_max
+impl Op {
+    /// Does it go on where `before` ends, in the same direction?
+    fn follows(&self, before: &Op) -> bool {
+        let writes = |op: &Op| matches!(op.kind, OpKind::GuestWrite { .. });
+        let end = before.stretch.offset + u64::from(before.stretch.len);
+        writes(self) == writes(before)
+            && self.stretch.handle == before.stretch.handle
+            && self.stretch.offset == end
     }
 }
 
@@ -44,30 +42,22 @@ impl Disk {
         hv: &mut H,
         op: Op,
     ) -> Option<Id> {
-        if !self.train.is_some_and(|train| train.takes(&op)) {
+        let Stretch { handle, len, .. } = op.stretch;
+        let bytes_max = engine.io_bytes_max(handle).min(TRAIN_BYTES_MAX);
+        let fits = |train: Train| train.bytes.saturating_add(len) <= bytes_max;
+        if !self.train.is_some_and(|train| fits(train) && op.follows(engine.ops.get(train.last))) {
             self.depart(engine, hv);
         }
-        let stretch = op.stretch;
-        if !engine.has_room(stretch.handle) {
+        if !engine.has_room(handle) {
             return None;
         }
-        let writes = op.is_guest_write();
         let id = engine.ops.insert(op).ok()?;
-        let train = self.train.get_or_insert(Train {
-            head: id,
-            last: id,
-            writes,
-            handle: stretch.handle,
-            end: stretch.offset,
-            bytes: 0,
-            bytes_max: engine.io_bytes_max(stretch.handle).min(TRAIN_BYTES_MAX),
-        });
+        let train = self.train.get_or_insert(Train { head: id, last: id, bytes: 0 });
         if train.head != id {
             engine.ops.get(train.last).behind = Some(id);
         }
         train.last = id;
-        train.end += u64::from(stretch.len);
-        train.bytes += stretch.len;
+        train.bytes += len;
         Some(id)
     }
 
@@ -180,11 +170,5 @@ impl Part {
                 Answer::Written(taken)
             }
         }
-    }
-}
-
-impl Op {
-    fn is_guest_write(&self) -> bool {
-        matches!(self.kind, OpKind::GuestWrite { .. })
     }
 }

@@ -67,7 +67,7 @@ grows() {
             echo behind | dd of=/dev/$disk bs=1M seek=100 conv=fsync 2>/dev/null
         done'
     expect_match "its statistics" 'grown=[12] not_grown=0' \
-        "$(xenstore-read "/local/domain/$(xl domid storage)/data/store/xvda")"
+        "$(store_counters xvda)"
     step "a volume that is not there any more is served as it was"
     lvrename -q vg linear other >&2 || fail "lvrename"
     within 20 console_has storage "changed in use" || fail "nothing is said"

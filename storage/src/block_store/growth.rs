@@ -61,9 +61,9 @@ impl<D> BlockStore<D> {
             return;
         }
         let count = self.files.len();
-        let turns = (0..count).map(|step| (self.look_at + step) % count);
+        let mut turns = (0..count).map(|step| (self.look_at + step) % count);
         let asked = |at: &usize| self.files[*at].as_ref().is_some_and(|file| file.asked);
-        let next = turns.into_iter().find(asked);
+        let next = turns.find(asked);
         let Some((at, open)) = next.and_then(|at| Some((at, self.files[at].as_mut()?))) else {
             self.looks_asked = false;
             return;
