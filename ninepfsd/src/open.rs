@@ -140,13 +140,18 @@ fn can_dontcache(file: &File) -> bool {
 const SLOW: Duration = Duration::from_millis(1);
 /// Requests that go to workers once it took longer.
 const WORKERS_TURNS: u32 = 64;
+/// Requests that are not timed after a turn that was quick: to time one takes up to four system
+/// calls, as much as all else of a small request.
+const TRUSTED: u32 = 16;
 
 /// Whether to try what may have to wait.
 #[derive(Default)]
 pub struct Patience {
     /// Requests that still go to workers.
     workers: u32,
-    /// Since when one was tried in this turn, and how many were served.
+    /// Requests that are still tried without being timed.
+    trusted: u32,
+    /// Since when one was timed in this turn, and how many were served from there on.
     since: Option<(Instant, i64)>,
     served: u32,
 }
@@ -174,7 +179,11 @@ impl Patience {
             self.workers -= 1;
             return None;
         }
-        self.since.get_or_insert_with(|| (Instant::now(), times_slept()));
+        if self.trusted > 0 {
+            self.trusted -= 1;
+        } else if self.since.is_none() {
+            (self.since, self.served) = (Some((Instant::now(), times_slept())), 1);
+        }
         match transfer(false) {
             Err(Errno::INTR | Errno::FAULT) => None,
             result => Some(result),
@@ -193,6 +202,8 @@ impl Patience {
         let Some((since, slept)) = self.since.take() else { return };
         if since.elapsed() > SLOW * served && times_slept() > slept {
             self.workers = WORKERS_TURNS;
+        } else {
+            self.trusted = TRUSTED;
         }
     }
 }
@@ -232,11 +243,19 @@ mod tests {
         assert!(!foretells);
         patience.judge();
         delay.set(SLOW * 3);
-        assert_eq!(patience.at_once(&mut foretells, eight, file), Some(Ok(4)));
-        patience.judge();
-        for _ in 0..WORKERS_TURNS {
-            assert_eq!(patience.at_once(&mut foretells, eight, file), None);
+        // It was quick, so it is not timed each time.
+        for _ in 0..=TRUSTED {
+            assert_eq!(patience.at_once(&mut foretells, eight, file), Some(Ok(4)));
+            patience.judge();
         }
-        assert_eq!(patience.at_once(&mut foretells, eight, file), Some(Ok(4)));
+        for _ in 0..2 {
+            for _ in 0..WORKERS_TURNS {
+                assert_eq!(patience.at_once(&mut foretells, eight, file), None);
+                patience.judge();
+            }
+            // Slow as it was, the next one is timed.
+            assert_eq!(patience.at_once(&mut foretells, eight, file), Some(Ok(4)));
+            patience.judge();
+        }
     }
 }
