@@ -85,24 +85,24 @@ pub fn set(lock: Lock) -> Result<bool, Errno> {
     if lock.kind != UNLOCK && locks.iter().any(|other| other.conflicts(&lock)) {
         return Ok(false);
     }
-    let own = locks.iter().filter(|other| other.owner.session == lock.owner.session).count();
-    if own + 2 > SESSION_LOCKS_MAX {
+    // What the same owner has there is cut away, and may leave a piece on each side.
+    let is_cut = |other: &Lock| other.owner == lock.owner && other.meets(&lock);
+    let pieces = |old: &Lock| {
+        let before = Lock { end: lock.start, ..old.clone() };
+        let after = Lock { start: lock.end, ..old.clone() };
+        [before, after].into_iter().filter(|piece| piece.start < piece.end)
+    };
+    let mut left: Vec<Lock> = locks.iter().filter(|other| is_cut(other)).flat_map(pieces).collect();
+    left.extend((lock.kind != UNLOCK).then(|| lock.clone()));
+    let is_own = |other: &&Lock| other.owner.session == lock.owner.session;
+    let own = locks.iter().filter(is_own).count();
+    let cut = locks.iter().filter(|other| is_cut(other)).count();
+    // Who has too many gives them back all the same.
+    if left.len() > cut && own - cut + left.len() > SESSION_LOCKS_MAX {
         return Err(Errno::NOLCK);
     }
-    // What the same owner has there is cut away, and may leave a piece on each side.
-    let cut: Vec<Lock> = locks
-        .extract_if(.., |other| other.owner == lock.owner && other.meets(&lock))
-        .flat_map(|old| {
-            let before = Lock { end: lock.start, ..old.clone() };
-            let after = Lock { start: lock.end, ..old };
-            [before, after]
-        })
-        .filter(|piece| piece.start < piece.end)
-        .collect();
-    locks.extend(cut);
-    if lock.kind != UNLOCK {
-        locks.push(lock);
-    }
+    locks.retain(|other| !is_cut(other));
+    locks.extend(left);
     Ok(true)
 }
 
@@ -168,7 +168,15 @@ mod tests {
         assert!(refused(READ, (0, 1), &long));
         let lock = |n: u64| new("/usr", READ, (n * 2, 1), &owner).expect("a good lock");
         let taken = (0..2000).take_while(|n| set(lock(*n)) == Ok(true));
-        assert_eq!(taken.count(), SESSION_LOCKS_MAX - 1);
+        assert_eq!(taken.count(), SESSION_LOCKS_MAX);
+        // With no room left they are given back still, and changed where they are.
+        let unlock = |range| set(new("/usr", UNLOCK, range, &owner).expect("a good lock"));
+        assert_eq!(set(Lock { kind: WRITE, ..lock(0) }), Ok(true));
+        assert_eq!(unlock((2, 1)), Ok(true));
+        assert_eq!(set(new("/usr", READ, (10_000, 3), &owner).expect("a good lock")), Ok(true));
+        assert_eq!(unlock((10_001, 1)), Err(Errno::NOLCK), "it would be two");
+        assert_eq!(unlock((0, 0)), Ok(true));
+        assert_eq!(set(lock(1)), Ok(true));
         release(owner.session, None);
     }
 }
