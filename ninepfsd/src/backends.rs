@@ -238,7 +238,9 @@ impl Backends {
             ));
         };
         let fault = |fault| format!("'{}' cannot be shared: {fault}", path.display());
-        let share = Share::open(path, allowed.policy.within(bytes_max)).map_err(fault)?;
+        let below = path.strip_prefix(&allowed.directory).expect("it was just found to be");
+        let policy = allowed.policy.within(bytes_max);
+        let share = Share::open_below(&allowed.directory, below, policy).map_err(fault)?;
         match share.usage_now() {
             Some(Err(errno)) => Err(format!(
                 "'{}' has a limit, and what it holds cannot be counted (of {FILES_MAX} files at \

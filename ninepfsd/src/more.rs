@@ -1,7 +1,8 @@
 //! The part of 9P2000.L that platter's client has no use for and other clients (Linux) have:
 //! names are created, listed and removed. What both speak is in storage's codec.
 
-use platter_storage::ninep::message::{Malformed, Reader};
+use platter_storage::ninep::message::{GETATTR_BASIC, Malformed, Qid, Reader, Writer};
+use rustix::fs::Stat;
 
 /// Message numbers (9P2000.L, and 9P2000 for TREMOVE).
 pub mod id {
@@ -81,6 +82,28 @@ impl<'a> More<'a> {
         };
         if r.rest.is_empty() { Ok(Some(request)) } else { Err(Malformed::Length) }
     }
+}
+
+/// Rgetattr with all that platter's client does not ask for. Files are the frontend's root's.
+pub fn getattr(w: &mut Writer, qid: Qid, stat: &Stat) {
+    w.u64(GETATTR_BASIC);
+    w.qid(qid);
+    w.u32(stat.st_mode);
+    w.zeros(8); // uid, gid
+    w.u64(stat.st_nlink);
+    w.u64(0); // rdev
+    w.u64(stat.st_size as u64);
+    w.u64(stat.st_blksize as u64);
+    w.u64(stat.st_blocks as u64);
+    for (seconds, nanoseconds) in [
+        (stat.st_atime, stat.st_atime_nsec),
+        (stat.st_mtime, stat.st_mtime_nsec),
+        (stat.st_ctime, stat.st_ctime_nsec),
+    ] {
+        w.u64(seconds as u64);
+        w.u64(nanoseconds);
+    }
+    w.zeros(32); // btime, gen and data_version
 }
 
 fn lock<'a>(r: &mut Reader<'a>, kind: u8) -> Result<Lock<'a>, Malformed> {

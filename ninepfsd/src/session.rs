@@ -13,7 +13,7 @@ use platter_storage::ninep::message::{
     SETATTR_SIZE, VERSION_PLAIN, VERSION_PLATTER, VERSION_UNKNOWN, Writer, open,
 };
 use platter_xen::ninepfs::MessageHead;
-use rustix::fs::{FileType, RawDir, SeekFrom, Stat, seek};
+use rustix::fs::{FileType, OFlags, RawDir, SeekFrom, Stat, seek};
 use rustix::io::Errno;
 
 use crate::job::{self, Job};
@@ -95,6 +95,12 @@ impl Session {
         out: &mut [u8],
     ) -> Result<Outcome<'_>, Errno> {
         match Request::parse(head, body) {
+            Ok(Request::Getattr { fid, .. }) => {
+                let stat = self.stat(fid)?;
+                let writer = &mut Writer::new(out, head.id + 1, head.tag);
+                more::getattr(writer, self.qid(&stat), &stat);
+                writer.finish(0).map(Outcome::Answer).ok_or(Errno::INVAL)
+            }
             Ok(request) => self.known(head.tag, request, out),
             Err(Malformed::Unknown(id)) => match More::parse(id, body) {
                 Ok(Some(More::Readdir { fid, offset, count })) => {
@@ -117,13 +123,13 @@ impl Session {
         let answer = match request {
             Request::Version { msize, version } => self.version(msize, version),
             Request::Attach { fid, .. } => {
-                let qid = qid(&self.share.stat("")?);
+                let qid = self.qid(&self.share.stat("")?);
                 self.bind(fid, String::new())?;
                 Answer::Attach { qid }
             }
             Request::Walk { fid, newfid, names } => self.walk(fid, newfid, &names)?,
             Request::Lopen { fid, flags } => self.lopen(fid, flags)?,
-            Request::Getattr { fid, .. } => self.getattr(fid)?,
+            Request::Getattr { .. } => unreachable!("`dispatch` answers it"),
             Request::Setattr { fid, valid, size } => self.setattr(fid, valid, size)?,
             Request::Read { fid, offset, count } => {
                 let count = count.min(self.msize.saturating_sub(RREAD_BYTES));
@@ -185,10 +191,10 @@ impl Session {
                 self.prove_openable(fid)?;
                 let path = Share::join(&self.fid(fid)?.path, name)?;
                 self.prove_path(&path)?;
-                let file = self.share.create(&path, mode, flags & libc::O_EXCL as u32 != 0)?;
+                let file = self.share.create(&path, mode, OFlags::from_bits_retain(flags))?;
                 let (direct, cache) =
                     (self.share.open_direct(&path, true, &file), self.share.policy.cache);
-                w.qid(qid(&rustix::fs::fstat(&file)?));
+                w.qid(self.qid(&rustix::fs::fstat(&file)?));
                 w.u32(0); // iounit: as much as fits
                 self.move_to(fid, path)?.open = Some(Open::new(file, direct, true, cache));
             }
@@ -200,7 +206,7 @@ impl Session {
                 let directory = &self.fid(dfid)?.path;
                 let path = Share::join(directory, name)?;
                 self.share.make_directory(directory, name, mode)?;
-                w.qid(qid(&self.share.stat(&path)?));
+                w.qid(self.qid(&self.share.stat(&path)?));
             }
             More::Lock { fid, lock } => {
                 const GRANTED: u8 = 0;
@@ -217,17 +223,12 @@ impl Session {
                 w.text(found.as_ref().map_or(lock.client, |found| &found.owner.client));
             }
             More::Rename { fid, dfid, name } => {
-                let from = &self.fid(fid)?.path;
-                let to = &self.fid(dfid)?.path;
-                let path = Share::join(to, name)?;
-                self.prove_path(&path)?;
-                self.share.rename(split(from), (to, name))?;
-                self.move_to(fid, path)?;
+                let (from, to) = (self.fid(fid)?.path.clone(), self.fid(dfid)?.path.clone());
+                self.rename(split(&from), (&to, name))?;
             }
             More::Renameat { from, old, to, new } => {
-                let (from, to) = (&self.fid(from)?.path, &self.fid(to)?.path);
-                Share::join(from, old).and(Share::join(to, new))?;
-                self.share.rename((from, old), (to, new))?;
+                let (from, to) = (self.fid(from)?.path.clone(), self.fid(to)?.path.clone());
+                self.rename((&from, old), (&to, new))?;
             }
             More::Unlinkat { dfid, name, flags } => {
                 let directory = &self.fid(dfid)?.path;
@@ -238,11 +239,31 @@ impl Session {
                 // The fid goes whatever happens to the file (9P2000, remove).
                 let fid = self.forget(fid)?;
                 let (directory, name) = split(&fid.path);
-                let is_directory = qid(&self.share.stat(&fid.path)?).kind == QID_DIR;
+                let is_directory = is_directory(&self.share.stat(&fid.path)?);
                 self.share.remove(directory, name, is_directory)?;
             }
             More::Readdir { .. } => unreachable!("its answer has data: `dispatch` does it"),
         }
+        Ok(())
+    }
+
+    /// Every fid at or below the old name stands for the new one from then on.
+    fn rename(&mut self, (from, old): (&str, &str), (to, new): (&str, &str)) -> Result<(), Errno> {
+        let (before, after) = (Share::join(from, old)?, Share::join(to, new)?);
+        let is_below = |fid: &Fid| {
+            let rest = fid.path.strip_prefix(&before);
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        };
+        let moved = self.fids.values().filter(|fid| is_below(fid)).count();
+        let path_bytes = self.path_bytes + moved * after.len() - moved * before.len();
+        if path_bytes > PATHS_BYTES_MAX.max(self.path_bytes) {
+            return Err(Errno::MFILE);
+        }
+        self.share.rename((from, old), (to, new))?;
+        for fid in self.fids.values_mut().filter(|fid| is_below(fid)) {
+            fid.path.replace_range(..before.len(), &after);
+        }
+        self.path_bytes = path_bytes;
         Ok(())
     }
 
@@ -288,7 +309,7 @@ impl Session {
                 self.share.stat(&path)
             });
             match stat {
-                Ok(stat) => qids.push(qid(&stat)).expect("as many as names"),
+                Ok(stat) => qids.push(self.qid(&stat)).expect("as many as names"),
                 Err(errno) if qids.is_empty() => return Err(errno),
                 Err(_) => return Ok(Answer::Walk { qids }),
             }
@@ -310,7 +331,7 @@ impl Session {
         let file = self.share.open_file(path, write, truncate)?;
         let direct = self.share.open_direct(path, write, &file);
         let cache = self.share.policy.cache;
-        let qid = qid(&rustix::fs::fstat(&file)?);
+        let qid = self.qid(&rustix::fs::fstat(&file)?);
         self.fid_mut(fid)?.open = Some(Open::new(file, direct, write, cache));
         Ok(Answer::Lopen { qid, iounit: 0 })
     }
@@ -324,19 +345,12 @@ impl Session {
         if open < OPEN_MAX { Ok(()) } else { Err(Errno::MFILE) }
     }
 
-    fn getattr(&self, fid: u32) -> Result<Answer<'static>, Errno> {
+    fn stat(&self, fid: u32) -> Result<Stat, Errno> {
         let fid = self.fid(fid)?;
-        let stat = match &fid.open {
-            Some(open) => rustix::fs::fstat(&open.file)?,
-            None => self.share.stat(&fid.path)?,
-        };
-        Ok(Answer::Getattr {
-            qid: qid(&stat),
-            mode: stat.st_mode,
-            size: stat.st_size as u64,
-            blksize: stat.st_blksize as u64,
-            blocks: stat.st_blocks as u64,
-        })
+        match &fid.open {
+            Some(open) => rustix::fs::fstat(&open.file),
+            None => self.share.stat(&fid.path),
+        }
     }
 
     fn setattr(&mut self, fid: u32, valid: u32, size: u64) -> Result<Answer<'static>, Errno> {
@@ -369,6 +383,7 @@ impl Session {
         let directory = &*self.fid(fid)?.open.as_ref().ok_or(Errno::BADF)?.file;
         let room = count.min(self.msize.saturating_sub(RREADDIR_BYTES)).min(LISTING_BYTES_MAX);
         let mut data = Vec::new();
+        let device = rustix::fs::fstat(directory)?.st_dev;
         seek(directory, SeekFrom::Start(offset))?;
         let mut step = [MaybeUninit::uninit(); LISTING_STEP_BYTES];
         let mut entries = RawDir::new(directory, &mut step);
@@ -388,7 +403,8 @@ impl Session {
                 if is_directory { (QID_DIR, libc::DT_DIR) } else { (0, libc::DT_REG) };
             data.push(qid_kind);
             data.extend_from_slice(&0u32.to_le_bytes());
-            data.extend_from_slice(&entry.ino().to_le_bytes());
+            let number = self.share.number_of(device, entry.ino());
+            data.extend_from_slice(&number.to_le_bytes());
             data.extend_from_slice(&entry.next_entry_cookie().to_le_bytes());
             data.push(entry_kind);
             data.extend_from_slice(&(name.len() as u16).to_le_bytes());
@@ -410,6 +426,12 @@ impl Session {
         w.u64(0); // fsid
         w.u32(255); // longest name
         Ok(())
+    }
+
+    fn qid(&self, stat: &Stat) -> Qid {
+        let kind = if is_directory(stat) { QID_DIR } else { 0 };
+        let version = (stat.st_mtime as u64 ^ ((stat.st_size as u64) << 8)) as u32;
+        Qid { kind, version, path: self.share.number_of(stat.st_dev, stat.st_ino) }
     }
 
     fn bind(&mut self, fid: u32, path: String) -> Result<(), Errno> {
@@ -492,10 +514,8 @@ fn extents(file: &File, offset: u64, len: u64) -> Result<Answer<'static>, Errno>
     Ok(Answer::Extents { end: at, extents: list })
 }
 
-fn qid(stat: &Stat) -> Qid {
-    let is_directory = stat.st_mode & libc::S_IFMT == libc::S_IFDIR;
-    let version = (stat.st_mtime as u64 ^ ((stat.st_size as u64) << 8)) as u32;
-    Qid { kind: if is_directory { QID_DIR } else { 0 }, version, path: stat.st_ino }
+fn is_directory(stat: &Stat) -> bool {
+    FileType::from_raw_mode(stat.st_mode) == FileType::Directory
 }
 
 /// The directory and the last component of a path.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use platter_storage::ninep::message::{AllocateMode, Answer, Request, Writer, id};
+use platter_storage::ninep::message::{AllocateMode, Answer, GETATTR_BASIC, Request, Writer, id};
 use platter_xen::ninepfs::{HEAD_BYTES, MessageHead};
 
 use super::*;
@@ -201,6 +201,86 @@ fn names_are_made_listed_renamed_and_removed() {
     });
     assert_eq!(head.id, more::id::TUNLINKAT + 1);
     assert!(!world.directory.join("newer").exists());
+}
+
+#[test]
+fn fids_go_with_what_is_renamed() {
+    let mut world = World::new(Policy::default());
+    world.open(false);
+    let walk = |newfid, names: &[&'static str]| Request::Walk {
+        fid: 0,
+        newfid,
+        names: names.iter().copied().collect(),
+    };
+    world.must(&walk(2, &["sub"]), &[]);
+    world.must(&walk(3, &["sub", "file"]), &[]);
+    std::fs::write(world.directory.join("sub2"), b"beside it").expect("a file");
+    world.must(&walk(4, &["sub2"]), &[]);
+    let rename = |w: &mut Writer, to: &str| {
+        w.u32(0);
+        w.text("sub");
+        w.u32(0);
+        w.text(to);
+    };
+    let (head, _) = world.more(more::id::TRENAMEAT, |w| rename(w, "elsewhere"));
+    assert_eq!(head.id, more::id::TRENAMEAT + 1);
+    world.must(&Request::Lopen { fid: 3, flags: 0 }, &[]);
+    let (head, body) = world.must(&Request::Read { fid: 3, offset: 0, count: 4 }, &[]);
+    assert_eq!(Answer::parse(head, &body[..4]), Ok(Answer::Read { count: 4 }));
+    world.must(&Request::Lopen { fid: 4, flags: 0 }, &[]);
+    // By its own fid, with what lies below.
+    world.must(&walk(5, &["elsewhere", "file"]), &[]);
+    let (head, _) = world.more(more::id::TRENAME, |w| {
+        w.u32(2);
+        w.u32(0);
+        w.text("back");
+    });
+    assert_eq!(head.id, more::id::TRENAME + 1);
+    for fid in [2, 5] {
+        world.must(&Request::Lopen { fid, flags: 0 }, &[]);
+    }
+}
+
+#[test]
+fn a_rename_finds_room_for_the_longer_names_of_all_fids_or_does_nothing() {
+    let mut world = World::new(Policy::default());
+    world.open(false);
+    for newfid in 2..FIDS_MAX as u32 {
+        let names = ["sub", "file"].into_iter().collect();
+        world.must(&Request::Walk { fid: 0, newfid, names }, &[]);
+    }
+    let mut rename = |old: &str, new: &str| {
+        let ask = |w: &mut Writer| {
+            w.u32(0);
+            w.text(old);
+            w.u32(0);
+            w.text(new);
+        };
+        world.more(more::id::TRENAMEAT, ask).0.id == more::id::TRENAMEAT + 1
+    };
+    let (longest, long) = ("n".repeat(255), "n".repeat(200));
+    assert!(!rename("sub", &longest) && rename("sub", &long) && rename(&long, "sub"));
+    for newfid in 2..FIDS_MAX as u32 {
+        world.must(&Request::Clunk { fid: newfid }, &[]);
+    }
+    world.must(&Request::Lopen { fid: 0, flags: 0 }, &[]);
+}
+
+#[test]
+fn attributes_are_the_files() {
+    use std::os::unix::fs::MetadataExt;
+    let mut world = World::new(Policy::default());
+    world.open(true);
+    let file = world.directory.join("sub/file");
+    std::fs::hard_link(&file, world.directory.join("link")).expect("a link");
+    let (_, body) = world.must(&Request::Getattr { fid: 1, mask: GETATTR_BASIC }, &[]);
+    let word = |at: usize| u64::from_le_bytes(body[at..at + 8].try_into().expect("eight bytes"));
+    let known = file.metadata().expect("it");
+    // valid[8] qid[13] mode[4] uid[4] gid[4] nlink[8] rdev[8] size[8] blksize[8] blocks[8] atime[16]
+    // mtime[16]
+    assert_eq!((word(33), word(49)), (2, 10));
+    assert_eq!((word(89), word(97)), (known.mtime() as u64, known.mtime_nsec() as u64));
+    assert_eq!((body.len(), word(13)), (153, known.ino()));
 }
 
 #[test]

@@ -10,8 +10,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use rustix::fs::{
-    AtFlags, FileType, Mode, OFlags, RenameFlags, ResolveFlags, Stat, StatFs, fstat, mkdirat,
-    openat2, renameat_with, statat, unlinkat,
+    AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, ResolveFlags, Stat, StatFs, fstat, mkdirat,
+    openat, openat2, renameat_with, statat, unlinkat,
 };
 use rustix::io::Errno;
 
@@ -51,6 +51,8 @@ impl Policy {
 
 pub struct Share {
     root: File,
+    /// The device that the root lies on.
+    device: u64,
     pub policy: Policy,
     /// Of a share whose space is limited.
     usage: Option<Arc<Usage>>,
@@ -60,14 +62,20 @@ const RESOLVE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLI
 
 impl Share {
     pub fn open(root: &Path, policy: Policy) -> std::io::Result<Share> {
-        let root = File::open(root)?;
-        if !root.metadata()?.is_dir() {
-            return Err(std::io::Error::from_raw_os_error(libc::ENOTDIR));
-        }
+        Share::open_below(root, Path::new("."), policy)
+    }
+
+    /// Opens `path` below a directory, which no link in it leads out of.
+    pub fn open_below(directory: &Path, path: &Path, policy: Policy) -> std::io::Result<Share> {
+        let flags = OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+        // It need not be readable itself.
+        let directory = openat(CWD, directory, flags | OFlags::PATH, Mode::empty())?;
+        let root = openat2(&directory, path, flags, Mode::empty(), ResolveFlags::BENEATH)?;
+        let root = File::from(root);
         let usage = (policy.share_bytes_max > 0).then(|| Usage::of(&root)).transpose()?;
-        let share = Share { root, policy, usage };
-        // Says at once where openat2 is missing or forbidden.
-        share.stat("")?;
+        let device = fstat(&root)?.st_dev;
+        let share = Share { root, device, policy, usage };
         Ok(share)
     }
 
@@ -77,6 +85,12 @@ impl Share {
             return Err(Errno::NOENT);
         }
         Ok(if directory.is_empty() { name.to_string() } else { format!("{directory}/{name}") })
+    }
+
+    /// What a frontend knows a file by: inodes of other file systems, mounted below the root, are
+    /// told apart from the root's own.
+    pub fn number_of(&self, device: u64, inode: u64) -> u64 {
+        inode ^ (device ^ self.device).rotate_left(40)
     }
 
     /// Opens a path relative to the root; the root itself is the empty path.
@@ -130,13 +144,23 @@ impl Share {
         (is_regular && is_same).then_some(file)
     }
 
-    /// Makes a file that the server itself can always open again.
-    pub fn create(&self, path: &str, mode: u32, exclusive: bool) -> Result<File, Errno> {
+    /// Makes a file that the server itself can always open again; one that is there already is
+    /// opened, and cut where that is asked, unless it must be new.
+    pub fn create(&self, path: &str, mode: u32, how: OFlags) -> Result<File, Errno> {
         self.prove_writable()?;
         self.charge_name()?;
-        let mut flags = OFlags::RDWR | OFlags::CREATE;
-        flags.set(OFlags::EXCL, exclusive);
+        if !how.contains(OFlags::EXCL) {
+            // A device or FIFO is not even opened.
+            match self.stat(path) {
+                Ok(_) | Err(Errno::NOENT) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+        let flags = OFlags::RDWR | OFlags::CREATE | how & (OFlags::EXCL | OFlags::TRUNC);
         let file = self.open_at(path, flags, Mode::from_raw_mode(mode & 0o777 | 0o600))?;
+        if how.contains(OFlags::TRUNC) {
+            self.shrank();
+        }
         match FileType::from_raw_mode(fstat(&file)?.st_mode) {
             FileType::RegularFile => Ok(file),
             _ => Err(Errno::ACCESS),
@@ -275,6 +299,18 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn no_share_lies_behind_a_link_that_leads_out() {
+        let (dir, _share) = share(Policy::default());
+        symlink("..", dir.path().join("out")).expect("a link");
+        symlink("/", dir.path().join("sub/root")).expect("a link");
+        let open = |path| Share::open_below(dir.path(), Path::new(path), Policy::default()).is_ok();
+        assert!(open("") && open("sub") && open("./sub/") && open("inner"));
+        for path in ["out", "sub/root", "sub/root/etc", "inner/../..", "file", "none"] {
+            assert!(!open(path), "{path}");
+        }
+    }
+
+    #[test]
     fn special_files_do_not_exist() {
         let (dir, share) = share(Policy::default());
         let fifo = dir.path().join("fifo");
@@ -288,10 +324,28 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn what_is_there_is_created_only_where_it_need_not_be_new() {
+        let (dir, share) = share(Policy::default());
+        let fifo = dir.path().join("fifo");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, Mode::from_raw_mode(0o600)).expect("a fifo");
+        let create = |name, how| share.create(name, 0o600, how).map(|file| size(&file));
+        assert_eq!(create("file", OFlags::EXCL | OFlags::TRUNC), Err(Errno::EXIST));
+        assert_eq!(create("file", OFlags::empty()), Ok(7));
+        assert_eq!(create("file", OFlags::TRUNC), Ok(0));
+        assert_eq!(create("fifo", OFlags::empty()), Err(Errno::ACCESS));
+        assert_eq!(create("link", OFlags::empty()), Err(Errno::LOOP));
+        assert_eq!(create("inner/new", OFlags::empty()), Err(Errno::LOOP));
+    }
+
+    fn size(file: &File) -> i64 {
+        fstat(file).expect("it is open").st_size
+    }
+
+    #[test]
     fn a_read_only_share_changes_nothing() {
         let (_dir, share) = share(Policy { read_only: true, ..Policy::default() });
         assert!(share.open_file("file", true, false).is_err());
-        assert!(share.create("new", 0o644, true).is_err());
+        assert!(share.create("new", 0o644, OFlags::EXCL).is_err());
         assert!(share.remove("", "file", false).is_err());
         assert!(share.make_directory("", "new", 0o755).is_err());
         assert!(share.rename(("", "file"), ("", "other")).is_err());

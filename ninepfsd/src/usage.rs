@@ -350,7 +350,7 @@ mod tests {
     #[test]
     fn what_takes_space_counts_and_what_has_it_does_not() {
         let (dir, share) = share(256);
-        let file = share.create("sub/sparse", 0o600, true).expect("a file");
+        let file = share.create("sub/sparse", 0o600, OFlags::EXCL).expect("a file");
         file.set_len(1 << 40).expect("a sparse file");
         for offset_kib in [0, 1 << 20, 1 << 28] {
             assert_eq!(charge(&share, &file, offset_kib, 64), Ok(()));
@@ -366,7 +366,7 @@ mod tests {
         assert!((224 * KIB..=256 * KIB).contains(&used.bytes), "{used:?}");
         assert_eq!(used.files, 2);
         // Whoever removes something makes room.
-        let room = share.create("room", 0o600, true).expect("a file");
+        let room = share.create("room", 0o600, OFlags::EXCL).expect("a file");
         assert_eq!(charge(&share, &room, 0, 64), Err(Errno::NOSPC));
         std::fs::remove_file(dir.path().join("sub/sparse")).expect("removed");
         drop(file);
@@ -376,19 +376,19 @@ mod tests {
         assert_eq!(charge(&share, &room, 64, 256), Err(Errno::NOSPC));
         share.remove("", "room", false).expect("removed");
         drop(room);
-        let room = share.create("room", 0o600, true).expect("a file");
+        let room = share.create("room", 0o600, OFlags::EXCL).expect("a file");
         assert_eq!(charge(&share, &room, 0, 256), Ok(()));
     }
 
     #[test]
     fn a_file_whose_space_is_reserved_is_written_at_the_limit() {
         let (_dir, share) = share(256);
-        let file = share.create("reserved", 0o600, true).expect("a file");
+        let file = share.create("reserved", 0o600, OFlags::EXCL).expect("a file");
         let none = rustix::fs::FallocateFlags::empty();
         let held = share.charge(&file, 0..200 * KIB).expect("room");
         rustix::fs::fallocate(&file, none, 0, 200 * KIB).expect("space on the host");
         drop(held);
-        let other = share.create("other", 0o600, true).expect("a file");
+        let other = share.create("other", 0o600, OFlags::EXCL).expect("a file");
         assert_eq!(charge(&share, &other, 0, 64), Err(Errno::NOSPC));
         assert_eq!(charge(&share, &file, 0, 200), Ok(()));
     }
@@ -397,7 +397,7 @@ mod tests {
     fn all_frontends_of_a_directory_have_one_count() {
         let (dir, one) = share(256);
         let other = Share::open(dir.path(), one.policy).expect("a share");
-        let file = one.create("file", 0o600, true).expect("a file");
+        let file = one.create("file", 0o600, OFlags::EXCL).expect("a file");
         let held = one.charge(&file, 0..200 * KIB).expect("room");
         // Not written yet, and taken all the same.
         assert_eq!(other.charge(&file, 0..100 * KIB).map(|_| ()), Err(Errno::NOSPC));
@@ -422,7 +422,7 @@ mod tests {
         // Write and search alone: files could be made there, and no count saw them.
         let (dir, share) = share(256);
         share.make_directory("", "dark", 0o300).expect("a directory");
-        let file = share.create("dark/file", 0, true).expect("a file");
+        let file = share.create("dark/file", 0, OFlags::EXCL).expect("a file");
         assert_eq!(charge(&share, &file, 0, 200), Ok(()));
         let mode = |path| {
             use std::os::unix::fs::PermissionsExt;
@@ -440,7 +440,7 @@ mod tests {
         for number in 0..300 {
             File::create(dir.path().join(format!("{number}"))).expect("a file");
         }
-        let full = share.create("full", 0o600, true).expect("a file");
+        let full = share.create("full", 0o600, OFlags::EXCL).expect("a file");
         let usage = share.usage().expect("a limit");
         let mut counts: Vec<Last> = vec![];
         for asked in 0..600 {
@@ -463,7 +463,7 @@ mod tests {
     fn a_count_holds_up_nobody_whose_request_fits() {
         let (_dir, share) = share(256);
         let usage = share.usage().expect("a limit");
-        let file = share.create("file", 0o600, true).expect("a file");
+        let file = share.create("file", 0o600, OFlags::EXCL).expect("a file");
         // As if another thread looked at very many files.
         usage.lock().counting = true;
         assert_eq!(charge(&share, &file, 0, 64), Ok(()));
