@@ -276,8 +276,8 @@ fn attributes_are_the_files() {
     let (_, body) = world.must(&Request::Getattr { fid: 1, mask: GETATTR_BASIC }, &[]);
     let word = |at: usize| u64::from_le_bytes(body[at..at + 8].try_into().expect("eight bytes"));
     let known = file.metadata().expect("it");
-    // valid[8] qid[13] mode[4] uid[4] gid[4] nlink[8] rdev[8] size[8] blksize[8] blocks[8] atime[16]
-    // mtime[16]
+    // valid[8] qid[13] mode[4] uid[4] gid[4] nlink[8] rdev[8] size[8] blksize[8] blocks[8], then
+    // atime, mtime.
     assert_eq!((word(33), word(49)), (2, 10));
     assert_eq!((word(89), word(97)), (known.mtime() as u64, known.mtime_nsec() as u64));
     assert_eq!((body.len(), word(13)), (153, known.ino()));
