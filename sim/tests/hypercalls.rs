@@ -4,6 +4,8 @@
 
 use platter_image::Format;
 use platter_sim::guest::Habits;
+use platter_sim::oracle::Oracle;
+use platter_sim::toolstack::Carrier;
 use platter_sim::world::{S, World};
 
 /// Message numbers of 9P2000.
@@ -12,11 +14,20 @@ const TWRITE: u8 = 118;
 
 const MS: u64 = 1_000_000;
 const REQUESTS: u64 = 1000;
+const SECTORS: u64 = 8192;
 
-/// A load on a raw image over platter-9pfsd's dialect, and the bounds on what 100 requests of it
-/// cost.
+/// What a load does to a raw image. Reads of an empty one are reads of holes, of which the server
+/// has told: they cost no message to it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Work {
+    Holes,
+    Reads,
+    Writes,
+}
+
+/// A load over platter-9pfsd's dialect, and the bounds on what 100 requests of it cost.
 struct Row {
-    writes: bool,
+    work: Work,
     pages: usize,
     depth: usize,
     /// Grant copy hypercalls.
@@ -26,26 +37,32 @@ struct Row {
     turns: u64,
 }
 
-const fn row(writes: bool, pages: usize, depth: usize, bounds: [u64; 4]) -> Row {
+const fn row(work: Work, pages: usize, depth: usize, bounds: [u64; 4]) -> Row {
     let [copies, notifies, sleeps, turns] = bounds;
-    Row { writes, pages, depth, copies, notifies, sleeps, turns }
+    Row { work, pages, depth, copies, notifies, sleeps, turns }
 }
 
 /// Before copies and events were gathered by turns a request of 4 KiB cost one copy call and one
 /// event, one of 64 KiB two and one and a half, at any depth; at depth 1 each wake took two turns.
-const ROWS: [Row; 12] = [
-    row(false, 1, 1, [100, 200, 250, 250]),
-    row(false, 1, 32, [10, 15, 10, 20]),
-    row(false, 1, 128, [5, 8, 2, 10]),
-    row(false, 16, 1, [200, 200, 250, 250]),
-    row(false, 16, 32, [35, 32, 10, 20]),
-    row(false, 16, 128, [35, 32, 2, 20]),
-    row(true, 1, 1, [100, 200, 250, 250]),
-    row(true, 1, 32, [10, 15, 10, 20]),
-    row(true, 1, 128, [5, 8, 2, 10]),
-    row(true, 16, 1, [200, 200, 250, 250]),
-    row(true, 16, 32, [35, 32, 10, 20]),
-    row(true, 16, 128, [35, 32, 2, 20]),
+const ROWS: [Row; 18] = [
+    row(Work::Holes, 1, 1, [100, 200, 250, 250]),
+    row(Work::Holes, 1, 32, [10, 15, 10, 20]),
+    row(Work::Holes, 1, 128, [5, 8, 2, 10]),
+    row(Work::Holes, 16, 1, [200, 200, 250, 250]),
+    row(Work::Holes, 16, 32, [35, 32, 10, 20]),
+    row(Work::Holes, 16, 128, [35, 32, 2, 20]),
+    row(Work::Reads, 1, 1, [100, 200, 250, 250]),
+    row(Work::Reads, 1, 32, [10, 15, 10, 20]),
+    row(Work::Reads, 1, 128, [5, 8, 2, 10]),
+    row(Work::Reads, 16, 1, [200, 200, 250, 250]),
+    row(Work::Reads, 16, 32, [35, 32, 10, 20]),
+    row(Work::Reads, 16, 128, [35, 32, 2, 20]),
+    row(Work::Writes, 1, 1, [100, 200, 250, 250]),
+    row(Work::Writes, 1, 32, [10, 15, 10, 20]),
+    row(Work::Writes, 1, 128, [5, 8, 2, 10]),
+    row(Work::Writes, 16, 1, [200, 200, 250, 250]),
+    row(Work::Writes, 16, 32, [35, 32, 10, 20]),
+    row(Work::Writes, 16, 128, [35, 32, 2, 20]),
 ];
 
 #[test]
@@ -69,11 +86,17 @@ fn measure(row: &Row) {
         segments_max: row.pages,
         uniform: true,
         requests: u64::MAX,
-        writes: if row.writes { 1000 } else { 0 },
+        writes: if row.work == Work::Writes { 1000 } else { 0 },
         flushes: 0,
         ..Habits::calm()
     };
-    let guest = world.add_guest(Format::Raw, 8192, habits);
+    let mut oracle = Oracle::new(world.new_disk(), SECTORS);
+    let image = match row.work {
+        Work::Reads => oracle.start_full(),
+        Work::Holes | Work::Writes => vec![0; SECTORS as usize * 512],
+    };
+    world.host.files.put("a.raw", image);
+    let guest = world.add_guest_on("a.raw", Format::Raw, habits, oracle, "", Carrier::Vbd);
     world.run_until("the start", 10_000 * MS, |w| w.guests[guest].answered > 300);
     let (before, turns, sleeps) = (world.machine.calls(S), world.turns, world.sleeps);
     let answered = world.guests[guest].answered;
@@ -88,7 +111,7 @@ fn measure(row: &Row) {
     let turns = per(world.turns, turns);
     let what = format!(
         "{} of {:2} KiB at depth {:3}: {copies:3} ({:4}), {notifies:3}, {sleeps:3}; {:3}, {:4}",
-        if row.writes { "writes" } else { "reads" },
+        format!("{:?}", row.work).to_lowercase(),
         row.pages * 4,
         row.depth,
         per(after.copy_ops, before.copy_ops),
