@@ -246,7 +246,7 @@ pub fn backend(input: &[u8]) {
     let mut ring = None;
     for state in [state, b"2", b"4", b"4"] {
         let (AnyDevice::Blkfront(front), pool) = store.device_mut(0) else { return };
-        let nodes = BackNodes { state: Some(state), values: &values };
+        let nodes = BackNodes { state: Some(state), params: None, values: &values };
         if let FrontStep::Write(nodes) = front.update(&mut machine.view(1), pool, nodes) {
             let written = |name: &str| {
                 nodes.iter().find(|(key, _)| key == name).and_then(|(_, v)| v.parse().ok())

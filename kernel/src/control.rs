@@ -71,8 +71,8 @@ impl Control {
 
     /// Sets the watches and looks around, at start and after a reset of the connection.
     pub fn begin(&mut self, xs: &mut Xs) {
-        xs.write("control/feature-poweroff", "1", Purpose::None);
-        xs.write("control/feature-reboot", "1", Purpose::None);
+        xs.surely_write("control/feature-poweroff", "1");
+        xs.surely_write("control/feature-reboot", "1");
         xs.watch(SHUTDOWN, WATCH_SHUTDOWN);
         for kind in FrontKind::ALL {
             xs.list(kind.directory(), Purpose::Fronts(kind));
@@ -114,7 +114,7 @@ impl Control {
     /// A watch fired.
     pub fn changed(&mut self, path: &str, xs: &mut Xs, devices: &mut [Option<Box<Device>>]) {
         if path == SHUTDOWN {
-            xs.read(SHUTDOWN, Purpose::Shutdown);
+            xs.surely_read(SHUTDOWN, Purpose::Shutdown);
             return;
         }
         if let Some(below) = path.strip_prefix(DEVICES) {
@@ -236,7 +236,7 @@ impl Control {
             if !core::mem::replace(&mut self.said_full, true) {
                 log::warn!("disk {name} is refused: {limit} disks are the limit of one domain");
             }
-            xs.remove(&format!("{be}/state"), Purpose::None);
+            xs.surely_remove(&format!("{be}/state"));
             return;
         };
         self.serial += 1;
@@ -270,6 +270,6 @@ impl Control {
         };
         let word = core::str::from_utf8(value).unwrap_or("?");
         log::info!("domain {}: {word} asked for; making every image clean", self.domid.0);
-        xs.write(SHUTDOWN, "", Purpose::None);
+        xs.surely_write(SHUTDOWN, "");
     }
 }

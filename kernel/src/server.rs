@@ -249,7 +249,7 @@ impl Server {
     /// xenstore: what changed, what was answered, and each device's turn.
     fn take_control<H: Hypervisor + Bus>(&mut self, hv: &mut H, now_ns: u64) -> bool {
         let mut went_on = false;
-        while let Some(event) = self.xs.poll(hv) {
+        while let Some(event) = self.xs.poll(hv, now_ns) {
             went_on = true;
             match event {
                 XsEvent::Watch { path } => {
@@ -292,21 +292,28 @@ impl Server {
             }
             Purpose::DeviceState { index, serial, state } => {
                 self.with_device(index as usize, hv, now_ns, |device, _| {
-                    device.state_written(serial, state, now_ns);
+                    device.state_written(serial, state, now_ns, result);
+                });
+            }
+            Purpose::DeviceWritten { index, serial } => {
+                self.with_device(index as usize, hv, now_ns, |device, world| {
+                    device.node_written(world, serial, result);
                 });
             }
             Purpose::DeviceRemoved { index, serial } => {
-                self.with_device(index as usize, hv, now_ns, |device, _| device.removed(serial));
+                self.with_device(index as usize, hv, now_ns, |device, world| {
+                    device.removed(world, serial, result);
+                });
             }
             Purpose::FrontKey { index, key } => {
                 let (engine, xs) = (&mut self.engine, &mut self.xs);
                 if let Some(front) = self.control.front(index) {
-                    front.key_read(engine, xs, hv, key, result);
+                    front.key_read((engine, xs, hv), now_ns, key, result);
                 }
             }
             Purpose::FrontWritten { index } => {
                 if let Some(front) = self.control.front(index) {
-                    front.written();
+                    front.written(&mut self.xs, now_ns, result);
                 }
             }
             other => self.control.answered(other, result, &mut self.xs, &mut self.devices),
@@ -368,7 +375,8 @@ impl Server {
 
     /// Asks for events, looks once more, and says how long there is nothing to do.
     fn before_sleep<H: Hypervisor + Bus>(&mut self, hv: &mut H, now_ns: u64) -> Turn {
-        let mut until_ns = now_ns.saturating_add(IDLE_NS);
+        let idle_ns = now_ns.saturating_add(IDLE_NS);
+        let mut until_ns = idle_ns.min(self.xs.poll_at_ns().unwrap_or(u64::MAX));
         self.ports.clear();
         self.ports.push(self.xs.port());
         let mut more = self.xs.is_unsent();

@@ -1,5 +1,9 @@
 //! The server's xenstore connection: each request carries its purpose, and gets it back with
 //! the answer. Control path only: allocates, bounded by the client's queue.
+//!
+//! xenstored refuses: its own quotas, no memory, an error of its disk. Whoever asked for the nodes
+//! of a device decides anew later; what nobody would ask for again (watches, lists, removals) is
+//! made again here, later and later, until it is answered.
 
 use alloc::collections::{BTreeMap, VecDeque};
 use alloc::format;
@@ -7,7 +11,7 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
 use platter_xen::xenbus::XenbusState;
-use platter_xen::xenstore::{Client, Event, Op, Token, TxId, XsError};
+use platter_xen::xenstore::{Client, Event, NotQueued, Op, Token, TxId, WATCHES_MAX, XsError};
 use platter_xen::{Hypervisor, Port, Region};
 
 use crate::fronts::FrontKind;
@@ -37,6 +41,11 @@ pub enum Purpose {
         serial: u32,
         state: XenbusState,
     },
+    /// A node of its, beside its state.
+    DeviceWritten {
+        index: u16,
+        serial: u32,
+    },
     /// A removal by which it goes on.
     DeviceRemoved {
         index: u16,
@@ -46,15 +55,63 @@ pub enum Purpose {
         index: u8,
         key: alloc::string::String,
     },
-    /// The last of a device's writes.
+    /// One of a device's writes.
     FrontWritten {
         index: u8,
     },
     Shutdown,
 }
 
+/// The first pause after a refusal; each one after it in a row takes twice as long.
+const RETRY_NS: u64 = 200_000_000;
+/// How often it is doubled: to 6.4 seconds.
+const DOUBLINGS_MAX: u32 = 5;
+/// Requests that wait to be made again: all watches, and as many others.
+const LATE_MAX: usize = 2 * WATCHES_MAX;
+
+/// How long to wait before what was refused `times` in a row is tried again.
+pub fn pause_ns(times: u32) -> u64 {
+    RETRY_NS << times.saturating_sub(1).min(DOUBLINGS_MAX)
+}
+
+/// A request that is made again until it is answered.
+#[derive(Clone, PartialEq, Eq)]
+enum Ask {
+    Read(String),
+    Write(String, String),
+    Remove(String),
+    List(String),
+    Watch(String, u32),
+    Unwatch(String, u32),
+}
+
+impl Ask {
+    fn op(&self) -> Op<'_> {
+        match self {
+            Ask::Read(path) => Op::Read { path },
+            Ask::Write(path, value) => Op::Write { path, value: value.as_bytes() },
+            Ask::Remove(path) => Op::Rm { path },
+            Ask::List(path) => Op::Directory { path },
+            Ask::Watch(path, watch) => Op::Watch { path, watch: Token(*watch) },
+            Ask::Unwatch(path, watch) => Op::Unwatch { path, watch: Token(*watch) },
+        }
+    }
+}
+
+/// One of these, on the wire or waiting.
+struct Insisted {
+    ask: Ask,
+    purpose: Purpose,
+    refusals: u32,
+}
+
 pub struct Xs {
     client: Client,
+    /// On the wire, by token.
+    insisted: BTreeMap<u32, Insisted>,
+    /// Refused; made again at this time.
+    late: Vec<(u64, Insisted)>,
+    now_ns: u64,
     /// Disks whose refusals stand in `error/backend`, oldest first.
     explained: VecDeque<String>,
     purposes: BTreeMap<u32, Purpose>,
@@ -83,7 +140,18 @@ impl Xs {
     pub fn new<H: Hypervisor>(hv: &H, page: Region, port: Port) -> Xs {
         let client = Client::new(hv, page, port);
         let (purposes, explained) = (BTreeMap::new(), VecDeque::new());
-        Xs { client, explained, purposes, next: 1, unsent: false, lost: 0 }
+        let (insisted, late) = (BTreeMap::new(), Vec::new());
+        Xs {
+            client,
+            insisted,
+            late,
+            now_ns: 0,
+            explained,
+            purposes,
+            next: 1,
+            unsent: false,
+            lost: 0,
+        }
     }
 
     pub fn port(&self) -> Port {
@@ -91,7 +159,7 @@ impl Xs {
     }
 
     pub fn is_idle(&self) -> bool {
-        self.client.is_idle()
+        self.client.is_idle() && self.late.is_empty()
     }
 
     /// False when the queue is full: no answer will come.
@@ -99,14 +167,55 @@ impl Xs {
         self.submit(Op::Read { path }, purpose)
     }
 
-    pub fn write(&mut self, path: &str, value: &str, purpose: Purpose) {
-        self.submit(Op::Write { path, value: value.as_bytes() }, purpose);
+    /// As [`Xs::read`].
+    pub fn write(&mut self, path: &str, value: &str, purpose: Purpose) -> bool {
+        self.submit(Op::Write { path, value: value.as_bytes() }, purpose)
+    }
+
+    /// As [`Xs::read`].
+    pub fn remove(&mut self, path: &str, purpose: Purpose) -> bool {
+        self.submit(Op::Rm { path }, purpose)
+    }
+
+    /// Until xenstore answers, be it that there is no such node.
+    pub fn surely_read(&mut self, path: &str, purpose: Purpose) {
+        self.insist(Ask::Read(path.to_string()), purpose);
+    }
+
+    /// For nodes of our own that nobody takes away.
+    pub fn surely_write(&mut self, path: &str, value: &str) {
+        // What was to be done there before no longer is.
+        self.late.retain(|(_, late)| match &late.ask {
+            Ask::Write(known, _) => known != path,
+            Ask::Remove(above) => !path.starts_with(above.as_str()),
+            _ => true,
+        });
+        self.insist(Ask::Write(path.to_string(), value.to_string()), Purpose::None);
+    }
+
+    pub fn surely_remove(&mut self, path: &str) {
+        self.insist(Ask::Remove(path.to_string()), Purpose::None);
+    }
+
+    pub fn list(&mut self, path: &str, purpose: Purpose) {
+        self.insist(Ask::List(path.to_string()), purpose);
+    }
+
+    /// Events name the path itself, so one token does for all.
+    pub fn watch(&mut self, path: &str, watch: u32) {
+        self.forget(&Ask::Unwatch(path.to_string(), watch));
+        self.insist(Ask::Watch(path.to_string(), watch), Purpose::None);
+    }
+
+    pub fn unwatch(&mut self, path: &str, watch: u32) {
+        self.forget(&Ask::Watch(path.to_string(), watch));
+        self.insist(Ask::Unwatch(path.to_string(), watch), Purpose::None);
     }
 
     /// Says in `error/backend/KIND/GUEST/DISK/error` why a disk is refused. Only the last of
     /// these stay: they outlive their disks, and each counts against our quota of nodes.
     pub fn explain(&mut self, name: &str, reason: &str) {
-        self.write(&format!("error/backend/{name}/error"), reason, Purpose::None);
+        self.surely_write(&format!("error/backend/{name}/error"), reason);
         self.explained.retain(|known| known != name);
         self.explained.push_back(name.to_string());
         if self.explained.len() <= EXPLAINED_MAX {
@@ -117,24 +226,50 @@ impl Xs {
         let guest = oldest.rsplit_once('/').map_or(oldest.as_str(), |(guest, _)| guest);
         let alone = !self.explained.iter().any(|known| known.starts_with(&format!("{guest}/")));
         let gone = if alone { guest } else { &oldest };
-        self.remove(&format!("error/backend/{gone}"), Purpose::None);
+        self.surely_remove(&format!("error/backend/{gone}"));
     }
 
-    pub fn remove(&mut self, path: &str, purpose: Purpose) {
-        self.submit(Op::Rm { path }, purpose);
+    fn insist(&mut self, ask: Ask, purpose: Purpose) {
+        self.make(Insisted { ask, purpose, refusals: 0 });
     }
 
-    pub fn list(&mut self, path: &str, purpose: Purpose) {
-        self.submit(Op::Directory { path }, purpose);
+    fn make(&mut self, insisted: Insisted) {
+        let token = self.next;
+        match self.queue(insisted.ask.op(), Purpose::None) {
+            Ok(()) => drop(self.insisted.insert(token, insisted)),
+            Err(NotQueued::BadPath | NotQueued::TooLong) => self.lost += 1,
+            Err(NotQueued::Full | NotQueued::TooManyWatches | NotQueued::Dead) => {
+                self.put_off(insisted);
+            }
+        }
     }
 
-    /// Events name the path itself, so one token does for all.
-    pub fn watch(&mut self, path: &str, watch: u32) {
-        self.submit(Op::Watch { path, watch: Token(watch) }, Purpose::None);
+    fn put_off(&mut self, mut insisted: Insisted) {
+        if self.late.len() == LATE_MAX {
+            self.lost += 1;
+            return;
+        }
+        insisted.refusals += 1;
+        let at_ns = self.now_ns.saturating_add(pause_ns(insisted.refusals));
+        self.late.push((at_ns, insisted));
     }
 
-    pub fn unwatch(&mut self, path: &str, watch: u32) {
-        self.submit(Op::Unwatch { path, watch: Token(watch) }, Purpose::None);
+    /// Does not insist on it any longer.
+    fn forget(&mut self, ask: &Ask) {
+        self.late.retain(|(_, late)| late.ask != *ask);
+        self.insisted.retain(|_, made| made.ask != *ask);
+    }
+
+    /// When something is to be made again.
+    pub fn poll_at_ns(&self) -> Option<u64> {
+        self.late.iter().map(|(at_ns, _)| *at_ns).min()
+    }
+
+    fn make_late(&mut self) {
+        while let Some(at) = self.late.iter().position(|(at_ns, _)| *at_ns <= self.now_ns) {
+            let (_, insisted) = self.late.remove(at);
+            self.make(insisted);
+        }
     }
 
     /// Something waits for a poll to send it: do not sleep before.
@@ -142,33 +277,61 @@ impl Xs {
         self.unsent
     }
 
-    pub fn poll<H: Hypervisor>(&mut self, hv: &mut H) -> Option<XsEvent> {
+    pub fn poll<H: Hypervisor>(&mut self, hv: &mut H, now_ns: u64) -> Option<XsEvent> {
+        self.now_ns = now_ns;
+        self.make_late();
         self.unsent = false;
-        Some(match self.client.poll(hv)? {
-            Event::Reply { token: Token(token), result } => {
-                let purpose = self.purposes.remove(&token).unwrap_or(Purpose::None);
-                XsEvent::Reply { purpose, result }
+        loop {
+            let event = match self.client.poll(hv)? {
+                Event::Reply { token: Token(token), result } => match self.replied(token, result) {
+                    Some(event) => event,
+                    None => continue,
+                },
+                Event::Watch { path, watch: _ } => XsEvent::Watch { path },
+                Event::Reset => {
+                    self.purposes.clear();
+                    self.insisted.clear();
+                    self.late.clear();
+                    XsEvent::Reset
+                }
+                Event::Dead(_) => XsEvent::Dead,
+            };
+            return Some(event);
+        }
+    }
+
+    fn replied(&mut self, token: u32, result: Result<Vec<u8>, XsError>) -> Option<XsEvent> {
+        let Some(made) = self.insisted.remove(&token) else {
+            let purpose = self.purposes.remove(&token).unwrap_or(Purpose::None);
+            return Some(XsEvent::Reply { purpose, result });
+        };
+        match (result, made.ask) {
+            // Our removal of it was refused before: it stands, and does not fire anew.
+            (Err(XsError::Exists), Ask::Watch(path, _)) => Some(XsEvent::Watch { path }),
+            (result @ (Ok(_) | Err(XsError::NoEnt)), _) => {
+                Some(XsEvent::Reply { purpose: made.purpose, result })
             }
-            Event::Watch { path, watch: _ } => XsEvent::Watch { path },
-            Event::Reset => {
-                self.purposes.clear();
-                XsEvent::Reset
+            (Err(_), ask) => {
+                self.put_off(Insisted { ask, ..made });
+                None
             }
-            Event::Dead(_) => XsEvent::Dead,
-        })
+        }
     }
 
     fn submit(&mut self, op: Op<'_>, purpose: Purpose) -> bool {
+        let queued = self.queue(op, purpose).is_ok();
+        self.lost += u32::from(!queued);
+        queued
+    }
+
+    fn queue(&mut self, op: Op<'_>, purpose: Purpose) -> Result<(), NotQueued> {
         let token = self.next;
         self.next = self.next.wrapping_add(1);
-        if self.client.submit(TxId::NONE, op, Token(token)).is_err() {
-            self.lost += 1;
-            return false;
-        }
+        self.client.submit(TxId::NONE, op, Token(token))?;
         self.unsent = true;
         if purpose != Purpose::None {
             self.purposes.insert(token, purpose);
         }
-        true
+        Ok(())
     }
 }

@@ -40,6 +40,7 @@ struct Plan {
     hostiles: u64,
     /// Bytes by which the host's files may grow before its disk is full.
     room_bytes: Option<u64>,
+    trouble: Option<Trouble>,
 }
 
 impl Plan {
@@ -66,12 +67,48 @@ impl Plan {
         let destroys = if rng.chance(300) { 1 } else { 0 };
         let hostiles = if rng.chance(500) { rng.between(1, 2) } else { 0 };
         let room_bytes = rng.chance(100).then(|| rng.below(1 << 20));
-        Plan { end, faults, deaths, noisy_death, destroys, hostiles, room_bytes }
+        let trouble = Trouble::draw(rng);
+        Plan { end, faults, deaths, noisy_death, destroys, hostiles, room_bytes, trouble }
     }
 
     fn is_clean(&self) -> bool {
         let faults = self.faults.error + self.faults.garbage + self.deaths;
         faults == 0 && self.room_bytes.is_none()
+    }
+}
+
+/// xenstored refuses some of what it is asked for a while, or all of it.
+#[derive(Clone, Copy, Debug)]
+struct Trouble {
+    per_mille: u64,
+    after_ns: u64,
+    ns: u64,
+    /// Another time when disks are detached.
+    at_end: bool,
+}
+
+impl Trouble {
+    fn draw(rng: &mut Rng) -> Option<Trouble> {
+        let trouble = Trouble {
+            per_mille: *rng.pick(&[30, 300, 1000]),
+            after_ns: *rng.pick(&[0, 0, 5 * MS, 250 * MS, 600 * MS]),
+            ns: rng.between(1, 1800) * MS,
+            at_end: rng.chance(500),
+        };
+        rng.chance(200).then_some(trouble)
+    }
+
+    fn begin(trouble: &Option<Trouble>, world: &mut World) {
+        let Some(Trouble { per_mille, after_ns, ns, .. }) = *trouble else { return };
+        world.run_for(after_ns);
+        world.trouble(per_mille, ns);
+    }
+
+    fn end(trouble: &Option<Trouble>, world: &mut World) {
+        let Some(Trouble { per_mille, ns, .. }) = trouble.filter(|trouble| trouble.at_end) else {
+            return;
+        };
+        world.trouble(per_mille, ns);
     }
 }
 
@@ -95,6 +132,7 @@ pub fn run(seed: u64) {
     if let Some(room_bytes) = plan.room_bytes {
         world.host.files.space_bytes = world.host.files.used_bytes() + room_bytes;
     }
+    Trouble::begin(&plan.trouble, &mut world);
     for _ in 0..plan.deaths {
         world.run_for(rng.between(1, 200) * MS);
         let noisy = plan.noisy_death;
@@ -113,6 +151,7 @@ pub fn run(seed: u64) {
     match plan.end {
         End::WindUp => {
             world.run_guests(300_000 * MS);
+            Trouble::end(&plan.trouble, &mut world);
             wind_up(&mut world, &plan, seed);
         }
         End::Cut => cut(&mut world, &mut rng),

@@ -73,6 +73,8 @@ pub struct World {
     pub ended: Option<Ending>,
     /// Of 1000 wake-ups, so many come with an event at a port chosen by chance.
     pub spurious: u64,
+    /// Until when xenstored refuses some of what platter asks.
+    trouble_until_ns: u64,
     queue: BinaryHeap<Reverse<(u64, u64, Agent)>>,
     due: BTreeMap<Agent, u64>,
     entries: u64,
@@ -97,6 +99,7 @@ impl World {
         let page = machine.view(S).frames_alloc(1).expect("a page");
         let (port, theirs) = machine.join(S, XENSTORED);
         let mut xs = Xenstore::new(S, page, theirs);
+        xs.seed(seed ^ 0xe5);
         plant(&mut xs);
         let mut host = ninep::Server::new(&mut xs, S, 0, "images", rng.fork());
         host.start(&mut xs);
@@ -120,6 +123,7 @@ impl World {
             sleeps: 0,
             ended: None,
             spurious: 0,
+            trouble_until_ns: 0,
             queue: BinaryHeap::new(),
             due: BTreeMap::new(),
             entries: 0,
@@ -160,6 +164,9 @@ impl World {
         self.now_ns = self.now_ns.max(at_ns);
         let now_ns = self.now_ns;
         let (machine, xs) = (&mut self.machine, &mut self.xs);
+        if now_ns >= self.trouble_until_ns {
+            xs.refuse = 0;
+        }
         let again = match agent {
             Agent::Platter => {
                 self.run_platter();
@@ -273,6 +280,12 @@ impl World {
         }
         let index = self.hostiles.iter().position(|hostile| hostile.domain == domain)?;
         Some(Agent::Hostile(index))
+    }
+
+    /// For so long xenstored refuses so many of 1000 requests of platter's.
+    pub fn trouble(&mut self, per_mille: u64, ns: u64) {
+        self.xs.refuse = per_mille;
+        self.trouble_until_ns = self.now_ns + ns;
     }
 
     /// Runs for so long.

@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, VecDeque};
 use platter_xen::{Hypervisor, PAGE_BYTES, Port, Region};
 
 use crate::machine::Machine;
+use crate::rng::Rng;
 
 /// xenstored's own domain here.
 pub const XENSTORED: u16 = 32000;
@@ -67,8 +68,9 @@ pub struct Xenstore {
     pub events: u64,
     /// A watch was just entered: its own event comes after its answer.
     fresh: bool,
-    /// The next requests of platter are answered with this, once each: fault injection.
-    pub refuse_next: VecDeque<Errno>,
+    /// Of 1000 requests of platter, so many are refused: quotas, no memory, an error of its disk.
+    pub refuse: u64,
+    luck: Rng,
 }
 
 fn parent(path: &str) -> Option<&str> {
@@ -88,6 +90,11 @@ fn is_below(path: &str, watch: &str) -> bool {
 }
 
 impl Xenstore {
+    /// Another series of refusals.
+    pub fn seed(&mut self, seed: u64) {
+        self.luck = Rng::new(seed);
+    }
+
     /// `wired` is the platter domain, `page` its xenstore page in its own numbering, `port`
     /// xenstored's end of its channel.
     pub fn new(wired: u16, page: Region, port: Port) -> Xenstore {
@@ -104,7 +111,8 @@ impl Xenstore {
             requests: 0,
             events: 0,
             fresh: false,
-            refuse_next: VecDeque::new(),
+            refuse: 0,
+            luck: Rng::new(0xe5),
         }
     }
 
@@ -403,9 +411,10 @@ impl Xenstore {
         }
         let message: Vec<u8> = self.incoming.drain(..HEADER_BYTES + len).collect();
         self.requests += 1;
-        let result = match self.refuse_next.pop_front() {
-            Some(errno) if !errno.is_empty() => Err(errno),
-            _ => self.answer(kind, &message[HEADER_BYTES..]),
+        let payload = &message[HEADER_BYTES..];
+        let result = match self.refuse > 0 && self.luck.chance(self.refuse) {
+            true => Err(self.refusal(payload)),
+            false => self.answer(kind, payload),
         };
         match result {
             Ok(payload) => self.send(kind, req_id, tx, &payload),
@@ -417,6 +426,16 @@ impl Xenstore {
             self.deliver(last, &path);
         }
         true
+    }
+
+    /// Why, by chance. That a foreign node may not be seen is an answer, and never by chance: so
+    /// reads the home of a domain that is gone.
+    fn refusal(&mut self, payload: &[u8]) -> Errno {
+        let home = format!("/local/domain/{}/", self.wired);
+        let foreign = payload.starts_with(b"/") && !payload.starts_with(home.as_bytes());
+        let access = if foreign { "ENOMEM" } else { "EACCES" };
+        let names = [access, "ENOSPC", "EQUOTA", "EAGAIN", "EIO"];
+        names[self.luck.below(names.len() as u64) as usize]
     }
 
     fn answer(&mut self, kind: u32, payload: &[u8]) -> Result<Vec<u8>, Errno> {
@@ -440,6 +459,10 @@ impl Xenstore {
                 let (path, token) = (path.to_string(), words.next().ok_or("EINVAL")?.to_string());
                 let absolute = Self::absolute(me, &path);
                 let cut = absolute.len() - path.len();
+                let same = |w: &&Watch| w.wired && w.path == absolute && w.token == token;
+                if self.watches.iter().any(|watch| same(&watch)) {
+                    return Err("EEXIST");
+                }
                 self.watches.push(Watch { domain: me, path: absolute, token, cut, wired: true });
                 self.fresh = true;
                 Ok(ok())

@@ -181,6 +181,45 @@ fn a_disk_taken_away_in_order_fails_and_one_that_comes_back_serves() {
 }
 
 #[test]
+fn another_disk_under_the_old_name_is_left_alone() {
+    // What the dead backend had not answered was written to whatever came in its place.
+    for (seed, params) in [(1, "/dev/vg0/other"), (2, "/dev/vg0/images")] {
+        let habits = Habits { requests: 600, think_ns: 2 * MS, ..busy() };
+        let guests = vec![raw(1024, habits.clone()), raw(1024, habits)];
+        let mut world = world(seed, DiskKind::Blk, 512, guests);
+        world.run_until("both", 60_000 * MS, running);
+        world.run_for(20 * MS);
+        world.kill_backend();
+        // By its name alone, or by the number in its partition table alone.
+        let swap = |world: &mut World, params, media| {
+            let blk = world.disks.blk.as_mut().expect("a disk");
+            blk.params = params;
+            core::mem::replace(&mut blk.model.media, media)
+        };
+        let media = &world.disks.blk.as_ref().expect("a disk").model.media;
+        let mut other = media.clone();
+        other[1 << 20..].fill(0xEE);
+        if seed == 2 {
+            other[440] ^= 1;
+        }
+        let first = swap(&mut world, params, other.clone());
+        world.revive_backend();
+        world.run_for(800 * MS);
+        world.kill_backend();
+        let after = swap(&mut world, "/dev/vg0/images", first);
+        assert!(after == other, "seed {seed}: the other disk was written to");
+        assert!(world.guests.iter().all(|guest| guest.errors > 0), "seed {seed}: nobody was told");
+        world.revive_backend();
+        world.run_for(500 * MS);
+        let errors = |world: &World| world.guests.iter().map(|guest| guest.errors).sum::<u64>();
+        let before = errors(&world);
+        world.run_guests(120_000 * MS);
+        assert_eq!(errors(&world), before, "seed {seed}: it is back");
+        world.wind_up(true);
+    }
+}
+
+#[test]
 fn a_disk_that_grows_grows_its_guests_disk() {
     let mut world = world(8, DiskKind::Blk, 512, vec![]);
     let line = world.line("/xvda,format=raw");

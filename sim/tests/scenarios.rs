@@ -275,3 +275,22 @@ fn a_server_that_falls_silent_is_given_up_and_taken_up_again() {
     world.run_guests(60_000 * MS);
     world.wind_up(true);
 }
+
+#[test]
+fn what_xenstore_refuses_for_a_while_is_asked_and_said_again() {
+    // A refused read was taken for a missing node, a refused write for a written one: disks were
+    // forgotten in use, shares and watches lost, and a directory of a removed disk stayed.
+    for (seed, after_ms) in [0, 1, 3, 203, 206, 230].into_iter().enumerate() {
+        for per_mille in [300, 1000] {
+            let mut world = world(seed as u64, true, 2);
+            world.add_guest(Format::Qcow2, 2048, Habits { requests: 30, ..Habits::calm() });
+            world.run_for(after_ms * MS);
+            world.trouble(per_mille, 900 * MS);
+            world.run_for(100 * MS);
+            world.add_guest(Format::Raw, 512, Habits { requests: 30, ..Habits::calm() });
+            world.run_guests(60_000 * MS);
+            world.trouble(per_mille, 900 * MS);
+            world.wind_up(false);
+        }
+    }
+}

@@ -43,6 +43,18 @@ impl<H: Hypervisor + Bus> Device<H> for AnyDevice {
         each!(self, device => Device::<H>::losses(&**device))
     }
 
+    fn returns(&self) -> u32 {
+        each!(self, device => Device::<H>::returns(&**device))
+    }
+
+    fn identity(&self) -> u64 {
+        each!(self, device => Device::<H>::identity(&**device))
+    }
+
+    fn settle(&mut self, verdict: &dyn Fn(DiskTag) -> Option<bool>) {
+        each!(self, device => Device::<H>::settle(&mut **device, verdict))
+    }
+
     fn submit(
         &mut self,
         hv: &mut H,

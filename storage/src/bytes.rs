@@ -26,6 +26,22 @@ pub fn array_at<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
     bytes.get(at..end)?.try_into().ok()
 }
 
+/// What tells two things apart by the bytes that name them: FNV-1a, 64 bits. No protection
+/// against someone who looks for two equal ones.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Mark(pub u64);
+
+impl Mark {
+    pub const NONE: Mark = Mark(0xCBF2_9CE4_8422_2325);
+
+    /// With another name, which ends here: `ab`, `c` is not `a`, `bc`.
+    #[must_use]
+    pub fn with(self, name: &[u8]) -> Mark {
+        let step = |mark: u64, byte: &u8| (mark ^ u64::from(*byte)).wrapping_mul(0x100_0000_01B3);
+        Mark((name.len() as u64).to_le_bytes().iter().chain(name).fold(self.0, step))
+    }
+}
+
 /// The table of a reflected CRC-32 with this reflected polynomial.
 const fn crc_table(polynomial: u32) -> [u32; 256] {
     let mut table = [0; 256];

@@ -98,6 +98,22 @@ pub trait Device<H: Hypervisor> {
     /// and not flushed.
     fn losses(&self) -> u32;
 
+    /// How often it came back after it was away: perhaps as another disk under the same name.
+    fn returns(&self) -> u32 {
+        0
+    }
+
+    /// What it says of itself, as a number: that of another disk is another one.
+    fn identity(&self) -> u64 {
+        0
+    }
+
+    /// What was unanswered when it went away waits for this verdict: sent again, answered
+    /// [`StoreFault::Gone`], or, at `None`, kept waiting.
+    fn settle(&mut self, verdict: &dyn Fn(DiskTag) -> Option<bool>) {
+        let _ = verdict;
+    }
+
     /// Starts an operation.
     fn submit(
         &mut self,

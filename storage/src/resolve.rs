@@ -9,6 +9,7 @@
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
+use crate::bytes::Mark;
 use crate::ext4::{self, Mapper};
 use crate::lvm::{Group, Member, PhysicalVolume, read_label, read_text};
 use crate::meta::{Disks, MetaFault, VolumeReader, refused};
@@ -29,6 +30,9 @@ pub struct Resolved {
     pub writable: bool,
     /// See [`crate::Opened::identity`].
     pub identity: u64,
+    /// Of the names that the disk's content bears on the way there: partition table, volume group
+    /// and volume, file system and file.
+    pub mark: Mark,
 }
 
 /// Finds what `path` names. `mapper` keeps the extents of a file between calls.
@@ -47,50 +51,52 @@ pub fn resolve(
     }
     let whole = Volume::linear(disk, 0, sectors);
     let Some(rest) = rest else {
-        return Ok(Resolved { whole_disk: true, ..plain(whole, true) });
+        return Ok(Resolved { whole_disk: true, ..plain(whole, true, Mark::NONE) });
     };
     let table = table_of(disks, disk, &whole)?;
+    let mark = Mark::NONE.with(&table.id);
     let (word, after) = split(rest);
     let (partition, ambiguous) = table.find(word);
     if ambiguous {
         return refused("several partitions have that label: name one by number or GUID");
     }
     let Some(partition) = partition else {
-        let range = (0, sectors);
-        return within(disks, disk, range, whole, rest, access, mapper);
+        let range = (disk, 0, sectors);
+        return within(disks, range, whole, mark, rest, access, mapper);
     };
-    let range = (partition.sector, partition.sectors);
-    let volume = Volume::linear(disk, range.0, range.1);
+    let range = (disk, partition.sector, partition.sectors);
+    let volume = Volume::linear(disk, partition.sector, partition.sectors);
     match after {
-        None => Ok(plain(volume, true)),
-        Some(rest) => within(disks, disk, range, volume, rest, access, mapper),
+        None => Ok(plain(volume, true, mark)),
+        Some(rest) => within(disks, range, volume, mark, rest, access, mapper),
     }
 }
 
 /// What `rest` names inside a disk or partition: a logical volume or a file.
 fn within(
     disks: &dyn Disks,
-    disk: u8,
-    range: (u64, u64),
+    range: (u8, u64, u64),
     volume: Volume,
+    mark: Mark,
     rest: &str,
     access: Access,
     mapper: &mut Mapper,
 ) -> Result<Resolved, MetaFault> {
     let (word, after) = split(rest);
-    if let Some((volume, writable)) = logical_volume(disks, disk, range, word, after)? {
+    if let Some(found) = logical_volume(disks, range, word, after)? {
         let after = after.and_then(|after| split(after).1);
+        let resolved = plain(found.volume, found.writable, found.mark);
         return match after {
-            None => Ok(plain(volume, writable)),
-            Some(path) => file(disks, volume, writable, path, access, mapper),
+            None => Ok(resolved),
+            Some(path) => file(disks, resolved, path, access, mapper),
         };
     }
-    file(disks, volume, true, rest, access, mapper)
+    file(disks, plain(volume, true, mark), rest, access, mapper)
 }
 
-fn plain(volume: Volume, writable: bool) -> Resolved {
+fn plain(volume: Volume, writable: bool, mark: Mark) -> Resolved {
     let identity = identity_of(&volume, 0);
-    Resolved { layout: Layout::whole(volume), whole_disk: false, writable, identity }
+    Resolved { layout: Layout::whole(volume), whole_disk: false, writable, identity, mark }
 }
 
 /// Disk and sector of a byte of the volume: no two things start at the same place, but a disk
@@ -99,14 +105,15 @@ fn identity_of(volume: &Volume, sector: u64) -> u64 {
     volume.place(sector).map_or(u64::MAX, |place| u64::from(place.disk) << 48 | place.sector)
 }
 
+/// A file on the filesystem that `on` holds.
 fn file(
     disks: &dyn Disks,
-    volume: Volume,
-    writable: bool,
+    on: Resolved,
     path: &str,
     access: Access,
     mapper: &mut Mapper,
 ) -> Result<Resolved, MetaFault> {
+    let volume = on.layout.volume;
     let reader = VolumeReader { disks, volume: &volume };
     if !ext4::is_ext4(&reader)? {
         return Err(StoreFault::NotFound.into());
@@ -118,7 +125,8 @@ fn file(
     let none = 1 << 63 | identity_of(&volume, 0) ^ u64::from(found.inode) << 16;
     let identity = first.map_or(none, |sector| identity_of(&volume, sector));
     let layout = Layout { volume, extents: Some(extents), size_bytes: found.size_bytes };
-    Ok(Resolved { layout, whole_disk: false, writable, identity })
+    let mark = on.mark.with(&found.mark.0.to_le_bytes());
+    Ok(Resolved { layout, identity, mark, ..on })
 }
 
 /// The first component and the rest, if any.
@@ -145,20 +153,26 @@ impl Found {
     }
 }
 
+/// A logical volume.
+struct FoundVolume {
+    volume: Volume,
+    writable: bool,
+    mark: Mark,
+}
+
 /// The logical volume `rest` of group `group`, if that group has a physical volume in `range`
 /// of `disk`. `None` when it has not.
 fn logical_volume(
     disks: &dyn Disks,
-    disk: u8,
-    range: (u64, u64),
+    (disk, first, sectors): (u8, u64, u64),
     group: &str,
     rest: Option<&str>,
-) -> Result<Option<(Volume, bool)>, MetaFault> {
+) -> Result<Option<FoundVolume>, MetaFault> {
     // A scan over everything only where the place that was named holds LVM at all.
     let mut here = Vec::new();
     scan_disk(disks, disk, &mut here)?;
     let inside = |member: &Member| {
-        member.disk == disk && member.sector >= range.0 && member.sector - range.0 < range.1
+        member.disk == disk && member.sector >= first && member.sector - first < sectors
     };
     if !here.iter().any(|found| inside(&found.member)) {
         return Ok(None);
@@ -180,7 +194,10 @@ fn logical_volume(
     }
     let name = rest.map(|rest| split(rest).0).ok_or(StoreFault::NotAFile)?;
     let members: Vec<Member> = all.iter().map(|found| found.member).collect();
-    Ok(Some(parsed.volume(name, &members, &|disk| disks.sectors(disk))?))
+    let (volume, writable) = parsed.volume(name, &members, &|disk| disks.sectors(disk))?;
+    let ids = [parsed.id(), parsed.volume_id(name)].map(|id| id.unwrap_or("").as_bytes());
+    let mark = Mark::NONE.with(ids[0]).with(ids[1]);
+    Ok(Some(FoundVolume { volume, writable, mark }))
 }
 
 /// The current text of a group so far.

@@ -487,10 +487,12 @@ impl Client {
         let at = self.in_flight.iter().position(|entry| entry.req_id == req_id);
         let entry = self.in_flight.remove(at.ok_or(Broken::Reply)?);
         let result = if kind == kind::ERROR {
-            if let Some(watch) = entry.watch {
+            let error = XsError::parse(&payload);
+            // One that stands already fires for us as well.
+            if let Some(watch) = entry.watch.filter(|_| error != XsError::Exists) {
                 self.forget_watch(watch);
             }
-            Err(XsError::parse(&payload))
+            Err(error)
         } else if kind == entry.kind {
             Ok(payload)
         } else {

@@ -19,7 +19,7 @@ use crate::limits::{QUEUES_MAX, RING_ORDER_MAX};
 impl Device {
     pub(super) fn read_shape<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
         let paths = FIRST_KEYS.map(|key| self.below_fe(key));
-        self.read(world.xs, Batch::Shape, &paths);
+        self.read(world, Batch::Shape, &paths);
     }
 
     fn below_fe(&self, key: &str) -> String {
@@ -33,7 +33,7 @@ impl Device {
                 self.layout = Some(layout);
                 let paths: Vec<String> =
                     layout.keys().iter().map(|key| self.below_fe(key)).collect();
-                self.read(world.xs, Batch::Keys, &paths);
+                self.read(world, Batch::Keys, &paths);
             }
             Err(fault) => self.refuse_connect(world, fault.name()),
         }
@@ -50,7 +50,7 @@ impl Device {
         match connected {
             Ok(()) => {
                 self.rings = Rings::Up;
-                self.write_state(world.xs, XenbusState::Connected);
+                self.write_state(world, XenbusState::Connected);
             }
             Err(why) => self.refuse_connect(world, why),
         }

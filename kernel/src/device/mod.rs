@@ -2,7 +2,8 @@
 //! about it. The decision is [`xenbus::decide`]; this file carries it out.
 //!
 //! Level-triggered: any event makes the device look at both ends anew. One action at a time;
-//! while its writes or reads are under way nothing else is decided.
+//! while its writes or reads are under way nothing else is decided. A refusal of xenstored is no
+//! answer: nothing is decided from it, and after a pause the device looks again.
 
 mod connect;
 mod open;
@@ -25,7 +26,7 @@ use crate::disk::Disk;
 use crate::engine::Engine;
 use crate::opening::Opening;
 use crate::stores::AnyStore;
-use crate::xs::{Purpose, Xs};
+use crate::xs::{self, Purpose, Xs};
 
 /// Keys that the toolstack wrote for the disk (xen-facts: libxl's device_disk_add).
 const DESCRIBE: [&str; 7] =
@@ -42,6 +43,8 @@ enum Batch {
     Shape,
     /// The frontend's rings.
     Keys,
+    /// Whether a directory that we could not delete is still ours to delete.
+    Last,
 }
 
 /// What is under way with xenstore.
@@ -49,8 +52,13 @@ enum Batch {
 enum Busy {
     No,
     Reading(Batch),
+    /// Nodes beside its state; when all of them stand, this state is written.
+    Publishing(Option<XenbusState>),
     Writing,
 }
+
+/// After so many refusals in a row our own directory is one that we may not see any more.
+const ACCESS_TRIES: u32 = 8;
 
 /// Where the image stands.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -143,6 +151,13 @@ pub struct Device {
     front_seen: Option<XenbusState>,
     busy: Busy,
     outstanding: usize,
+    /// Something of what is under way was refused.
+    refused: bool,
+    /// How often that happened in a row.
+    refusals: u32,
+    /// The disk's size as it is being shown, and as it stands.
+    showing: Option<u64>,
+    shown_sectors: Option<u64>,
     values: BTreeMap<String, Vec<u8>>,
     /// Something may have changed: look.
     pub look: bool,
@@ -195,6 +210,10 @@ impl Device {
             front_seen: None,
             busy: Busy::No,
             outstanding: 0,
+            refused: false,
+            refusals: 0,
+            showing: None,
+            shown_sectors: None,
             values: BTreeMap::new(),
             look: true,
             wake_ns: None,
@@ -239,15 +258,16 @@ impl Device {
         }
         self.watch_size(world);
         self.resize_on(world);
+        self.show_size(world);
         if self.busy == Busy::No && self.look && self.fate == Fate::Stays {
             self.look = false;
             match self.stage {
                 Stage::Unread => {
                     self.since_ns = world.now_ns;
-                    self.read(world.xs, Batch::Describe, &DESCRIBE.map(|key| self.below_be(key)));
+                    self.read(world, Batch::Describe, &DESCRIBE.map(|key| self.below_be(key)));
                 }
-                Stage::Finished => {}
-                _ => self.read_states(world.xs),
+                Stage::Finished => self.look_at_last(world),
+                _ => self.read_states(world),
             }
         }
         self.show_stats(world);
@@ -283,26 +303,37 @@ impl Device {
         format!("{}/{key}", self.be)
     }
 
-    fn read_states(&mut self, xs: &mut Xs) {
+    fn read_states<H>(&mut self, world: &mut Surroundings<'_, H>) {
         let mut paths = Vec::from(["state", "online", "resize"].map(|key| self.below_be(key)));
         paths.extend(self.fe.as_ref().map(|fe| format!("{fe}/state")));
-        self.read(xs, Batch::Look, &paths);
+        self.read(world, Batch::Look, &paths);
     }
 
-    fn read(&mut self, xs: &mut Xs, batch: Batch, paths: &[String]) {
+    fn read<H>(&mut self, world: &mut Surroundings<'_, H>, batch: Batch, paths: &[String]) {
         self.busy = Busy::Reading(batch);
         self.values.clear();
-        self.outstanding = 0;
+        (self.outstanding, self.refused) = (0, false);
         for path in paths {
             let purpose =
                 Purpose::DeviceKey { index: self.index, serial: self.serial, key: path.clone() };
-            if xs.read(path, purpose) {
-                self.outstanding += 1;
+            match world.xs.read(path, purpose) {
+                true => self.outstanding += 1,
+                false => self.refused = true,
             }
         }
         if self.outstanding == 0 {
-            self.busy = Busy::No;
-            self.look = true;
+            self.try_later(world.now_ns);
+        }
+    }
+
+    /// Whatever was under way was refused: looks again after a pause.
+    fn try_later(&mut self, now_ns: u64) {
+        self.busy = Busy::No;
+        self.showing = None;
+        self.refusals += 1;
+        self.wake_ns = Some(now_ns + xs::pause_ns(self.refusals));
+        if self.refusals == 1 {
+            log::warn!("disk {}: xenstore refuses its nodes; trying again", self.name);
         }
     }
 
@@ -317,36 +348,92 @@ impl Device {
         if serial != self.serial {
             return;
         }
-        if let Ok(value) = result {
-            self.values.insert(key, value);
+        match result {
+            Ok(value) => drop(self.values.insert(key, value)),
+            Err(XsError::NoEnt) => {}
+            // So it reads when the guest is gone, or hides its nodes.
+            Err(XsError::Access) if !key.starts_with(&self.be) => {}
+            Err(XsError::Access) if self.refusals >= ACCESS_TRIES => {}
+            Err(_) => self.refused = true,
         }
         self.outstanding -= 1;
         if self.outstanding > 0 {
             return;
         }
         let Busy::Reading(batch) = core::mem::replace(&mut self.busy, Busy::No) else { return };
+        if self.refused {
+            return self.try_later(world.now_ns);
+        }
+        self.refusals = 0;
         match batch {
             Batch::Describe => self.described(world),
             Batch::Look => self.decide(world),
             Batch::Shape => self.shape_read(world),
             Batch::Keys => self.keys_read(world),
+            Batch::Last => self.last_read(world),
         }
     }
 
-    /// Our write of a state was acknowledged (or refused: then the node is gone).
-    pub fn state_written(&mut self, serial: u32, state: XenbusState, now_ns: u64) {
-        if serial == self.serial {
-            self.memory.written(state, now_ns);
-            self.busy = Busy::No;
-            self.look = true;
+    /// Our write of a state was answered.
+    pub fn state_written(
+        &mut self,
+        serial: u32,
+        state: XenbusState,
+        now_ns: u64,
+        result: Result<Vec<u8>, XsError>,
+    ) {
+        if serial != self.serial {
+            return;
+        }
+        if result.is_err() {
+            return self.try_later(now_ns);
+        }
+        self.memory.written(state, now_ns);
+        self.shown_sectors = self.showing.take().or(self.shown_sectors);
+        self.busy = Busy::No;
+        self.look = true;
+    }
+
+    /// One of its other nodes was written: with the last one its state may be.
+    pub fn node_written<H>(
+        &mut self,
+        world: &mut Surroundings<'_, H>,
+        serial: u32,
+        result: Result<Vec<u8>, XsError>,
+    ) {
+        if serial != self.serial {
+            return;
+        }
+        self.refused |= result.is_err();
+        self.outstanding -= 1;
+        if self.outstanding > 0 {
+            return;
+        }
+        let Busy::Publishing(state) = core::mem::replace(&mut self.busy, Busy::No) else { return };
+        match state {
+            _ if self.refused => self.try_later(world.now_ns),
+            Some(state) => self.write_state(world, state),
+            None => self.shown_sectors = self.showing.take().or(self.shown_sectors),
         }
     }
 
-    /// A removal was acknowledged.
-    pub fn removed(&mut self, serial: u32) {
-        if serial == self.serial {
-            self.busy = Busy::No;
-            self.look = true;
+    /// A removal was answered.
+    pub fn removed<H: Hypervisor + Bus>(
+        &mut self,
+        world: &mut Surroundings<'_, H>,
+        serial: u32,
+        result: Result<Vec<u8>, XsError>,
+    ) {
+        if serial != self.serial {
+            return;
+        }
+        if !matches!(result, Ok(_) | Err(XsError::NoEnt)) {
+            return self.try_later(world.now_ns);
+        }
+        self.busy = Busy::No;
+        match self.stage {
+            Stage::Finished => self.deleted(world),
+            _ => self.look = true,
         }
     }
 
@@ -428,20 +515,25 @@ impl Device {
                 self.rings = Rings::Releasing;
                 self.release_on(world);
             }
-            Action::Write(state) => self.write_state(world.xs, state),
+            Action::Write(state) => self.write_state(world, state),
             Action::DeleteState => {
                 let purpose = Purpose::DeviceRemoved { index: self.index, serial: self.serial };
-                world.xs.remove(&self.below_be("state"), purpose);
                 self.busy = Busy::Writing;
+                if !world.xs.remove(&self.below_be("state"), purpose) {
+                    self.try_later(world.now_ns);
+                }
             }
             Action::DeleteBackend => self.begin_finish(world, Then::DeleteBackend),
             Action::Forget => self.begin_finish(world, Then::Forget),
         }
     }
 
-    pub(crate) fn write_state(&mut self, xs: &mut Xs, state: XenbusState) {
+    fn write_state<H>(&mut self, world: &mut Surroundings<'_, H>, state: XenbusState) {
         let purpose = Purpose::DeviceState { index: self.index, serial: self.serial, state };
-        xs.write(&self.below_be("state"), &state.number().to_string(), purpose);
+        let text = state.number().to_string();
         self.busy = Busy::Writing;
+        if !world.xs.write(&self.below_be("state"), &text, purpose) {
+            self.try_later(world.now_ns);
+        }
     }
 }

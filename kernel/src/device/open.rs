@@ -7,7 +7,7 @@ use platter_image::{FileNo, Stop};
 use platter_storage::{Access, Answer, Opened, Store, StoreFault};
 use platter_xen::{Bus, Hypervisor};
 
-use super::{Device, Fate, Held, Stage, Surroundings, Then};
+use super::{Batch, Busy, Device, Fate, Held, Stage, Surroundings, Then};
 use crate::disk::Disk;
 use crate::engine::Engine;
 use crate::fault::Fault;
@@ -297,27 +297,62 @@ impl Device {
         self.close_files(world);
         self.stage = Stage::Finished;
         if !self.stats_shown.is_empty() {
-            world.xs.remove(&self.stats_path(), Purpose::None);
+            world.xs.surely_remove(&self.stats_path());
         }
-        let purpose = Purpose::DeviceRemoved { index: self.index, serial: self.serial };
+        world.xs.unwatch(&self.front_state(), self.watch());
         match then {
             Then::DeleteBackend => {
                 log::info!("guest {} disk {}: detached", self.guest.0, self.vdev);
-                world.xs.unwatch(&self.front_state(), self.watch());
-                world.xs.remove(&self.be, purpose);
+                self.delete(world);
             }
-            Then::Forget => world.xs.unwatch(&self.front_state(), self.watch()),
+            Then::Forget => self.nowhere(world),
         }
-        // Another device may come to be at the same path while this one still has its place.
-        self.be = NOWHERE.to_string();
+    }
+
+    fn delete<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
+        let purpose = Purpose::DeviceRemoved { index: self.index, serial: self.serial };
+        self.busy = Busy::Writing;
+        if !world.xs.remove(&self.be, purpose) {
+            self.try_later(world.now_ns);
+        }
+    }
+
+    /// Its directory is gone, by us or by others.
+    pub(super) fn deleted<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
+        // Another device may have come to be at the same path before we heard of it.
+        let parent = self.be.rsplit_once('/').map(|(parent, _)| parent.to_string());
+        if let Some(path) = parent {
+            world.xs.list(&path.clone(), Purpose::Scan { path, depth: 2 });
+        }
+        self.nowhere(world);
+    }
+
+    /// Another device may come to be at the same path while this one still has its place.
+    fn nowhere<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
+        (self.be, self.wake_ns) = (NOWHERE.to_string(), None);
         self.leave(world);
+    }
+
+    /// Its directory could not be deleted: the toolstack may have done so meanwhile.
+    pub(super) fn look_at_last<H>(&mut self, world: &mut Surroundings<'_, H>) {
+        if self.be != NOWHERE {
+            self.read(world, Batch::Last, &[self.below_be("state")]);
+        }
+    }
+
+    /// Closed is ours; what shows anything else is a new device, or nothing.
+    pub(super) fn last_read<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
+        match self.text("state") {
+            Some("6") => self.delete(world),
+            _ => self.deleted(world),
+        }
     }
 
     /// Frees its place once no answer is on the way to it: the next device there would take it
     /// for its own.
     pub(super) fn leave<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
         world.engine.orphan_waiting(self.index);
-        if !world.engine.has_ops_of(self.index) {
+        if self.be == NOWHERE && !world.engine.has_ops_of(self.index) {
             self.fate = Fate::Gone;
         }
     }

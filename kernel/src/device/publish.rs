@@ -1,14 +1,14 @@
 //! What a device shows in xenstore: its size and features, and its counters.
 
 use alloc::format;
-use alloc::string::ToString;
+use alloc::string::{String, ToString};
 
 use platter_xen::blkif::info;
 use platter_xen::vbd::DiskNodes;
 use platter_xen::xenbus::XenbusState;
 use platter_xen::{Bus, Hypervisor};
 
-use super::{Device, Stage, Surroundings};
+use super::{Busy, Device, Stage, Surroundings};
 use crate::limits::{QUEUES_MAX, RING_ORDER_MAX, STATS_NS};
 use crate::xs::Purpose;
 
@@ -37,21 +37,45 @@ impl Device {
             queues_max: QUEUES_MAX as u32,
             ring_page_order_max: RING_ORDER_MAX,
         };
-        for (key, value) in nodes.nodes() {
-            world.xs.write(&format!("{}/{key}", self.be), &value, Purpose::None);
+        let mut nodes = nodes.nodes();
+        nodes.push(("hotplug-status", "connected".to_string()));
+        self.showing = Some(limits.capacity_sectors);
+        self.write_nodes(world, &nodes, Some(XenbusState::InitWait));
+    }
+
+    /// Writes these, then `state` once all of them stand.
+    fn write_nodes<H>(
+        &mut self,
+        world: &mut Surroundings<'_, H>,
+        nodes: &[(&str, String)],
+        state: Option<XenbusState>,
+    ) {
+        self.busy = Busy::Publishing(state);
+        (self.outstanding, self.refused) = (0, false);
+        for (key, value) in nodes {
+            let purpose = Purpose::DeviceWritten { index: self.index, serial: self.serial };
+            match world.xs.write(&format!("{}/{key}", self.be), value, purpose) {
+                true => self.outstanding += 1,
+                false => self.refused = true,
+            }
         }
-        world.xs.write(&format!("{}/hotplug-status", self.be), "connected", Purpose::None);
-        self.write_state(world.xs, XenbusState::InitWait);
+        if self.outstanding == 0 {
+            self.try_later(world.now_ns);
+        }
     }
 
     /// The disk grew: the frontend re-reads `sectors` when our state is written again.
-    pub(super) fn republish_size<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
+    pub(super) fn show_size<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
         let Some(disk) = &self.disk else { return };
-        let sectors = disk.limits.capacity_sectors.to_string();
-        world.xs.write(&format!("{}/sectors", self.be), &sectors, Purpose::None);
-        if self.is_serving() {
-            self.write_state(world.xs, XenbusState::Connected);
+        let sectors = disk.limits.capacity_sectors;
+        let pauses = self.refusals > 0 && self.wake_ns.is_some();
+        let due = self.busy == Busy::No && self.stage == Stage::Ready && !pauses;
+        if !due || self.shown_sectors.is_none_or(|shown| shown == sectors) {
+            return;
         }
+        self.showing = Some(sectors);
+        let state = self.is_serving().then_some(XenbusState::Connected);
+        self.write_nodes(world, &[("sectors", sectors.to_string())], state);
     }
 
     /// Counters, for people and tests: one node a disk, `data/disk/KIND-G-D`.
@@ -68,7 +92,7 @@ impl Device {
         }
     }
 
-    pub(super) fn stats_path(&self) -> alloc::string::String {
+    pub(super) fn stats_path(&self) -> String {
         format!("data/disk/{}", self.name.replace('/', "-"))
     }
 }

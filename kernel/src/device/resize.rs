@@ -127,6 +127,5 @@ impl Device {
         let sectors = disk.image.sectors() / unit * unit;
         disk.limits.capacity_sectors = sectors;
         log::info!("guest {} disk {}: now {} MiB", self.guest.0, self.vdev, sectors / 2048);
-        self.republish_size(world);
     }
 }

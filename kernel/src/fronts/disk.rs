@@ -14,9 +14,9 @@ use crate::engine::Engine;
 use crate::stores::AnyStore;
 use crate::xs::Xs;
 
-/// `dev` and `state`, then [`vbd::BACK_KEYS`].
+/// `params` and `state`, then [`vbd::BACK_KEYS`].
 pub(super) const BACK_KEYS: [&str; 14] = {
-    let mut keys = ["dev", "state", "", "", "", "", "", "", "", "", "", "", "", ""];
+    let mut keys = ["params", "state", "", "", "", "", "", "", "", "", "", "", "", ""];
     let mut index = 0;
     while index < vbd::BACK_KEYS.len() {
         keys[index + 2] = vbd::BACK_KEYS[index];
@@ -74,6 +74,7 @@ impl FrontSlot {
         let (AnyDevice::Blkfront(front), pool) = store.device_mut(device) else { return };
         let Some((be, domid)) = backend else {
             front.unplug();
+            self.unwritten.clear();
             self.forget_backend(xs);
             log::info!("disk '{}' was taken away", self.name);
             return;
@@ -84,6 +85,7 @@ impl FrontSlot {
             return;
         }
         front.replug(hv, pool, domid);
+        self.unwritten.clear();
         log::info!("disk '{}' has a new backend", self.name);
         if !known {
             self.forget_backend(xs);
@@ -100,23 +102,19 @@ impl FrontSlot {
         front.is_closed()
     }
 
-    pub(super) fn disk_read<H: Hypervisor>(
-        &mut self,
-        engine: &mut Engine<AnyStore>,
-        xs: &mut Xs,
-        hv: &mut H,
-    ) {
+    pub(super) fn disk_read<H: Hypervisor>(&mut self, engine: &mut Engine<AnyStore>, hv: &mut H) {
         let Drive::Disk { device, .. } = self.drive else { return };
         let step = {
             let values = vbd::BACK_KEYS.map(|key| self.value(key));
-            let back = BackNodes { state: self.value("state"), values: &values };
+            let (state, params) = (self.value("state"), self.value("params"));
+            let back = BackNodes { state, params, values: &values };
             let Ok(store) = block_store(engine, hv, self.frames_max) else { return };
             let (AnyDevice::Blkfront(front), pool) = store.device_mut(device) else { return };
             front.update(hv, pool, back)
         };
         match step {
             FrontStep::Wait => {}
-            FrontStep::Write(nodes) => self.write(xs, &nodes),
+            FrontStep::Write(nodes) => self.write(nodes),
             FrontStep::Refused(fault) => {
                 log::warn!("disk '{}' cannot be connected: {fault:?}", self.name);
             }

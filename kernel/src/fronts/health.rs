@@ -23,6 +23,8 @@ pub(super) struct Said {
     text: String,
     /// Changes under open disks that were not followed.
     refused: u64,
+    /// Images on another disk than they were opened on.
+    strange: u64,
 }
 
 impl FrontSlot {
@@ -54,14 +56,18 @@ impl FrontSlot {
 
 impl Said {
     fn show(&mut self, xs: &mut Xs, name: &str, text: String, growth: Growth) {
-        let Growth { grown, refused, why } = growth;
+        let Growth { grown, refused, why, strange } = growth;
+        if core::mem::replace(&mut self.strange, strange) != strange {
+            let why = why.unwrap_or("");
+            log::warn!("an image on '{name}' is not served any more, attach it anew: {why}");
+        }
         if core::mem::replace(&mut self.refused, refused) != refused {
             let why = why.unwrap_or("");
             log::warn!(
                 "a partition or volume on '{name}' changed in use and is served as it was: {why}"
             );
         }
-        let text = format!("{text} grown={grown} not_grown={refused}");
+        let text = format!("{text} grown={grown} not_grown={refused} strange={strange}");
         if self.text != text {
             xs.write(&format!("data/store/{name}"), &text, Purpose::None);
             self.text = text;

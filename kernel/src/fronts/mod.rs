@@ -3,7 +3,8 @@
 //!
 //! One slot for each directory below `device/`. Level-triggered: any event makes a slot read
 //! its backend's nodes anew and ask its machine (mount, blkfront or pcifront, all in storage)
-//! what to write.
+//! what to write. What xenstored refuses is read or written again after a pause, and our state is
+//! never written before all that it stands for.
 
 mod disk;
 mod health;
@@ -24,7 +25,7 @@ use platter_xen::{Bus, DomId, Hypervisor, Port};
 
 use crate::engine::{Engine, StoreSlot};
 use crate::stores::AnyStore;
-use crate::xs::{Purpose, Xs};
+use crate::xs::{Purpose, Xs, pause_ns};
 
 /// Watch tokens of the backends' states.
 const WATCH_BASE: u32 = 100;
@@ -99,6 +100,13 @@ pub struct FrontSlot {
     drive: Drive,
     busy: Busy,
     outstanding: usize,
+    /// Something of what is under way was refused, and how often that happened in a row.
+    refused: bool,
+    refusals: u32,
+    /// When to look again after that.
+    wake_ns: Option<u64>,
+    /// What its machine wants to stand below our directory and does not yet.
+    unwritten: Vec<(String, String)>,
     values: BTreeMap<String, Vec<u8>>,
     look: bool,
     /// Our own directory changed: it may be gone, or name another backend.
@@ -120,6 +128,10 @@ impl FrontSlot {
             drive: Drive::Unread,
             busy: Busy::No,
             outstanding: 0,
+            refused: false,
+            refusals: 0,
+            wake_ns: None,
+            unwritten: Vec::new(),
             values: BTreeMap::new(),
             look: true,
             look_at_own: false,
@@ -167,9 +179,17 @@ impl FrontSlot {
             FrontKind::Pci => self.search(engine, hv, now_ns),
         }
         self.show_stats(engine, xs, now_ns);
+        if self.wake_ns.is_some_and(|wake_ns| now_ns < wake_ns) {
+            return;
+        }
+        self.wake_ns = None;
         if self.busy == Busy::No && core::mem::take(&mut self.look_at_own) {
             self.values.clear();
-            return self.read(xs, Busy::Front, disk::OWN_KEYS.iter().map(|key| key.to_string()));
+            let keys = disk::OWN_KEYS.iter().map(|key| key.to_string());
+            return self.read(xs, now_ns, Busy::Front, keys);
+        }
+        if self.busy == Busy::No && !self.unwritten.is_empty() {
+            return self.write_on(xs, now_ns);
         }
         if self.busy != Busy::No || !self.look {
             return;
@@ -186,7 +206,7 @@ impl FrontSlot {
             (_, FrontKind::Pci) => (Busy::Back, &pci::BACK_KEYS),
         };
         self.values.clear();
-        self.read(xs, busy, keys.iter().map(|key| key.to_string()));
+        self.read(xs, now_ns, busy, keys.iter().map(|key| key.to_string()));
     }
 
     /// The names of the stores behind it are known.
@@ -200,10 +220,11 @@ impl FrontSlot {
 
     /// When it must be looked after again even without an event.
     pub fn poll_at_ns(&self, now_ns: u64) -> Option<u64> {
-        match &self.drive {
+        let drive_ns = match &self.drive {
             Drive::Pci(pci) => pci.poll_at_ns(now_ns),
             _ => None,
-        }
+        };
+        drive_ns.into_iter().chain(self.wake_ns).min()
     }
 
     /// An event channel of its own, beside those of its store.
@@ -214,53 +235,108 @@ impl FrontSlot {
         }
     }
 
-    fn read(&mut self, xs: &mut Xs, busy: Busy, keys: impl Iterator<Item = String>) {
+    fn read(&mut self, xs: &mut Xs, now_ns: u64, busy: Busy, keys: impl Iterator<Item = String>) {
         self.busy = busy;
-        self.outstanding = 0;
+        (self.outstanding, self.refused) = (0, false);
         let below = if busy == Busy::Front { &self.fe } else { &self.be };
         for key in keys {
             let path = format!("{below}/{key}");
             let purpose = Purpose::FrontKey { index: self.index, key };
-            self.outstanding += xs.read(&path, purpose) as usize;
+            match xs.read(&path, purpose) {
+                true => self.outstanding += 1,
+                false => self.refused = true,
+            }
         }
         if self.outstanding == 0 {
-            self.busy = Busy::No;
+            self.try_later(now_ns);
         }
+    }
+
+    /// What was under way was refused: after a pause it is done again.
+    fn try_later(&mut self, now_ns: u64) {
+        let busy = core::mem::replace(&mut self.busy, Busy::No);
+        let own = busy == Busy::Front && !matches!(self.drive, Drive::Unread);
+        self.look_at_own |= own;
+        self.look |= !own;
+        self.refusals += 1;
+        self.wake_ns = Some(now_ns + pause_ns(self.refusals));
     }
 
     /// A key was answered.
     pub fn key_read<H: Hypervisor + Bus>(
         &mut self,
-        engine: &mut Engine<AnyStore>,
-        xs: &mut Xs,
-        hv: &mut H,
+        surroundings: (&mut Engine<AnyStore>, &mut Xs, &mut H),
+        now_ns: u64,
         key: String,
         result: Result<Vec<u8>, XsError>,
     ) {
-        if let Ok(value) = result {
-            self.values.insert(key, value);
+        let (engine, xs, hv) = surroundings;
+        let foreign = self.busy != Busy::Front;
+        match result {
+            Ok(value) => drop(self.values.insert(key, value)),
+            Err(XsError::NoEnt) => {}
+            // So it reads when the backend's domain is gone.
+            Err(XsError::Access) if foreign => {}
+            Err(_) => self.refused = true,
         }
         self.outstanding -= 1;
         if self.outstanding > 0 {
             return;
         }
+        if self.refused {
+            return self.try_later(now_ns);
+        }
+        self.refusals = 0;
         match (core::mem::replace(&mut self.busy, Busy::No), self.kind) {
             (Busy::Front, _) if !matches!(self.drive, Drive::Unread) => {
                 self.own_read(engine, xs, hv);
             }
             (Busy::Front, _) => self.front_read(engine, xs, hv),
-            (Busy::Back, FrontKind::Share) => self.share_read(engine, xs, hv),
-            (Busy::Back, FrontKind::Disk) => self.disk_read(engine, xs, hv),
-            (Busy::Back, FrontKind::Pci) => self.pci_read(xs, hv),
-            (Busy::Functions, _) => self.functions_read(xs, hv),
+            (Busy::Back, FrontKind::Share) => self.share_read(engine, hv),
+            (Busy::Back, FrontKind::Disk) => self.disk_read(engine, hv),
+            (Busy::Back, FrontKind::Pci) => self.pci_read(xs, hv, now_ns),
+            (Busy::Functions, _) => self.functions_read(hv),
             (Busy::No | Busy::Writing, _) => {}
+        }
+        if self.busy == Busy::No && !self.unwritten.is_empty() {
+            self.write_on(xs, now_ns);
         }
     }
 
-    /// The last of our writes was answered.
-    pub fn written(&mut self) {
-        self.busy = Busy::No;
-        self.look = true;
+    /// All but the last together; the last, our state, when the others stand.
+    fn write_on(&mut self, xs: &mut Xs, now_ns: u64) {
+        self.busy = Busy::Writing;
+        (self.outstanding, self.refused) = (0, false);
+        let now = self.unwritten.len().saturating_sub(1).max(1);
+        for (key, value) in self.unwritten.iter().take(now) {
+            let purpose = Purpose::FrontWritten { index: self.index };
+            match xs.write(&format!("{}/{key}", self.fe), value, purpose) {
+                true => self.outstanding += 1,
+                false => self.refused = true,
+            }
+        }
+        if self.outstanding == 0 {
+            self.try_later(now_ns);
+        }
+    }
+
+    /// One of our writes was answered.
+    pub fn written(&mut self, xs: &mut Xs, now_ns: u64, result: Result<Vec<u8>, XsError>) {
+        self.refused |= result.is_err();
+        self.outstanding -= 1;
+        if self.outstanding > 0 {
+            return;
+        }
+        if self.refused {
+            return self.try_later(now_ns);
+        }
+        self.refusals = 0;
+        if self.unwritten.len() > 1 {
+            self.unwritten = self.unwritten.split_off(self.unwritten.len() - 1);
+            return self.write_on(xs, now_ns);
+        }
+        self.unwritten.clear();
+        (self.busy, self.look) = (Busy::No, true);
     }
 
     /// Our domain ends: disks are closed, controllers shut down. True when that is done.
@@ -275,7 +351,7 @@ impl FrontSlot {
             FrontKind::Disk => self.leave_disk(engine),
             FrontKind::Pci => self.leave_pci(engine, hv, now_ns),
         };
-        done && self.busy == Busy::No
+        done && self.busy == Busy::No && self.unwritten.is_empty()
     }
 
     fn text(&self, key: &str) -> Option<&str> {
@@ -327,17 +403,9 @@ impl FrontSlot {
         }
     }
 
-    /// Writes nodes below our own directory; the last one's answer lets the slot go on.
-    fn write(&mut self, xs: &mut Xs, nodes: &[(String, String)]) {
-        self.busy = Busy::Writing;
-        let last = nodes.len().saturating_sub(1);
-        for (index, (key, value)) in nodes.iter().enumerate() {
-            let purpose = match index == last {
-                true => Purpose::FrontWritten { index: self.index },
-                false => Purpose::None,
-            };
-            xs.write(&format!("{}/{key}", self.fe), value, purpose);
-        }
+    /// Nodes to be written below our own directory, their last the state.
+    fn write(&mut self, nodes: Vec<(String, String)>) {
+        self.unwritten = nodes;
     }
 }
 

@@ -164,15 +164,15 @@ impl FrontSlot {
     }
 
     /// The first round: how many functions there are.
-    pub(super) fn pci_read<H: Hypervisor>(&mut self, xs: &mut Xs, hv: &mut H) {
+    pub(super) fn pci_read<H: Hypervisor>(&mut self, xs: &mut Xs, hv: &mut H, now_ns: u64) {
         let keys: Vec<String> = Pcifront::keys(self.value("num_devs")).collect();
         if keys.is_empty() {
-            return self.functions_read(xs, hv);
+            return self.functions_read(hv);
         }
-        self.read(xs, Busy::Functions, keys.into_iter());
+        self.read(xs, now_ns, Busy::Functions, keys.into_iter());
     }
 
-    pub(super) fn functions_read<H: Hypervisor>(&mut self, xs: &mut Xs, hv: &mut H) {
+    pub(super) fn functions_read<H: Hypervisor>(&mut self, hv: &mut H) {
         let keys: Vec<String> = Pcifront::keys(self.value("num_devs")).collect();
         let functions: Vec<Option<&Vec<u8>>> =
             keys.iter().map(|key| self.values.get(key)).collect();
@@ -180,7 +180,7 @@ impl FrontSlot {
         let Drive::Pci(pci) = &mut self.drive else { return };
         match pci.front.update(hv, state, &functions) {
             PciStep::Wait => {}
-            PciStep::Write(nodes) => self.write(xs, &nodes),
+            PciStep::Write(nodes) => self.write(nodes),
             PciStep::Leave(going) => pci.going = going,
             PciStep::Refused(why) => log::warn!("PCI passthrough cannot be set up: {why:?}"),
         }

@@ -9,7 +9,6 @@ use platter_xen::{DomId, Hypervisor};
 use super::{Drive, FrontSlot};
 use crate::engine::{Engine, StoreSlot};
 use crate::stores::AnyStore;
-use crate::xs::Xs;
 
 pub(super) const FRONT_KEYS: [&str; 3] = ["tag", "backend", "backend-id"];
 pub(super) const BACK_KEYS: [&str; 4] = ["state", "versions", "max-rings", "max-ring-page-order"];
@@ -52,12 +51,7 @@ impl FrontSlot {
         self.look |= matches!(session, Session::Broken(_));
     }
 
-    pub(super) fn share_read<H: Hypervisor>(
-        &mut self,
-        engine: &mut Engine<AnyStore>,
-        xs: &mut Xs,
-        hv: &mut H,
-    ) {
+    pub(super) fn share_read<H: Hypervisor>(&mut self, engine: &mut Engine<AnyStore>, hv: &mut H) {
         let values = &self.values;
         let value = |key: &str| values.get(key).map(|value| value.as_slice());
         let back = BackNodes {
@@ -75,7 +69,7 @@ impl FrontSlot {
                     log::warn!("store '{}' cannot be brought up: {fault:?}", self.name);
                 }
             }
-            MountStep::Write(nodes) => self.write(xs, &nodes),
+            MountStep::Write(nodes) => self.write(nodes),
         }
     }
 }

@@ -27,6 +27,8 @@ pub struct Blk {
     restart: Option<(u32, u32)>,
     /// It is being taken away for good.
     detaching: bool,
+    /// What the toolstack says that it serves.
+    pub params: &'static str,
     fe: String,
 }
 
@@ -39,6 +41,7 @@ impl Blk {
             alive: false,
             restart: None,
             detaching: false,
+            params: "/dev/vg0/images",
             fe: format!("/local/domain/{S}/device/vbd/{VDEV}"),
         };
         blk.plug(machine, xs);
@@ -62,6 +65,7 @@ impl Blk {
             (format!("{fe}/virtual-device"), VDEV.to_string()),
             (format!("{be}/frontend"), fe.clone()),
             (format!("{be}/online"), "1".to_string()),
+            (format!("{be}/params"), self.params.to_string()),
             (format!("{be}/state"), "2".to_string()),
         ];
         nodes.extend(self.features());

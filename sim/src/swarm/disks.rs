@@ -3,7 +3,7 @@
 
 use platter_image::Format;
 
-use super::{End, MS, cut, habits, shut_down, tell};
+use super::{End, MS, Trouble, cut, habits, shut_down, tell};
 use crate::disks::{DiskKind, Pace};
 use crate::hostile::Hostile;
 use crate::rng::Rng;
@@ -33,6 +33,7 @@ struct Plan {
     pace: Pace,
     destroy: bool,
     hostile: bool,
+    trouble: Option<Trouble>,
 }
 
 impl Plan {
@@ -58,7 +59,8 @@ impl Plan {
                 DiskKind::Nvme => *rng.pick(&[Blow::Removal, Blow::Detach]),
             });
         }
-        Plan { end, kinds, blows, pace, destroy: rng.chance(200), hostile: rng.chance(200) }
+        let (destroy, hostile) = (rng.chance(200), rng.chance(200));
+        Plan { end, kinds, blows, pace, destroy, hostile, trouble: Trouble::draw(rng) }
     }
 
     /// Nothing happens that a guest may notice.
@@ -83,6 +85,7 @@ pub fn run(seed: u64) {
     if plan.hostile {
         Hostile::join(&mut world, &mut rng);
     }
+    Trouble::begin(&plan.trouble, &mut world);
     for &blow in &plan.blows {
         world.run_for(rng.between(1, 400) * MS);
         strike(&mut world, &mut rng, blow);
@@ -95,6 +98,7 @@ pub fn run(seed: u64) {
         End::WindUp => {
             world.run_guests(900_000 * MS);
             world.disks.pace = Pace { latency_ns: plan.pace.latency_ns, ..Pace::CALM };
+            Trouble::end(&plan.trouble, &mut world);
             world.wind_up(!plan.is_clean());
         }
         End::Cut => cut(&mut world, &mut rng),

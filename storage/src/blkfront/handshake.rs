@@ -16,12 +16,15 @@ use platter_xen::xenstore::decimal;
 use platter_xen::{Gref, Hypervisor, Refusal, Region};
 
 use super::{Blkfront, INDIRECT_PAGES, QUEUES_MAX, RING_PAGES, Shared};
+use crate::bytes::Mark;
 use crate::pool::Pool;
 
 /// The backend's nodes as they stand; a missing one is `None`.
 #[derive(Clone, Copy, Debug)]
 pub struct BackNodes<'a, V> {
     pub state: Option<&'a [u8]>,
+    /// What the toolstack told it to serve: another value is another disk.
+    pub params: Option<&'a [u8]>,
     /// Values of [`platter_xen::vbd::BACK_KEYS`].
     pub values: &'a [Option<V>; 12],
 }
@@ -73,6 +76,11 @@ impl Blkfront {
             },
             FrontAction::Connect => match DiskNodes::parse(back.values) {
                 Ok(nodes) => {
+                    self.returns += u32::from(self.nodes.is_some());
+                    self.held.append(&mut self.pending);
+                    let block_bytes = nodes.sector_bytes.to_le_bytes();
+                    let params = back.params.unwrap_or_default();
+                    self.identity = Mark::NONE.with(params).with(&block_bytes);
                     self.nodes = Some(nodes);
                     self.counters.connects += 1;
                     self.vanished = false;

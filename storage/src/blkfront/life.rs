@@ -41,7 +41,7 @@ impl Blkfront {
     }
 
     fn fail_pending(&mut self) {
-        while let Some(work) = self.pending.pop_front() {
+        while let Some(work) = self.held.pop_front().or_else(|| self.pending.pop_front()) {
             self.answer(work, Err(StoreFault::Gone));
         }
     }

@@ -2,7 +2,8 @@
 //! public/io/blkif.h, seen from the frontend).
 //!
 //! Guards: an operation that was taken is answered once, over any number of backend restarts:
-//! what a backend did not answer is sent again to the next one. Data pages are the pool's, which
+//! what a backend did not answer is sent again to the next one, once that is known to serve the
+//! same disk. Data pages are the pool's, which
 //! is granted once and for ever, so no operation changes a grant. A backend's answers are
 //! allegations: one that matches no request of that ring breaks it, and the device starts a new
 //! cycle. Must never: use a ring that the backend does not show Connected for, or answer a flush
@@ -10,6 +11,8 @@
 
 mod handshake;
 mod life;
+#[cfg(test)]
+mod return_tests;
 mod ring;
 #[cfg(test)]
 mod tests;
@@ -23,6 +26,7 @@ use platter_xen::vbd::DiskNodes;
 use platter_xen::xenbus::XenbusState;
 use platter_xen::{DomId, Gref, Hypervisor, Port, Region};
 
+use crate::bytes::Mark;
 use crate::disk::{Device, DiskDone, DiskIo, DiskOp, DiskSubmit, DiskTag, Geometry};
 use crate::pool::{Pool, RUN_PAGES_MAX};
 use crate::store::StoreFault;
@@ -111,6 +115,11 @@ pub struct Blkfront {
     indirect_free: Vec<u8>,
     /// To be sent (again), in order.
     pending: VecDeque<Work>,
+    /// To be sent again if the next backend serves the same disk.
+    held: VecDeque<Work>,
+    /// Connections after the first, and what the backend of the last one said of its disk.
+    returns: u32,
+    identity: Mark,
     done: VecDeque<DiskDone>,
     /// The toolstack took it away.
     gone: bool,
@@ -145,6 +154,9 @@ impl Blkfront {
             slots: alloc::vec![None; slots],
             indirect_free: (0..INDIRECT_PAGES as u8).collect(),
             pending: VecDeque::with_capacity(2 * slots),
+            held: VecDeque::with_capacity(2 * slots),
+            returns: 0,
+            identity: Mark::NONE,
             done: VecDeque::with_capacity(2 * slots),
             gone: false,
             vanished: false,
@@ -246,6 +258,25 @@ impl<H: Hypervisor> Device<H> for Blkfront {
 
     fn losses(&self) -> u32 {
         self.losses
+    }
+
+    fn returns(&self) -> u32 {
+        self.returns
+    }
+
+    fn identity(&self) -> u64 {
+        self.identity.0
+    }
+
+    fn settle(&mut self, verdict: &dyn Fn(DiskTag) -> Option<bool>) {
+        for _ in 0..self.held.len() {
+            let Some(work) = self.held.pop_front() else { return };
+            match verdict(work.tag) {
+                Some(true) => self.pending.push_back(work),
+                Some(false) => self.answer(work, Err(StoreFault::Gone)),
+                None => self.held.push_back(work),
+            }
+        }
     }
 
     fn submit(

@@ -2,7 +2,7 @@
 
 use platter_xen::blkif::{
     Abi, Response, SEGMENTS_DIRECT_MAX, Segment, emit_descriptors, emit_discard, emit_indirect,
-    emit_transfer, op,
+    emit_transfer, info, op,
 };
 use platter_xen::{Hypervisor, PAGE_BYTES};
 
@@ -22,6 +22,10 @@ impl Blkfront {
         if work.io.op == DiskOp::Flush && !self.has_cache() {
             // The backend has no volatile cache: what it answered is durable (blkif.h).
             self.answer(work, Ok(()));
+            return true;
+        }
+        if let Some(fault) = self.unfit(&work) {
+            self.answer(work, Err(fault));
             return true;
         }
         let Some(ring) = self.ring_with_room() else { return false };
@@ -59,6 +63,23 @@ impl Blkfront {
         assert!(self.rings[usize::from(ring)].put(hv, &raw), "the ring had room");
         self.slots[id] = Some(slot);
         true
+    }
+
+    /// Why this backend cannot do what an earlier one was asked for.
+    fn unfit(&self, work: &Work) -> Option<StoreFault> {
+        let nodes = self.nodes.as_ref()?;
+        let io = &work.io;
+        let changes = matches!(io.op, DiskOp::Write | DiskOp::Discard | DiskOp::Zeroes);
+        let end = io.sector.saturating_add(u64::from(io.sectors));
+        if changes && nodes.info & info::READONLY != 0 {
+            Some(StoreFault::ReadOnly)
+        } else if io.op == DiskOp::Discard && nodes.discard_granularity_bytes.is_none() {
+            Some(StoreFault::Unsupported)
+        } else if end > nodes.sectors {
+            Some(StoreFault::BeyondEnd)
+        } else {
+            None
+        }
     }
 
     /// The rings take turns; a full one is passed over.

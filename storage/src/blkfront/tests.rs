@@ -14,28 +14,30 @@ use crate::fake::Fake;
 use crate::harness::{Harness, pattern};
 use crate::{Answer, Done, FileId, Store, Tag};
 
-struct World {
-    hv: Fake,
-    back: BlkbackModel,
-    store: BlockStore<Blkfront>,
+pub(super) struct World {
+    pub hv: Fake,
+    pub back: BlkbackModel,
+    pub store: BlockStore<Blkfront>,
     /// What the backend's `state` node shows.
-    state: Option<u8>,
+    pub state: Option<u8>,
     /// Our own nodes as last written.
     own: Vec<(String, String)>,
     newest_first: bool,
+    /// What the backend was told to serve.
+    pub params: Option<&'static [u8]>,
 }
 
 impl World {
-    fn new(bytes: usize, sector_bytes: u32) -> World {
+    pub fn new(bytes: usize, sector_bytes: u32) -> World {
         let mut hv = Fake::new(4096);
         let back = BlkbackModel::new(DomId(0), alloc::vec![0; bytes], sector_bytes);
         let mut store = BlockStore::new(&mut hv, 512, 128).unwrap();
         store.attach("xvda", Blkfront::new(DomId(0), 51_712));
         let state = Some(2);
-        World { hv, back, store, state, own: Vec::new(), newest_first: false }
+        World { hv, back, store, state, own: Vec::new(), newest_first: false, params: None }
     }
 
-    fn front(&self) -> &Blkfront {
+    pub fn front(&self) -> &Blkfront {
         self.store.device(0)
     }
 
@@ -51,7 +53,11 @@ impl World {
         let text = self.state.map(|state| state.to_string());
         let state = text.as_ref().map(|text| text.as_bytes());
         let (front, pool) = self.store.device_mut(0);
-        let step = front.update(&mut self.hv, pool, BackNodes { state, values: &values });
+        let step = front.update(
+            &mut self.hv,
+            pool,
+            BackNodes { state, params: self.params, values: &values },
+        );
         if let FrontStep::Write(nodes) = &step {
             for (key, value) in nodes {
                 self.own.retain(|(other, _)| other != key);
@@ -66,7 +72,7 @@ impl World {
     }
 
     /// Both sides follow each other until neither moves.
-    fn settle(&mut self) {
+    pub fn settle(&mut self) {
         for _ in 0..20 {
             let moved = matches!(self.update(), FrontStep::Write(_));
             let before = self.state;
@@ -91,18 +97,18 @@ impl World {
         panic!("no rest");
     }
 
-    fn step(&mut self) {
+    pub fn step(&mut self) {
         let newest = self.newest_first;
         let mut pick = |count: usize| if newest { count - 1 } else { 0 };
         self.back.step(&mut self.hv, 16, &mut pick);
     }
 
-    fn poll(&mut self) -> Option<Done> {
+    pub fn poll(&mut self) -> Option<Done> {
         self.store.release(&mut self.hv);
         self.store.poll(&mut self.hv, 0)
     }
 
-    fn open(&mut self) -> FileId {
+    pub fn open(&mut self) -> FileId {
         self.settle();
         assert!(self.front().is_connected());
         self.poll();

@@ -7,8 +7,8 @@
 
 use platter_xen::Hypervisor;
 
-use super::opening::{Request, overlap};
-use super::{BlockStore, File};
+use super::opening::{Look, Request, overlap};
+use super::{BlockStore, Doubt, File};
 use crate::disk::{Device, Geometry};
 use crate::resolve::Resolved;
 use crate::store::{Access, FileId, StoreFault, Tag};
@@ -24,6 +24,8 @@ pub struct Growth {
     /// Changes that were not followed, and the last one's reason.
     pub refused: u64,
     pub why: Option<&'static str>,
+    /// Files that are not served any more because the disk under them is another one.
+    pub strange: u64,
 }
 
 impl File {
@@ -40,7 +42,7 @@ impl<D> BlockStore<D> {
     }
 
     /// The account of the device that a file begins on.
-    fn growth_of(&mut self, file: usize) -> Option<&mut Growth> {
+    pub(super) fn growth_of(&mut self, file: usize) -> Option<&mut Growth> {
         let volume = &self.files.get(file)?.as_ref()?.layout.volume;
         let disk = self.disks.get(usize::from(volume.areas().next()?.disk))?;
         Some(&mut self.devices.get_mut(disk.device)?.growth)
@@ -69,17 +71,18 @@ impl<D> BlockStore<D> {
             return;
         };
         open.asked = false;
-        let grows = Some((FileId(at as u16), open.opened));
+        let (file, opened) = (FileId(at as u16), open.opened);
+        let look = Some(Look { file, opened, doubted: false });
         let (path, access) = (open.path.clone(), open.access);
         self.look_at = at + 1;
         self.next_look_ns = now_ns.saturating_add(LOOK_NS);
-        self.requests.push_back(Request { tag: Tag(0), path, access, grows });
+        self.requests.push_back(Request { tag: Tag(0), path, access, look });
     }
 
-    /// A look ended. `opened` tells the file from a later one with its number.
+    /// A look for growth ended.
     pub(super) fn looked<H: Hypervisor>(
         &mut self,
-        (file, opened): (FileId, u64),
+        Look { file, opened, .. }: Look,
         found: Result<Resolved, StoreFault>,
         geometries: &[Option<Geometry>],
     ) where
@@ -87,7 +90,7 @@ impl<D> BlockStore<D> {
     {
         let at = usize::from(file.0);
         let Some(open) = self.files.get(at).and_then(Option::as_ref) else { return };
-        if open.opened != opened {
+        if open.opened != opened || open.doubt != Doubt::None {
             return;
         }
         let why = match found {

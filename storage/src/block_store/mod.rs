@@ -6,8 +6,10 @@
 //! (`ops.rs`); a flush is answered when every disk that the file lies on confirmed it, and fails
 //! once when a disk lost its cache with writes of this file in it; what cannot go to its device
 //! now waits here in order, never in the caller. Must never: allocate on the request path, write
-//! metadata, serve two images that overlap when one is writable.
+//! metadata, serve two images that overlap when one is writable, or one from a disk that is not
+//! the one it was opened on.
 
+mod doubt;
 mod growth;
 #[cfg(test)]
 mod growth_tests;
@@ -23,11 +25,13 @@ use alloc::vec::Vec;
 
 use platter_xen::Hypervisor;
 
+use crate::bytes::Mark;
 use crate::disk::{Device, Geometry};
 use crate::meta::META_BLOCKS_MAX;
 use crate::pool::Pool;
 use crate::store::{Access, Answer, Done, FileId, Store, StoreFault, Submit, Tag, Window};
 use crate::volume::Layout;
+use doubt::Doubt;
 pub use growth::Growth;
 use opening::{Opening, Request};
 use ops::{Kind, Op, Ops};
@@ -55,6 +59,7 @@ struct Attached<D> {
     units: usize,
     /// Of the device, as far as files know of them.
     losses: u32,
+    returns: u32,
     growth: Growth,
 }
 
@@ -78,6 +83,10 @@ struct File {
     asked: bool,
     /// The change of its place that was not followed.
     not_followed: Option<&'static str>,
+    /// What it was opened on: identities of its devices and of what its content names.
+    source: u64,
+    mark: Mark,
+    doubt: Doubt,
 }
 
 /// See the module's head.
@@ -97,6 +106,8 @@ pub struct BlockStore<D> {
     looks_asked: bool,
     next_look_ns: u64,
     look_at: usize,
+    /// Some file is doubted.
+    doubts: bool,
     /// Cache blocks of one opening; less than [`META_BLOCKS_MAX`] only in tests.
     meta_blocks_max: usize,
     /// Operations whose windows answers have given out.
@@ -124,6 +135,7 @@ impl<D> BlockStore<D> {
             looks_asked: false,
             next_look_ns: 0,
             look_at: 0,
+            doubts: false,
             meta_blocks_max: META_BLOCKS_MAX,
             lent: Vec::with_capacity(ops_max),
         })
@@ -133,7 +145,7 @@ impl<D> BlockStore<D> {
     /// Returns the number for [`device_mut`](Self::device_mut).
     pub fn attach(&mut self, name: &str, device: D) -> usize {
         let (name, growth) = (String::from(name), Growth::default());
-        self.devices.push(Attached { name, device, units: 0, losses: 0, growth });
+        self.devices.push(Attached { name, device, units: 0, losses: 0, returns: 0, growth });
         self.devices.len() - 1
     }
 
@@ -267,7 +279,7 @@ impl<H: Hypervisor, D: Device<H>> Store<H> for BlockStore<D> {
         if self.requests.len() == OPENINGS_MAX {
             return Err(StoreFault::Limit(OPENINGS_MAX as u32));
         }
-        self.requests.push_back(Request { tag, path: String::from(path), access, grows: None });
+        self.requests.push_back(Request { tag, path: String::from(path), access, look: None });
         Ok(())
     }
 
@@ -357,12 +369,13 @@ impl<H: Hypervisor, D: Device<H>> Store<H> for BlockStore<D> {
         let may_look = self.looks_asked && self.opening.is_none();
         let look_ns = may_look.then_some(self.next_look_ns);
         let devices = self.devices.iter().filter_map(|attached| attached.device.poll_at_ns());
-        devices.chain(look_ns).min()
+        devices.chain(look_ns).chain(self.doubts_at_ns()).min()
     }
 
     fn poll(&mut self, hv: &mut H, now_ns: u64) -> Option<Done> {
         if self.ops.nothing_ready() {
             self.poll_devices(hv, now_ns);
+            self.look_at_doubted::<H>(now_ns);
             self.restart_waiting(hv);
             self.look_for_growth(now_ns);
             self.advance_opening(hv);

@@ -6,7 +6,7 @@ use alloc::vec::Vec;
 use platter_xen::Hypervisor;
 
 use super::ops::{Kind, Op};
-use super::{BlockStore, Disk, FILES_MAX, File};
+use super::{BlockStore, Disk, Doubt, FILES_MAX, File};
 use crate::disk::{Device, Geometry};
 use crate::ext4::Mapper;
 use crate::meta::{
@@ -24,8 +24,18 @@ pub struct Request {
     pub tag: Tag,
     pub path: String,
     pub access: Access,
-    /// No opening, but a look whether this file has grown.
-    pub grows: Option<(FileId, u64)>,
+    /// No opening, but a look at what is open.
+    pub look: Option<Look>,
+}
+
+/// A look at an open file's place.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Look {
+    pub file: FileId,
+    /// Tells the file from a later one with its number.
+    pub opened: u64,
+    /// Whether it is still there, and not whether it has grown.
+    pub doubted: bool,
 }
 
 /// The opening that runs.
@@ -38,9 +48,15 @@ pub struct Opening {
     /// A read is under way.
     reading: bool,
     fault: Option<StoreFault>,
+    /// A disk came back meanwhile: nothing that was read counts.
+    anew: bool,
 }
 
 impl Opening {
+    pub(super) fn begin_anew(&mut self) {
+        self.anew = true;
+    }
+
     /// Room for another block. Extents that were collected stay: as long as they grow, the
     /// blocks they came from may go.
     fn make_room(&mut self) -> Result<(), StoreFault> {
@@ -110,9 +126,15 @@ impl<D> BlockStore<D> {
                 mapped: 0,
                 reading: false,
                 fault: None,
+                anew: false,
             });
         }
         let Some(mut opening) = self.opening.take_if(|opening| !opening.reading) else { return };
+        if core::mem::take(&mut opening.anew) {
+            (opening.fault, opening.mapped) = (None, 0);
+            opening.mapper = Mapper::new();
+            opening.cache.clear();
+        }
         let count = self.disks.len() as u8;
         let geometries = (0..count).map(|disk| self.geometry::<H>(disk)).collect();
         let view = View { disks: &self.disks, geometries, cache: &opening.cache };
@@ -134,11 +156,14 @@ impl<D> BlockStore<D> {
                 }
             },
         };
-        let Request { tag, path, access, grows } = opening.request;
-        if let Some(file) = grows {
-            return self.looked(file, resolved, &geometries);
+        let Request { tag, path, access, look } = opening.request;
+        match look {
+            Some(look) if look.doubted => return self.judge(look, resolved),
+            Some(look) => return self.looked(look, resolved, &geometries),
+            None => {}
         }
-        let entered = resolved.and_then(|found| self.enter_file(found, path, access, &geometries));
+        let entered =
+            resolved.and_then(|found| self.enter_file::<H>(found, path, access, &geometries));
         self.answers.push_back(Done { tag, result: entered.map(Answer::Opened) });
     }
 
@@ -194,13 +219,16 @@ impl<D> BlockStore<D> {
     }
 
     /// Makes a file of what was found.
-    fn enter_file(
+    fn enter_file<H: Hypervisor>(
         &mut self,
         found: Resolved,
         path: String,
         access: Access,
         geometries: &[Option<Geometry>],
-    ) -> Result<Opened, StoreFault> {
+    ) -> Result<Opened, StoreFault>
+    where
+        D: Device<H>,
+    {
         if access == Access::ReadWrite && !found.writable {
             return Err(StoreFault::ReadOnly);
         }
@@ -233,7 +261,8 @@ impl<D> BlockStore<D> {
         }
         let whole_disk = found.whole_disk.then(|| disks.trailing_zeros() as u8);
         let (size_bytes, identity) = (found.layout.size_bytes, found.identity);
-        let layout = found.layout;
+        let (layout, mark) = (found.layout, found.mark);
+        let source = self.source_of::<H>(disks);
         self.opened += 1;
         self.files[slot] = Some(File {
             path,
@@ -248,6 +277,9 @@ impl<D> BlockStore<D> {
             lost: false,
             asked: false,
             not_followed: None,
+            source,
+            mark,
+            doubt: Doubt::None,
         });
         let file = FileId(slot as u16);
         Ok(Opened { file, size_bytes, block_bytes, can_grow: false, can_punch, identity })

@@ -3,7 +3,7 @@
 use platter_xen::{Hypervisor, PAGE_BYTES};
 
 use super::ops::{Kind, Op};
-use super::{BlockStore, File};
+use super::{BlockStore, Doubt, File};
 use crate::disk::{Device, DiskDone, DiskIo, DiskOp, DiskSubmit, DiskTag, Geometry};
 use crate::pool::RUN_PAGES_MAX;
 use crate::store::{FileId, StoreFault, Submit, Tag, Window};
@@ -72,7 +72,7 @@ impl<D> BlockStore<D> {
     where
         D: Device<H>,
     {
-        let op = Op { kind: Kind::Read, tag, ..Op::NEW };
+        let op = Op { kind: Kind::Read, tag, file, ..Op::NEW };
         let (op, from_disk) = match self.cut::<H>(self.file(file)?, offset, u64::from(len))? {
             // Nothing to read: answered without a device.
             Begins::End => (op, false),
@@ -120,6 +120,9 @@ impl<D> BlockStore<D> {
         let Begins::Disk(cut) = self.cut::<H>(open, offset, u64::from(len))? else {
             return Err(StoreFault::NoSpace);
         };
+        if cut.geometry.read_only {
+            return Err(StoreFault::ReadOnly);
+        }
         let block = u64::from(cut.geometry.block_bytes);
         let within = cut.at % block;
         let whole = cut.bytes / block * block;
@@ -165,6 +168,9 @@ impl<D> BlockStore<D> {
             return Err(StoreFault::NoSpace);
         };
         let geometry = cut.geometry;
+        if geometry.read_only {
+            return Err(StoreFault::ReadOnly);
+        }
         let block = u64::from(geometry.block_bytes);
         let (unit, first, most) = match kind {
             Kind::Zeroes => (block, 0, geometry.zeroes_sectors_max),
@@ -220,6 +226,15 @@ impl<D> BlockStore<D> {
         if self.ops.must_wait(index) {
             self.ops.wait(index);
             return;
+        }
+        let file = self.files.get(usize::from(self.ops.get(index).file.0)).and_then(Option::as_ref);
+        match file.map_or(Doubt::None, |file| file.doubt) {
+            Doubt::None => {}
+            Doubt::Open { .. } => return self.ops.wait(index),
+            Doubt::Proved(_) => {
+                self.ops.get_mut(index).result = Err(StoreFault::Gone);
+                return self.end(hv, index);
+            }
         }
         if self.ops.get(index).kind == Kind::Flush {
             return self.start_flush(hv, index);
@@ -284,6 +299,10 @@ impl<D> BlockStore<D> {
         let Some(attached) = self.devices.get_mut(disk.device) else {
             return DiskSubmit::Fault(StoreFault::Gone);
         };
+        // It came back in this turn: the files on it are not doubted yet.
+        if attached.returns != attached.device.returns() {
+            return DiskSubmit::NoRoom;
+        }
         attached.device.submit(hv, &self.pool, disk.unit, DiskTag(index), io)
     }
 
@@ -330,6 +349,11 @@ impl<D> BlockStore<D> {
             while let Some(done) = self.devices[device].device.poll(hv, &self.pool, now_ns) {
                 self.finish_part(hv, done);
             }
+            let returns = self.devices[device].device.returns();
+            if returns != core::mem::replace(&mut self.devices[device].returns, returns) {
+                self.doubt_files_of(device);
+            }
+            self.settle_held(device);
             // After the answers: what was answered before may be lost, what comes later is not.
             let losses = self.devices[device].device.losses();
             if losses != core::mem::replace(&mut self.devices[device].losses, losses) {

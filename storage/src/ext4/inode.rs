@@ -33,6 +33,8 @@ pub struct Inode {
     pub block: [u8; 60],
     /// What the sums of its directory and extent blocks begin with.
     pub seed: u32,
+    /// Another one for each file that the inode becomes.
+    pub generation: [u8; 4],
     mode: u16,
     flags: u32,
 }
@@ -60,6 +62,7 @@ impl Inode {
             size_bytes: u64::from(u32_at(bytes, 0x6C)?) << 32 | u64::from(u32_at(bytes, 4)?),
             block: array_at(bytes, 0x28)?,
             seed,
+            generation,
             mode: u16_at(bytes, 0)?,
             flags: u32_at(bytes, 0x20)?,
         })

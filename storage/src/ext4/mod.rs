@@ -16,6 +16,7 @@ pub use inode::Inode;
 pub use map::Mapper;
 pub use superblock::Superblock;
 
+use crate::bytes::Mark;
 use crate::meta::{MetaFault, ReadBlocks, refused};
 use crate::{Access, StoreFault};
 
@@ -27,6 +28,8 @@ const DEPTH_MAX: usize = 32;
 pub struct Found {
     pub inode: u32,
     pub size_bytes: u64,
+    /// Of the filesystem, the inode and its generation.
+    pub mark: Mark,
 }
 
 /// Whether there is an ext filesystem at all.
@@ -65,7 +68,9 @@ pub fn open(
              it by a full copy, `cp --sparse=never FILE COPY` (fallocate alone is not enough)",
         );
     }
-    Ok(Found { inode: inode.number, size_bytes: inode.size_bytes })
+    let number = inode.number.to_le_bytes();
+    let mark = Mark::NONE.with(&fs.uuid).with(&number).with(&inode.generation);
+    Ok(Found { inode: inode.number, size_bytes: inode.size_bytes, mark })
 }
 
 #[cfg(test)]

@@ -62,7 +62,7 @@ pub struct Superblock {
     incompat: u32,
     ro_compat: u32,
     state: u16,
-    uuid: [u8; 16],
+    pub uuid: [u8; 16],
 }
 
 /// Whether the magic is there.

@@ -71,6 +71,12 @@ impl<'a> Group<'a> {
         self.text.string(self.node, "id")
     }
 
+    /// The identity of a logical volume, which keeps it when it is renamed.
+    pub fn volume_id(&self, name: &str) -> Option<&'a str> {
+        let volumes = self.text.section(self.node, "logical_volumes")?;
+        self.text.string(self.text.section(volumes, name)?, "id")
+    }
+
     /// Whether a physical volume belongs to this group.
     pub fn holds(&self, uuid: &Uuid) -> bool {
         let Some(pvs) = self.text.section(self.node, "physical_volumes") else { return false };

@@ -30,24 +30,24 @@ struct Header {
 
 /// Reads the table of a disk that has a protective MBR.
 pub fn read(disk: &dyn ReadBlocks, block_bytes: u32) -> Result<Table, MetaFault> {
-    if let Some(partitions) = read_copy(disk, block_bytes, 1)? {
-        return Ok(Table { scheme: Scheme::Gpt, partitions });
+    if let Some(table) = read_copy(disk, block_bytes, 1)? {
+        return Ok(table);
     }
     let blocks = disk.len_bytes() / u64::from(block_bytes);
     if let Some(last) = blocks.checked_sub(1)
-        && let Some(partitions) = read_copy(disk, block_bytes, last)?
+        && let Some(table) = read_copy(disk, block_bytes, last)?
     {
-        return Ok(Table { scheme: Scheme::GptBackup, partitions });
+        return Ok(Table { scheme: Scheme::GptBackup, ..table });
     }
     refused("both copies of the GUID partition table are broken")
 }
 
-/// The partitions of the copy whose header is at `lba`; `None` when that copy is broken.
+/// The copy whose header is at `lba`; `None` when that copy is broken.
 fn read_copy(
     disk: &dyn ReadBlocks,
     block_bytes: u32,
     lba: u64,
-) -> Result<Option<Vec<Partition>>, MetaFault> {
+) -> Result<Option<Table>, MetaFault> {
     let at = lba.saturating_mul(u64::from(block_bytes));
     let block = match read_vec(disk, at, block_bytes as usize) {
         Ok(block) => block,
@@ -74,7 +74,7 @@ fn read_copy(
         }
         partitions.push(parse_entry(disk, block_bytes, number, entry)?);
     }
-    Ok(Some(partitions))
+    Ok(Some(Table { scheme: Scheme::Gpt, id: field(&block, 56)?, partitions }))
 }
 
 fn parse_header(block: &[u8], lba: u64) -> Option<Header> {

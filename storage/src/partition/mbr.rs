@@ -17,8 +17,10 @@ const LOGICALS_MAX: u32 = 128;
 /// Where the entries begin, and the length of one.
 const ENTRIES_AT: usize = 446;
 const ENTRY_BYTES: usize = 16;
-/// Where the signature 55 AA stands.
-const SIGNATURE_AT: usize = 510;
+/// Where the disk's own number stands (UEFI 2.10, table 5.1: UniqueMBRDiskSignature).
+pub const SIGNATURE_AT: usize = 440;
+/// Where the mark 55 AA stands.
+const MARK_AT: usize = 510;
 
 /// One entry, as it stands there.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -42,7 +44,7 @@ impl Entry {
 /// The four entries of a boot record; `None` when this is not one. A filesystem's boot sector
 /// carries the same signature, so the boot flags must be 0x00 or 0x80 and one entry be used.
 pub fn parse(block: &[u8]) -> Option<[Entry; 4]> {
-    if u16_at(block, SIGNATURE_AT)? != 0xAA55 {
+    if u16_at(block, MARK_AT)? != 0xAA55 {
         return None;
     }
     let mut entries = [Entry { kind: 0, first: 0, count: 0 }; 4];

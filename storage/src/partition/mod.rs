@@ -45,6 +45,8 @@ pub enum Scheme {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Table {
     pub scheme: Scheme,
+    /// GPT's DiskGUID; an MBR's signature, then zeros; zero without a table.
+    pub id: [u8; 16],
     pub partitions: Vec<Partition>,
 }
 
@@ -95,13 +97,15 @@ fn parse_guid(word: &str) -> Option<[u8; 16]> {
 pub fn read_table(disk: &dyn ReadBlocks, block_bytes: u32) -> Result<Table, MetaFault> {
     let block = read_vec(disk, 0, block_bytes as usize)?;
     let Some(entries) = mbr::parse(&block) else {
-        return Ok(Table { scheme: Scheme::None, partitions: Vec::new() });
+        return Ok(Table { scheme: Scheme::None, id: [0; 16], partitions: Vec::new() });
     };
     if entries.iter().any(|entry| entry.kind == mbr::KIND_PROTECTIVE) {
         return gpt::read(disk, block_bytes);
     }
     let partitions = mbr::read(disk, block_bytes, &entries)?;
-    Ok(Table { scheme: Scheme::Mbr, partitions })
+    let mut id = [0; 16];
+    id[..4].copy_from_slice(&field::<4>(&block, mbr::SIGNATURE_AT)?);
+    Ok(Table { scheme: Scheme::Mbr, id, partitions })
 }
 
 /// A partition of blocks `first..first + count` if that lies inside the disk.
