@@ -16,6 +16,7 @@ use platter_xen::xenbus::XenbusState;
 
 use crate::bell::Bell;
 use crate::device::{Device, Devices};
+use crate::log::say;
 use crate::share::{Policy, Share};
 use crate::usage::{FILES_MAX, Usage};
 use crate::workers::Workers;
@@ -25,6 +26,9 @@ use crate::xenstore::{Event, TRUSTED, Xenstore};
 pub const KINDS: [&str; 2] = ["9pfs", "xen_9pfs"];
 /// Shares served at once.
 const BACKENDS_MAX: usize = 1024;
+/// Connections of one share that were ended and whose thread still waits for a file: each keeps
+/// others from devices that there are so many of as shares.
+const HANGING_MAX: usize = 4;
 /// Lines of log that one share may cause: its frontend decides how many there would be.
 const LINES_MAX: u32 = 32;
 const FREE: &str = "nobody panics with it in hand";
@@ -43,6 +47,8 @@ struct Backend {
     /// Lines of log so far.
     lines: u32,
     state: XenbusState,
+    /// A thread of its that still runs has it, too.
+    running: Arc<()>,
     /// Kept from one connection to the next: its frontend decides how many there are.
     _usage: Option<Arc<Usage>>,
     device: Option<Device>,
@@ -141,7 +147,7 @@ impl Backends {
         }
         for (be, backend) in self.known.extract_if(|be, _| !there.contains(be)) {
             xs.unwatch(&format!("{}/state", backend.fe), backend.token)?;
-            eprintln!("{be}: removed");
+            say(format_args!("{be}: removed"));
         }
         Ok(())
     }
@@ -166,21 +172,18 @@ impl Backends {
         }
         let front = state(xs, &fe)?;
         let online = xs.read_text(&format!("{be}/online"))?.as_deref() != Some("0");
-        let removed = !online || own == XenbusState::Closing && known != XenbusState::Closing;
-        use XenbusState::{
-            Closed, Closing, Connected, InitWait, Initialised, Initialising, Unknown,
-        };
-        let next = match (known, front) {
-            (Closed, _) if removed => return Ok(()),
-            _ if removed => Closed,
-            (InitWait, Initialised) => return self.connect(xs, be, &fe),
-            (Connected, Closing) => Closing,
-            (Connected | Closing, Closed | Unknown) => Closed,
-            (Connected | Closing | Closed, Initialising) => InitWait,
-            _ => return Ok(()),
+        let next = match next(known, own, front, online) {
+            Next::Rest => return Ok(()),
+            Next::Connect => return self.connect(xs, be, &fe),
+            Next::Anew => {
+                let token = self.known.remove(be).expect("just looked at").token;
+                xs.unwatch(&format!("{fe}/state"), token)?;
+                return self.offer_new(xs, be);
+            }
+            Next::Become(next) => next,
         };
         let Some(backend) = self.known.get_mut(be) else { return Ok(()) };
-        if next != Connected {
+        if next != XenbusState::Connected {
             backend.device = None;
         }
         write_state(xs, be, backend, next)
@@ -201,8 +204,9 @@ impl Backends {
         self.seen += 1;
         let (token, unknown) = (TRUSTED + self.seen, XenbusState::Unknown);
         let _usage = share.as_ref().ok().and_then(Share::usage);
-        let (lines, device, number) = (0, None, 0);
-        let mut backend = Backend { fe, token, lines, state: unknown, _usage, device, number };
+        let (lines, device, number, running) = (0, None, 0, Arc::new(()));
+        let mut backend =
+            Backend { fe, token, lines, state: unknown, running, _usage, device, number };
         let next = match share {
             Ok(_) => {
                 xs.write(&format!("{be}/versions"), VERSION)?;
@@ -254,6 +258,9 @@ impl Backends {
     fn connect(&mut self, xs: &mut Xenstore, be: &str, fe: &str) -> Result<()> {
         let path = xs.read_text(&format!("{be}/path"))?.unwrap_or_default();
         let share = self.share(xs, be)?;
+        let Some(running) = self.known.get(be).map(|backend| Arc::clone(&backend.running)) else {
+            return Ok(());
+        };
         let domid = domid_of(be).expect("shares are known by a directory that says it");
         let rings = parse_front_nodes(
             |name| xs.read(&format!("{fe}/{name}")).ok().flatten(),
@@ -264,11 +271,16 @@ impl Backends {
         let started = rings
             .map_err(|fault| format!("its nodes are refused: {fault:?}"))
             .and_then(|rings| Ok((rings, share?)))
+            .and_then(|found| match Arc::strong_count(&running) - 2 {
+                ..HANGING_MAX => Ok(found),
+                hanging => Err(format!("{hanging} connections before this one hang in its files")),
+            })
             .and_then(|(rings, share)| {
                 let (ends, be) = (Arc::clone(&self.ends), be.to_string());
                 let on_end = move |why| ends.put(Ended { be, number, why });
+                let running = Arc::clone(&running);
                 let with = (&self.devices, &self.workers);
-                Device::start(domid, &rings, share, with, on_end)
+                Device::start(domid, &rings, share, with, (running, on_end))
                     .map_err(|fault| format!("cannot connect: {fault:#}"))
             });
         let Some(backend) = self.known.get_mut(be) else { return Ok(()) };
@@ -292,10 +304,39 @@ impl Backend {
     fn say(&mut self, be: &str, what: &str) {
         self.lines = self.lines.saturating_add(1);
         match self.lines {
-            ..LINES_MAX => eprintln!("{be}: {what}"),
-            LINES_MAX => eprintln!("{be}: {what}; no more will be said of this share"),
+            ..LINES_MAX => say(format_args!("{be}: {what}")),
+            LINES_MAX => {
+                say(format_args!("{be}: {what}; no more will be said of this share"));
+            }
             _ => {}
         }
+    }
+}
+
+/// What is to be done about a share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Next {
+    Rest,
+    Connect,
+    /// The toolstack has taken it away and made it again in the meantime.
+    Anew,
+    Become(XenbusState),
+}
+
+/// From the state that we wrote last, and what both ends show now; a toolstack that takes a share
+/// away says `online` 0, or writes Closing itself. We never write Initialising.
+fn next(known: XenbusState, own: XenbusState, front: XenbusState, online: bool) -> Next {
+    use XenbusState::{Closed, Closing, Connected, InitWait, Initialised, Initialising, Unknown};
+    let removed = !online || own == Closing && known != Closing;
+    match (known, front) {
+        (Closed, _) if removed => Next::Rest,
+        _ if removed => Next::Become(Closed),
+        _ if own == Initialising => Next::Anew,
+        (InitWait, Initialised) => Next::Connect,
+        (Connected, Closing) => Next::Become(Closing),
+        (Connected | Closing, Closed | Unknown) => Next::Become(Closed),
+        (Connected | Closing | Closed, Initialising) => Next::Become(InitWait),
+        _ => Next::Rest,
     }
 }
 
@@ -354,6 +395,31 @@ mod tests {
             "/srv/images/..",
         ] {
             assert_eq!(read_only(path), None, "{path}");
+        }
+    }
+
+    #[test]
+    fn what_both_ends_show_decides() {
+        use XenbusState::*;
+        // (as we know it, as it is, the frontend, online) and what follows.
+        for (known, own, front, online, expected) in [
+            (InitWait, InitWait, Initialising, true, Next::Rest),
+            (InitWait, InitWait, Initialised, true, Next::Connect),
+            (Connected, Connected, Connected, true, Next::Rest),
+            (Connected, Connected, Closing, true, Next::Become(Closing)),
+            (Closing, Closing, Closed, true, Next::Become(Closed)),
+            (Connected, Connected, Unknown, true, Next::Become(Closed)),
+            (Closed, Closed, Initialising, true, Next::Become(InitWait)),
+            // The toolstack takes it away: either way, and once.
+            (Connected, Closing, Connected, true, Next::Become(Closed)),
+            (Connected, Connected, Connected, false, Next::Become(Closed)),
+            (Closed, Closed, Initialising, false, Next::Rest),
+            // Taken away and made again before we looked.
+            (Connected, Initialising, Initialising, true, Next::Anew),
+            (Closed, Initialising, Initialising, true, Next::Anew),
+        ] {
+            let which = (known, own, front, online);
+            assert_eq!(next(known, own, front, online), expected, "{which:?}");
         }
     }
 

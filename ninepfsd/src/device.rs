@@ -87,13 +87,14 @@ impl Drop for Lent {
 }
 
 impl Device {
-    /// Maps the rings and starts serving. `on_end` is told why that ended by itself.
+    /// Maps the rings and starts serving. `on_end` is told why that ended by itself; `running` is
+    /// dropped when the thread has let go of everything.
     pub fn start(
         domid: u16,
         rings: &[(Gref, Port)],
         share: Share,
         (devices, workers): (&Devices, &Workers),
-        on_end: impl FnOnce(String) + Send + 'static,
+        (running, on_end): (Arc<()>, impl FnOnce(String) + Send + 'static),
     ) -> Result<Device> {
         let mut lent = devices.lend()?;
         let mut mapped = Vec::new();
@@ -113,7 +114,7 @@ impl Device {
                 Err(fault) => fault.to_string(),
             };
             lent.uring = serving.take_uring();
-            drop((serving, lent));
+            drop((serving, lent, running));
             drop(end);
             on_end(why);
         })?;

@@ -13,6 +13,7 @@ pub mod device;
 pub mod frontend;
 mod job;
 mod locks;
+pub mod log;
 pub mod more;
 mod open;
 pub mod os;

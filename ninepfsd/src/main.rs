@@ -12,6 +12,7 @@ use clap::{Args, Parser, Subcommand};
 use platter_9pfsd::attach;
 use platter_9pfsd::backends::{Allowed, Backends, Ends, KINDS};
 use platter_9pfsd::device::Devices;
+use platter_9pfsd::log::say;
 use platter_9pfsd::sandbox::{self, Identity};
 use platter_9pfsd::share::{Cache, Policy};
 use platter_9pfsd::workers::Workers;
@@ -38,7 +39,7 @@ enum Action {
         tag: String,
         /// The directory, absolute.
         path: String,
-        /// The space that its files may take together, in MiB.
+        /// The space that its files may take together, in MiB; 0 for no limit.
         #[arg(long, value_name = "MIB", default_value_t = 0)]
         max_space: u32,
     },
@@ -52,11 +53,11 @@ struct Serve {
     /// As --allow, and nothing there is ever changed.
     #[arg(long, value_name = "DIRECTORY")]
     allow_read_only: Vec<PathBuf>,
-    /// The largest size that a file may be given, in bytes.
+    /// The largest size that a file may be given, in bytes; 0 for no limit.
     #[arg(long, value_name = "BYTES", default_value_t = 0)]
     file_bytes_max: u64,
     /// The space that the files of each share may take together, in bytes, as the file system
-    /// counts it; `max-space=` (MiB) in a domain's `p9=` line can only be less.
+    /// counts it; 0 for no limit. `max-space=` (MiB) in a domain's `p9=` line can only be less.
     #[arg(long, value_name = "BYTES", default_value_t = 0)]
     share_bytes_max: u64,
     /// What becomes of files' bytes in the page cache.
@@ -108,7 +109,7 @@ fn serve(arguments: &Serve) -> Result<()> {
     let ends = Arc::new(Ends::new()?);
     let mut backends = Backends::new(home, allowed, devices, workers, Arc::clone(&ends));
     backends.look(&mut xs)?;
-    eprintln!("serving");
+    say(format_args!("serving"));
     loop {
         // One at a time: as long as frontends cause events there may always be another.
         if let Some(event) = xs.event() {
@@ -132,13 +133,16 @@ fn serve(arguments: &Serve) -> Result<()> {
 fn allowed(arguments: &Serve) -> Result<Vec<Allowed>> {
     let Serve { file_bytes_max, share_bytes_max, cache, .. } = *arguments;
     // Where both are given for a directory, read-only counts.
-    let both = [(&arguments.allow_read_only, true), (&arguments.allow, false)];
+    let both = [
+        ("--allow-read-only", &arguments.allow_read_only, true),
+        ("--allow", &arguments.allow, false),
+    ];
     let mut allowed = Vec::new();
-    for (directories, read_only) in both {
+    for (option, directories, read_only) in both {
         for directory in directories {
             if !directory.is_absolute() || !directory.is_dir() {
                 let what = directory.display();
-                bail!("--allow wants the absolute path of a directory, not '{what}'");
+                bail!("{option} wants the absolute path of a directory, not '{what}'");
             }
             let policy = Policy { read_only, file_bytes_max, share_bytes_max, cache };
             allowed.push(Allowed { directory: directory.clone(), policy });

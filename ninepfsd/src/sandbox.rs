@@ -23,6 +23,7 @@ use seccompiler::{
     SeccompRule, TargetArch,
 };
 
+use crate::log::say;
 use crate::os;
 use crate::session::OPEN_MAX;
 use crate::share::Cache;
@@ -92,7 +93,7 @@ pub fn enter(shares: &[(&Path, bool)], identity: &Identity) -> Result<()> {
     become_user(identity).context("cannot give up the rights of root")?;
     let status = restrict_files(shares).context("cannot set up landlock")?;
     if status == RulesetStatus::NotEnforced {
-        eprintln!("this kernel has no landlock: files outside the shares stay reachable");
+        say(format_args!("this kernel has no landlock: files outside the shares stay reachable"));
     }
     restrict_calls().context("cannot set up seccomp")
 }

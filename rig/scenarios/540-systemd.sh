@@ -15,6 +15,9 @@ scenario() {
     chown -R platter-9pfsd "$IMAGES"
     expect_equal "systemd-analyze verify" "" \
         "$(systemd-analyze verify "/usr/lib/platter/$UNIT" 2>&1)"
+    systemd-analyze security --offline=true --threshold=25 \
+        "/usr/lib/platter/$UNIT" >"$RUN/security" ||
+        fail "the unit leaves the server more than it needs: $(tail -n1 "$RUN/security")"
     step "systemd in a container"
     mountpoint -q /sys/fs/cgroup || mount -t cgroup2 cgroup /sys/fs/cgroup
     unshare --fork --kill-child --pid --mount --propagation private \
