@@ -46,7 +46,7 @@ tidy:
 	$(CARGO) run -q -p platter-tidy
 
 .PHONY: kernels
-kernels: kernel loadgen hostile ninepfsd
+kernels: kernel loadgen hostile ninepfsd build/fsx
 
 # The 9p server for dom0: build/platter-9pfsd.
 .PHONY: ninepfsd
@@ -122,6 +122,13 @@ hostile:
 .PHONY: probe
 probe:
 	$(call bare_kernel,platter-arch,probe)
+
+# A file-system exerciser by others, for a guest: no release of Debian has one. Static, for either
+# release's guest runs it. See DESIGN.md, section 7.
+build/fsx:
+	RUSTFLAGS="-Ctarget-feature=+crt-static -Cstrip=symbols" $(CARGO) install -q --locked \
+		--target $(KERNEL_TARGET) --root build/outside --target-dir build/outside/target fsx@0.3.2
+	cp build/outside/bin/fsx build/fsx
 
 # Thousands of seeds of the simulator, then of power cuts in workloads on every kind of image:
 # IMAGE_SEEDS for each kind, each with some 200 cuts. SEEDS and SEED choose the simulator's. A
