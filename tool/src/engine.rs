@@ -14,6 +14,7 @@ use platter_image::{
     WritePlan,
 };
 
+use crate::buffer::Buffer;
 use crate::fault::{Cause, Fault};
 use crate::medium::{Folder, Medium, beside};
 
@@ -28,7 +29,7 @@ pub struct Engine {
     image: Image,
     media: Media,
     /// A buffer for head, guest bytes and tail of a plan, to be used again.
-    bounce: Vec<u8>,
+    bounce: Option<Buffer>,
 }
 
 /// The open files of an image, by `FileNo`.
@@ -189,7 +190,7 @@ impl Engine {
                 }
             }
         }
-        Ok(Engine { image, media, bounce: Vec::new() })
+        Ok(Engine { image, media, bounce: None })
     }
 
     /// Leaves syncs out until [`Engine::finish`]: for an image that is being made and is worth
@@ -250,14 +251,7 @@ impl Engine {
             let range = range_of(sector, bytes.len(), done);
             let plan = self.drive(|image| image.prepare_write(range))?;
             let count = (plan.sectors * SECTOR_BYTES) as usize;
-            let start = range.start;
-            match self.carry_out(&plan, start, &bytes[done..done + count]) {
-                Ok(()) => self.image.commit(plan.prepared),
-                Err(fault) => {
-                    self.image.abandon(plan.prepared);
-                    return Err(fault);
-                }
-            }
+            self.carry_out(plan, range.start, &bytes[done..done + count])?;
             done += count;
         }
         Ok(())
@@ -389,16 +383,27 @@ impl Engine {
         }
     }
 
-    /// Preludes, then head, guest bytes and tail in one write.
-    fn carry_out(&mut self, plan: &WritePlan, start: u64, bytes: &[u8]) -> Result<(), Fault> {
-        match self.carry(plan, start, bytes)? {
-            Carried::Plain { offset } => self.media.write(plan.file, offset, bytes),
-            Carried::Whole { offset, bytes } => {
+    /// Preludes, then head, guest bytes and tail in one write, then the commit.
+    pub(crate) fn carry_out(
+        &mut self,
+        plan: WritePlan,
+        start: u64,
+        bytes: &[u8],
+    ) -> Result<(), Fault> {
+        let written = match self.carry(&plan, start, bytes) {
+            Ok(Carried::Plain { offset }) => self.media.write(plan.file, offset, bytes),
+            Ok(Carried::Whole { offset, bytes }) => {
                 let result = self.media.write(plan.file, offset, &bytes);
-                self.bounce = bytes;
+                self.bounce = Some(bytes);
                 result
             }
+            Err(fault) => Err(fault),
+        };
+        match written {
+            Ok(()) => self.image.commit(plan.prepared),
+            Err(_) => self.image.abandon(plan.prepared),
         }
+        written
     }
 
     /// All of a plan but its one write, which is to be done before its commit: the preludes,
@@ -417,8 +422,9 @@ impl Engine {
         }
         let head = plan.head.map_or(0, |head| head.bytes() as usize);
         let tail = plan.tail.map_or(0, |tail| tail.bytes() as usize);
-        let mut whole = std::mem::take(&mut self.bounce);
-        whole.resize(head + bytes.len() + tail, 0);
+        let len = head + bytes.len() + tail;
+        let mut whole =
+            self.bounce.take().map_or_else(|| Buffer::new(len), |spare| spare.with_len(len));
         if let Some(range) = plan.head {
             assert!(range.end() == start, "the head ends where the plan starts");
             read(&mut self.image, &self.media, range.start, &mut whole[..head])?;
@@ -437,7 +443,7 @@ pub(crate) enum Carried {
     /// The guest's bytes.
     Plain { offset: u64 },
     /// These, with the guest's among them.
-    Whole { offset: u64, bytes: Vec<u8> },
+    Whole { offset: u64, bytes: Buffer },
 }
 
 /// The part of a buffer of `len` bytes for `sector` that is not done yet.

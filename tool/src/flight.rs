@@ -17,6 +17,7 @@ use platter_image::{
 use crate::buffer::Buffer;
 use crate::engine::{Carried, Engine};
 use crate::fault::{Cause, Fault};
+use crate::flow::data_runs;
 use crate::medium::Medium;
 use crate::pool::{Desk, Pool};
 
@@ -32,10 +33,20 @@ const AT_ONCE_BYTES: usize = 64 << 10;
 pub struct Read {
     pub tag: u64,
     pub bytes: Buffer,
+    /// What of it is not zeros (see [`data_runs`]), where that was wanted: looked for by the
+    /// thread that read it, whose processor still has it.
+    pub runs: Vec<(usize, usize)>,
+}
+
+impl Read {
+    fn new(tag: u64, bytes: Buffer, grain: usize) -> Read {
+        let runs = if grain > 0 { data_runs(&bytes, grain) } else { Vec::new() };
+        Read { tag, bytes, runs }
+    }
 }
 
 enum Answer {
-    Read { tag: u64, bytes: Buffer, result: Result<(), (FileNo, Cause)> },
+    Read { read: Read, result: Result<(), (FileNo, Cause)> },
     Wrote { prepared: Prepared, file: FileNo, result: std::io::Result<()> },
 }
 
@@ -67,6 +78,8 @@ pub struct Flight {
     writing: bool,
     /// Where a read would go on from the one before.
     next_sector: u64,
+    /// Zeros of reads are looked for in steps of so many bytes; 0: they are not.
+    grain: usize,
 }
 
 impl Flight {
@@ -76,7 +89,13 @@ impl Flight {
         let pool = Pool::new(depth.min(THREADS_MAX));
         let alone = (depth == 1).then(Box::default);
         let (reads, failed) = (VecDeque::new(), None);
-        Flight { engine, pool, alone, depth, reads, failed, writing: false, next_sector: 0 }
+        let (writing, next_sector, grain) = (false, 0, 0);
+        Flight { engine, pool, alone, depth, reads, failed, writing, next_sector, grain }
+    }
+
+    /// Looks for zeros in what is read, in steps of `grain` bytes.
+    pub fn looking_for_zeros(self, grain: usize) -> Flight {
+        Flight { grain, ..self }
     }
 
     /// The engine, with nothing in flight.
@@ -107,7 +126,7 @@ impl Flight {
         tag: u64,
         sector: u64,
         mut bytes: Buffer,
-    ) -> Result<Option<Buffer>, Fault> {
+    ) -> Result<Option<Read>, Fault> {
         assert!(!self.writing || self.pool.out() == 0, "reads and writes do not mix");
         self.writing = false;
         let mut parts = Vec::new();
@@ -140,14 +159,15 @@ impl Flight {
         }
         self.next_sector = sector + bytes.len() as u64 / SECTOR_BYTES;
         if self.alone.is_some() {
-            return Ok(Some(bytes));
+            return Ok(Some(Read::new(tag, bytes, self.grain)));
         }
         if bytes.len() <= AT_ONCE_BYTES && read_at_once(&parts, &mut bytes) {
-            return Ok(Some(bytes));
+            return Ok(Some(Read::new(tag, bytes, self.grain)));
         }
+        let grain = self.grain;
         self.pool.submit(move |desk| {
             let result = read_parts(&parts, desk, &mut bytes);
-            Answer::Read { tag, bytes, result }
+            Answer::Read { read: Read::new(tag, bytes, grain), result }
         });
         Ok(None)
     }
@@ -205,6 +225,12 @@ impl Flight {
             let range = SectorRange::new(start, (to - at) as u64 / SECTOR_BYTES);
             let plan = self.ask(|image| image.prepare_write(range))?;
             let end = at + (plan.sectors * SECTOR_BYTES) as usize;
+            let medium = self.engine.medium(plan.file);
+            if medium.is_cached() {
+                self.engine.carry_out(plan, start, &bytes[at..end])?;
+                at = end;
+                continue;
+            }
             let carried = match self.engine.carry(&plan, start, &bytes[at..end]) {
                 Ok(carried) => carried,
                 Err(fault) => {
@@ -213,7 +239,7 @@ impl Flight {
                 }
             };
             let (prepared, file) = (plan.prepared, plan.file);
-            let (medium, bytes, span) = (self.engine.medium(file), Arc::clone(bytes), at..end);
+            let (bytes, span) = (Arc::clone(bytes), at..end);
             self.pool.submit(move |_| {
                 let result = match &carried {
                     Carried::Plain { offset } => medium.write_at(*offset, &bytes[span]),
@@ -249,9 +275,7 @@ impl Flight {
         let mut failed = None;
         for answer in self.pool.take(at_least.min(self.pool.out())) {
             match answer {
-                Answer::Read { tag, bytes, result: Ok(()) } => {
-                    self.reads.push_back(Read { tag, bytes });
-                }
+                Answer::Read { read, result: Ok(()) } => self.reads.push_back(read),
                 Answer::Read { result: Err((file, cause)), .. } => {
                     failed = Some(fault(&self.engine, file, cause));
                 }

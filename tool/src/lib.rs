@@ -12,5 +12,6 @@ pub mod flow;
 mod lock;
 pub mod medium;
 mod pool;
+mod writeback;
 
 pub use fault::{Cause, Fault};

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, IoSliceMut};
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -25,6 +25,11 @@ pub trait Medium: Send + Sync {
     /// Reads if that needs no waiting for a disk; false if it does, or none can tell.
     fn read_cached(&self, _offset: u64, _into: &mut [u8]) -> bool {
         false
+    }
+
+    /// Do writes end in memory? Then many at once gain nothing: those to one file take turns.
+    fn is_cached(&self) -> bool {
+        true
     }
 
     /// Writes all of `bytes`, growing the file when they end beyond it.
@@ -74,9 +79,26 @@ pub fn beside(named_by: &str, name: &str) -> String {
     }
 }
 
+/// What a direct transfer starts and ends at, in the file and in memory: all that disks ask for.
+const DIRECT_BYTES: u64 = 4096;
+
 /// A real file or block device.
 pub struct Disk {
     file: File,
+    /// The same file past the page cache, for what is aligned; the kernel keeps the two in step.
+    direct: Option<File>,
+}
+
+impl Disk {
+    /// The file to move these bytes with.
+    fn way(&self, offset: u64, bytes: &[u8]) -> &File {
+        let aligned = |value: u64| value.is_multiple_of(DIRECT_BYTES);
+        let all = aligned(offset) && aligned(bytes.len() as u64);
+        match &self.direct {
+            Some(direct) if all && aligned(bytes.as_ptr().addr() as u64) => direct,
+            _ => &self.file,
+        }
+    }
 }
 
 impl Disk {
@@ -84,12 +106,17 @@ impl Disk {
     pub fn create(path: &Path) -> io::Result<Disk> {
         let mut options = OpenOptions::new();
         let file = options.read(true).write(true).create(true).truncate(true).open(path)?;
-        Ok(Disk { file })
+        Ok(Disk { file, direct: None })
     }
 
     /// Opens and locks a file and says what the engine wants to know of it. If it is `shared`,
     /// others may be writing to it.
-    pub fn open(path: &Path, access: Access, shared: bool) -> io::Result<(Disk, FileInfo)> {
+    pub fn open(
+        path: &Path,
+        access: Access,
+        shared: bool,
+        direct: bool,
+    ) -> io::Result<(Disk, FileInfo)> {
         let write = access == Access::ReadWrite;
         let file = OpenOptions::new().read(true).write(write).open(path)?;
         let meta = file.metadata()?;
@@ -99,7 +126,12 @@ impl Disk {
         if !shared {
             lock::lock(&file, access)?;
         }
-        let disk = Disk { file };
+        let past_cache = || {
+            let flags = rustix::fs::OFlags::DIRECT.bits() as i32;
+            OpenOptions::new().read(true).write(write).custom_flags(flags).open(path)
+        };
+        let direct = direct.then(past_cache).transpose()?;
+        let disk = Disk { file, direct };
         let info = FileInfo {
             size_bytes: disk.len()?,
             can_grow: !meta.file_type().is_block_device(),
@@ -113,7 +145,8 @@ impl Medium for Disk {
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         let mut done = 0;
         while done < into.len() {
-            match self.file.read_at(&mut into[done..], offset + done as u64) {
+            let (at, rest) = (offset + done as u64, &mut into[done..]);
+            match self.way(at, rest).read_at(rest, at) {
                 Ok(0) => {
                     into[done..].fill(0);
                     return Ok(());
@@ -127,6 +160,9 @@ impl Medium for Disk {
     }
 
     fn read_cached(&self, offset: u64, into: &mut [u8]) -> bool {
+        if self.direct.is_some() {
+            return false;
+        }
         let len = into.len();
         let mut slices = [IoSliceMut::new(into)];
         let read = preadv2(&self.file, &mut slices, offset, ReadWriteFlags::NOWAIT);
@@ -134,7 +170,11 @@ impl Medium for Disk {
     }
 
     fn write_at(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        self.file.write_all_at(bytes, offset)
+        self.way(offset, bytes).write_all_at(bytes, offset)
+    }
+
+    fn is_cached(&self) -> bool {
+        self.direct.is_none()
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -202,16 +242,22 @@ impl Medium for Disk {
 pub struct DiskFolder {
     root: PathBuf,
     shared: bool,
+    direct: bool,
 }
 
 impl DiskFolder {
     pub fn new(root: impl Into<PathBuf>) -> DiskFolder {
-        DiskFolder { root: root.into(), shared: false }
+        DiskFolder { root: root.into(), shared: false, direct: false }
     }
 
     /// Files are not locked: others may be writing to them.
     pub fn shared(self) -> DiskFolder {
         DiskFolder { shared: true, ..self }
+    }
+
+    /// Bytes go past the page cache where they are aligned.
+    pub fn direct(self) -> DiskFolder {
+        DiskFolder { direct: true, ..self }
     }
 
     /// The folder that holds `path`, and the file's name in it.
@@ -228,7 +274,7 @@ impl DiskFolder {
 
 impl Folder for DiskFolder {
     fn open(&self, path: &str, access: Access) -> io::Result<(Arc<dyn Medium>, FileInfo)> {
-        let (disk, info) = Disk::open(&self.root.join(path), access, self.shared)?;
+        let (disk, info) = Disk::open(&self.root.join(path), access, self.shared, self.direct)?;
         Ok((Arc::new(disk), info))
     }
 

@@ -144,6 +144,29 @@ fn a_compressed_qcow2_is_the_same_disk_for_qemu() {
 }
 
 #[test]
+fn each_cache_mode_writes_the_same() {
+    let folder = Folder::new("cache");
+    for mode in ["none", "writeback", "writethrough", "directsync", "unsafe"] {
+        folder.good(&["create", "a.qcow2", "4M"]);
+        for (size, pattern) in [("4k", "9"), ("1536", "7")] {
+            let args = ["bench", "-w", "-t", mode, "-d", "4", "-c", "40", "-s", size, "-S", "64k"];
+            folder.good(&[&args[..], &["--pattern", pattern, "a.qcow2"]].concat());
+        }
+        folder.good(&["bench", "-t", mode, "-d", "4", "-c", "40", "a.qcow2"]);
+        folder.good(&["check", "a.qcow2"]);
+        folder.good(&["convert", "--force", "a.qcow2", "a.raw"]);
+        let bytes = fs::read(folder.path("a.raw")).unwrap();
+        for at in (0..40 * 65536).step_by(65536) {
+            let mut wanted = [0; 65536];
+            wanted[..4096].fill(9);
+            wanted[..1536].fill(7);
+            assert!(bytes[at..at + 65536] == wanted, "-t {mode} at {at}");
+        }
+        fs::remove_file(folder.path("a.qcow2")).unwrap();
+    }
+}
+
+#[test]
 fn an_overlay_hides_its_base_until_it_is_committed() {
     let folder = Folder::new("overlay");
     sample(&folder.path("a.raw"));

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use platter_image::{Access, SECTOR_BYTES};
 use serde_json::json;
 
@@ -15,6 +15,21 @@ use crate::buffer::Buffer;
 use crate::engine::Engine;
 use crate::fault::Fault;
 use crate::flight::{DEPTH_MAX, Flight};
+
+/// How writes become durable, by qemu-img's names.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum CacheMode {
+    /// Past the page cache
+    None,
+    /// In the page cache until a flush
+    Writeback,
+    /// In the page cache, a flush after each write
+    Writethrough,
+    /// Past the page cache, a flush after each write
+    Directsync,
+    /// In the page cache; flushes do nothing
+    Unsafe,
+}
 
 /// Measure reads or writes of one size
 #[derive(Args)]
@@ -43,6 +58,9 @@ pub struct Bench {
     /// Write instead of read
     #[arg(short)]
     write: bool,
+    /// How writes become durable
+    #[arg(short = 't', value_name = "MODE", value_enum, default_value = "writeback")]
+    cache_mode: CacheMode,
     /// Byte to write
     #[arg(long, default_value = "0")]
     pattern: u8,
@@ -57,10 +75,18 @@ pub struct Bench {
 }
 
 impl Bench {
-    pub fn run(self) -> Outcome {
+    pub fn run(mut self) -> Outcome {
+        let mode = self.cache_mode;
+        self.open.direct = matches!(mode, CacheMode::None | CacheMode::Directsync);
+        if matches!(mode, CacheMode::Writethrough | CacheMode::Directsync) {
+            self.flush_interval = 1;
+        }
         let access = if self.write { Access::ReadWrite } else { Access::ReadOnly };
         let mut engine =
             common::open(&self.file, self.format.as_deref(), access, &self.open)?.engine;
+        if mode == CacheMode::Unsafe {
+            engine.hurry();
+        }
         let step = self.step.unwrap_or(self.buffer);
         let bytes = common::disk_bytes(&mut engine);
         let whole = |value: u64| value.is_multiple_of(SECTOR_BYTES);
@@ -129,7 +155,8 @@ impl Bench {
                 spares.extend(flight.next_read()?.map(|read| read.bytes));
             }
             let buffer = spares.pop().unwrap_or_else(|| Buffer::new(self.buffer as usize));
-            spares.extend(flight.read(number, at / SECTOR_BYTES, buffer)?);
+            let read = flight.read(number, at / SECTOR_BYTES, buffer)?;
+            spares.extend(read.map(|read| read.bytes));
         }
         while flight.next_read()?.is_some() {}
         Ok(())

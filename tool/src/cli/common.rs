@@ -93,6 +93,9 @@ pub struct OpenFlags {
     /// Read even what another program is writing to; what is read then may be any mixture
     #[arg(short = 'U', long)]
     force_share: bool,
+    /// Past the page cache
+    #[arg(skip)]
+    pub direct: bool,
 }
 
 impl OpenFlags {
@@ -178,6 +181,9 @@ fn open_by(
     }
     if flags.force_share {
         folder = folder.shared();
+    }
+    if flags.direct {
+        folder = folder.direct();
     }
     let engine = by(&folder, &name, flags.options(format, access));
     let engine = engine.map_err(|fault| in_folder(path, fault))?;

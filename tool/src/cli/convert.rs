@@ -1,29 +1,19 @@
-//! `platter convert`: one image into another. A reader and a writer run side by side; zeros and
-//! holes are left out.
+//! `platter convert`: one image into another. Pieces are read ahead while this thread writes;
+//! zeros and holes are left out.
 
-use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::thread;
 
 use clap::Args;
 use indicatif::ProgressBar;
-use platter_image::{Access, CreateParams, Format, SECTOR_BYTES};
+use platter_image::{Access, CreateParams, FileNo, Format, SECTOR_BYTES};
 
 use super::common::{self, Failure, OpenFlags, Outcome, OutputFlags};
 use super::create::{Base, FormatOptions, NewImage};
 use super::{size, stream};
-use crate::buffer::Buffer;
 use crate::engine::Engine;
 use crate::fault::Fault;
-use crate::flight::Flight;
-use crate::flow::{Flow, Piece, data_runs};
-
-/// Pieces under way between reader and writer.
-const PIECES_MAX: usize = 1;
-/// Writes in flight: those to one file take turns in the kernel anyway.
-const WRITES_MAX: usize = 1;
+use crate::flow::{Flow, Piece};
+use crate::writeback::Writeback;
 
 /// Turn an image into another
 #[derive(Args)]
@@ -163,26 +153,38 @@ impl Convert {
         let target = common::open(&self.target, format, Access::ReadWrite, &self.open)?;
         let mut writer = target.engine;
         writer.hurry();
-        let mut flight = Flight::new(writer, WRITES_MAX);
         let quiet = (self.quiet || self.output.json()) && !self.progress;
         let bar = common::progress(sectors * SECTOR_BYTES, "converting", quiet);
-        let (full_tx, full_rx) = sync_channel(PIECES_MAX);
-        let (spare_tx, spare_rx) = sync_channel(PIECES_MAX);
-        let result = thread::scope(|scope| {
-            let reading = scope.spawn(move || read_all(reader, sectors, &full_tx, &spare_rx));
-            let (grain, used) = (self.sparse, VecDeque::new());
-            let mut sink = Sink { flight: &mut flight, grain, has_base, bar: &bar, used };
-            let written = sink.write_all(&full_rx, &spare_tx);
-            drop((full_rx, spare_tx));
-            let read = reading.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            read.map_err(|fault| common::in_folder(&self.source, fault))?;
-            written.map_err(|fault| common::in_folder(&self.target, fault))
-        });
+        let mut flow = Flow::new(reader, sectors).looking_for_zeros(self.sparse as usize);
+        let files = (0..writer.paths().len() as u16).map(FileNo);
+        let writeback = Writeback::new(files.map(|file| writer.medium(file)).collect());
+        let grain = self.sparse as usize;
+        let mut sink = Sink { engine: &mut writer, grain, has_base, writeback };
+        let moved = self.move_pieces(&mut flow, &mut sink, &bar);
         bar.finish_and_clear();
-        result?;
-        let closed = flight.settle().and_then(Engine::finish);
-        closed.map_err(|fault| common::in_folder(&self.target, fault))?;
+        moved?;
+        let synced = sink.writeback.finish();
+        synced.map_err(|error| Fault::io(&self.target.to_string_lossy(), "sync", error))?;
+        writer.finish().map_err(|fault| common::in_folder(&self.target, fault))?;
         Ok(0)
+    }
+
+    fn move_pieces(
+        &self,
+        flow: &mut Flow,
+        sink: &mut Sink,
+        bar: &ProgressBar,
+    ) -> Result<(), Failure> {
+        let mut spare = None;
+        loop {
+            let piece = flow.next(spare.take());
+            let piece = piece.map_err(|fault| common::in_folder(&self.source, fault))?;
+            let Some(piece) = piece else { return Ok(()) };
+            let written = sink.write(&piece);
+            written.map_err(|fault| common::in_folder(&self.target, fault))?;
+            bar.inc(piece.count * SECTOR_BYTES);
+            spare = piece.bytes;
+        }
     }
 }
 
@@ -193,75 +195,35 @@ fn same_file(a: &Path, b: &Path) -> bool {
     }
 }
 
-/// Sends all pieces of a disk; ends quietly when the writer is gone.
-fn read_all(
-    engine: Engine,
-    sectors: u64,
-    pieces: &SyncSender<Piece>,
-    spares: &Receiver<Buffer>,
-) -> Result<(), Fault> {
-    let mut flow = Flow::new(engine, sectors);
-    while let Some(piece) = flow.next(spares.try_recv().ok())? {
-        if pieces.send(piece).is_err() {
-            break;
-        }
-    }
-    Ok(())
-}
-
+/// Where the pieces go. One thread writes: writes to one file take turns in the kernel anyway.
 struct Sink<'a> {
-    flight: &'a mut Flight,
+    engine: &'a mut Engine,
     /// Zeros at least so long are left out; 0: none.
-    grain: u64,
+    grain: usize,
     /// The target shows a base where it holds nothing: zeros must be written.
     has_base: bool,
-    bar: &'a ProgressBar,
-    /// Buffers that are being written, the oldest first.
-    used: VecDeque<Arc<Buffer>>,
+    writeback: Writeback,
 }
 
 impl Sink<'_> {
-    fn write_all(
-        &mut self,
-        pieces: &Receiver<Piece>,
-        spares: &SyncSender<Buffer>,
-    ) -> Result<(), Fault> {
-        while let Ok(piece) = pieces.recv() {
-            let count = piece.count;
-            self.write(piece)?;
-            while let Some(buffer) = self.used.pop_front() {
-                match Arc::try_unwrap(buffer) {
-                    // A full pool is as good.
-                    Ok(buffer) => drop(spares.try_send(buffer)),
-                    Err(busy) => {
-                        self.used.push_front(busy);
-                        break;
-                    }
-                }
-            }
-            self.bar.inc(count * SECTOR_BYTES);
-        }
-        Ok(())
-    }
-
-    fn write(&mut self, piece: Piece) -> Result<(), Fault> {
-        let Piece { sector, count, bytes } = piece;
+    fn write(&mut self, piece: &Piece) -> Result<(), Fault> {
+        let &Piece { sector, count, ref bytes, ref runs } = piece;
         let Some(bytes) = bytes else {
             if self.has_base || self.grain == 0 {
-                self.flight.settle()?.write_zeroes(sector, count)?;
+                self.engine.write_zeroes(sector, count)?;
             }
             return Ok(());
         };
-        let bytes = Arc::new(bytes);
-        self.used.push_back(Arc::clone(&bytes));
         if self.grain == 0 {
-            return self.flight.write(sector, &bytes, (0, bytes.len()));
+            self.writeback.wrote(bytes.len() as u64);
+            return self.engine.write(sector, bytes);
         }
         let mut done = 0;
-        for (start, len) in data_runs(&bytes, self.grain as usize) {
+        for &(start, len) in runs {
             self.gap(sector, done, start)?;
             let at = sector + start as u64 / SECTOR_BYTES;
-            self.flight.write(at, &bytes, (start, start + len))?;
+            self.engine.write(at, &bytes[start..start + len])?;
+            self.writeback.wrote(len as u64);
             done = start + len;
         }
         self.gap(sector, done, bytes.len())
@@ -273,6 +235,6 @@ impl Sink<'_> {
             return Ok(());
         }
         let at = sector + from as u64 / SECTOR_BYTES;
-        self.flight.settle()?.write_zeroes(at, (to - from) as u64 / SECTOR_BYTES)
+        self.engine.write_zeroes(at, (to - from) as u64 / SECTOR_BYTES)
     }
 }

@@ -200,7 +200,7 @@ fn fill(
     let mut cluster = vec![0; cluster_bytes];
     let mut spare = None;
     let mut number = 0;
-    while let Some(Piece { sector, count, bytes }) = flow.next(spare.take())? {
+    while let Some(Piece { sector, count, bytes, .. }) = flow.next(spare.take())? {
         let mut at = sector;
         while at < sector + count {
             if at / cluster_sectors != number {

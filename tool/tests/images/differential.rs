@@ -49,13 +49,14 @@ fn pick_steps(rng: &mut Rng, case: &Case, copies: &[Copy], first_pattern: u8) ->
     steps.collect()
 }
 
-/// By platter, every second seed with several writes in flight.
+/// By platter, every second seed past the page cache, with several writes in flight.
 fn by_platter(case: &Case, scratch: &Scratch, top: &str, steps: &[Step], seed: u64) {
     let folder = DiskFolder::new(&scratch.path);
+    let (folder, depth) = if seed.is_multiple_of(2) { (folder.direct(), 5) } else { (folder, 1) };
     let options = seed_options(case, seed, Access::ReadWrite);
     let engine = Engine::open(&folder, top, options);
     let engine = engine.unwrap_or_else(|fault| panic!("opening: {fault}"));
-    let mut flight = Flight::new(engine, if seed.is_multiple_of(2) { 5 } else { 1 });
+    let mut flight = Flight::new(engine, depth);
     for step in steps {
         let Step { kind, sector, count, pattern } = *step;
         let result = match kind {
@@ -116,7 +117,7 @@ fn read_by_platter(case: &Case, scratch: &Scratch, top: &str) -> Vec<u8> {
         let (tag, sector) = (tag as u64, (tag * piece / SECTOR) as u64);
         let read = flight.read(tag, sector, Buffer::new(wanted.len()));
         if let Some(read) = read.expect("reading") {
-            hold(tag, &read);
+            hold(tag, &read.bytes);
         }
     }
     while let Some(read) = flight.next_read().expect("reading") {
