@@ -337,6 +337,8 @@ impl Server {
             let serving = device.is_serving();
             let Some(disk) = &mut device.disk else { continue };
             if disk.is_quiet() && !serving {
+                // It has nothing to try again; left standing, this would keep the domain awake.
+                disk.kick = false;
                 continue;
             }
             disk.share = share;

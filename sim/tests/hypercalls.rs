@@ -153,3 +153,23 @@ fn what_follows_each_other_is_one_message() {
         assert!(messages <= 160, "{messages} messages of kind {kind} for 1600 requests");
     }
 }
+
+/// A disk whose guest is not there yet was told again and again that its store had room.
+#[test]
+fn a_disk_that_waits_for_its_guest_keeps_nobody_awake() {
+    let mut world = World::new(7, 16384);
+    world.host.start(&mut world.xs);
+    world.poke_host();
+    world.host.files.put("waits.raw", vec![0; 4096]);
+    let line = world.line("/images/waits.raw");
+    world.attach(&line);
+    world.run_for(100 * MS);
+    let habits = Habits { requests: 30, ..Habits::calm() };
+    let guest = world.add_guest(Format::Raw, 64, habits);
+    world.run_until("the load", 10_000 * MS, |w| w.guests[guest].is_done());
+    world.run_for(100 * MS);
+    let before = world.turns;
+    world.run_for(1000 * MS);
+    let turns = world.turns - before;
+    assert!(turns < 50, "{turns} turns in a second in which nobody asks for anything");
+}
