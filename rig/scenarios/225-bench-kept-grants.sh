@@ -3,7 +3,7 @@
 #: set bench
 #: timeout 1200
 # The storage domain has two disks of one kind, loop devices over tmpfs; blkback offers to keep the
-# grants of the first (`platter`) and not of the second (`mapped`). One bare guest floods them in turn.
+# grants of the first (`platter`), not of the second (`mapped`). One bare guest floods them in turn.
 # Would miss: what a kept grant saves on many processors, where unmapping interrupts all of them.
 
 . /job/dom0/loadgen.sh

@@ -39,8 +39,8 @@ const NVME_BYTES: u64 = 1 << 30;
 
 const XEN_ARGUMENTS: &str = "console=com1 com1=115200,8n1 dom0_mem=1536M,max:1536M \
     dom0_max_vcpus=1 noreboot spec-ctrl=eager-fpu";
-/// Its time stamp counter is called reliable, or Linux finds the emulated one wanting some time after it
-/// starts and reads the clock by system calls from then on, which no real dom0 does.
+/// Its time stamp counter is called reliable, or Linux finds the emulated one wanting some time
+/// after it starts and reads the clock by system calls from then on, which no real dom0 does.
 const LINUX_ARGUMENTS: &str = "tsc=reliable console=hvc0 quiet loglevel=4 net.ifnames=0";
 
 /// Boots of this process so far: two may start in the same second.
