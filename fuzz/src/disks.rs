@@ -207,7 +207,8 @@ pub fn structures(input: &[u8]) {
         }
     }
     if let Ok(group) = Group::parse(input) {
-        let member = Member { uuid: [b'a'; 32], disk: 0, sector: 0, sectors: SECTORS };
+        let areas = [(0, 0); 4];
+        let member = Member { uuid: [b'a'; 32], disk: 0, sector: 0, sectors: SECTORS, areas };
         for name in ["linear", "striped", "volume"] {
             let _ = group.volume(name, &[member], &|_| SECTORS);
         }

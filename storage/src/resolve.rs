@@ -64,6 +64,9 @@ pub fn resolve(
         let range = (disk, 0, sectors);
         return within(disks, range, whole, mark, rest, access, mapper);
     };
+    if access == Access::ReadWrite && table.trespasses(partition) {
+        return refused("the partition overlaps another one or the partition table");
+    }
     let range = (disk, partition.sector, partition.sectors);
     let volume = Volume::linear(disk, partition.sector, partition.sectors);
     match after {
@@ -154,6 +157,7 @@ impl Found {
 }
 
 /// A logical volume.
+#[derive(PartialEq, Eq)]
 struct FoundVolume {
     volume: Volume,
     writable: bool,
@@ -181,57 +185,70 @@ fn logical_volume(
     for disk in 0..disks.count() {
         scan_disk(disks, disk, &mut all)?;
     }
+    let members: Vec<Member> = all.iter().map(|found| found.member).collect();
+    let name = rest.map(|rest| split(rest).0);
     let mut best: Option<Newest> = None;
     for found in &all {
-        newest_text(disks, found, group, &mut best)?;
+        let volume = found.volume();
+        let reader = VolumeReader { disks, volume: &volume };
+        for &area in &found.label.areas {
+            let Some(text) = read_text(&reader, area)? else { continue };
+            // What cannot be read, or does not name the place where it stands, is somebody else's:
+            // a guest's whole disk may be a partition that we look at.
+            let Ok(parsed) = Group::parse(&text) else { continue };
+            if parsed.name() != group || !parsed.holds(&found.member.uuid) {
+                continue;
+            }
+            // Not by whose text it is: a physical volume may have none of its own. Groups that
+            // have nothing here may have the same name.
+            let is_here = |found: &Found| inside(&found.member) && parsed.holds(&found.member.uuid);
+            if !here.iter().any(is_here) {
+                continue;
+            }
+            let volume = name.map(|name| found_volume(disks, &parsed, name, &members));
+            let (seqno, id) = (parsed.seqno(), parsed.id().unwrap_or("").to_string());
+            Newest { seqno, id, volume }.enter(&mut best)?;
+        }
     }
-    let Some(Newest { text, .. }) = best else { return Ok(None) };
-    let parsed = Group::parse(&text)?;
-    // Not by whose text it was: a physical volume may have none of its own.
-    let is_here = |found: &&Found| inside(&found.member) && parsed.holds(&found.member.uuid);
-    if here.iter().find(is_here).is_none() {
-        return Ok(None);
-    }
-    let name = rest.map(|rest| split(rest).0).ok_or(StoreFault::NotAFile)?;
-    let members: Vec<Member> = all.iter().map(|found| found.member).collect();
-    let (volume, writable) = parsed.volume(name, &members, &|disk| disks.sectors(disk))?;
-    let ids = [parsed.id(), parsed.volume_id(name)].map(|id| id.unwrap_or("").as_bytes());
-    let mark = Mark::NONE.with(ids[0]).with(ids[1]);
-    Ok(Some(FoundVolume { volume, writable, mark }))
+    let Some(Newest { volume, .. }) = best else { return Ok(None) };
+    Ok(Some(volume.unwrap_or(Err(StoreFault::NotAFile))?))
 }
 
-/// The current text of a group so far.
+fn found_volume(
+    disks: &dyn Disks,
+    group: &Group<'_>,
+    name: &str,
+    members: &[Member],
+) -> Result<FoundVolume, StoreFault> {
+    let (volume, writable) = group.volume(name, members, &|disk| disks.sectors(disk))?;
+    let ids = [group.id(), group.volume_id(name)].map(|id| id.unwrap_or("").as_bytes());
+    Ok(FoundVolume { volume, writable, mark: Mark::NONE.with(ids[0]).with(ids[1]) })
+}
+
+/// What the current text of a group says, so far.
 struct Newest {
     seqno: u64,
     id: String,
-    text: Vec<u8>,
+    /// Of the volume that was asked for, if one was.
+    volume: Option<Result<FoundVolume, StoreFault>>,
 }
 
-/// Reads the texts of one physical volume; keeps the newest of `group` in `best`.
-fn newest_text(
-    disks: &dyn Disks,
-    found: &Found,
-    group: &str,
-    best: &mut Option<Newest>,
-) -> Result<(), MetaFault> {
-    let volume = found.volume();
-    let reader = VolumeReader { disks, volume: &volume };
-    for &area in &found.label.areas {
-        let Some(text) = read_text(&reader, area)? else { continue };
-        let parsed = Group::parse(&text)?;
-        if parsed.name() != group {
-            continue;
-        }
-        let (seqno, id) = (parsed.seqno(), parsed.id().unwrap_or("").to_string());
+impl Newest {
+    /// Of several texts the one with the higher number counts; those of one number must agree.
+    fn enter(self, best: &mut Option<Newest>) -> Result<(), MetaFault> {
         match best {
-            Some(newest) if newest.id != id => {
-                return refused("two LVM volume groups have that name");
+            Some(newest) if newest.id != self.id => refused("two LVM volume groups have that name"),
+            Some(newest) if newest.seqno > self.seqno => Ok(()),
+            Some(newest) if newest.seqno == self.seqno => match newest.volume == self.volume {
+                true => Ok(()),
+                false => refused("two copies of the LVM metadata disagree: run vgck"),
+            },
+            _ => {
+                *best = Some(self);
+                Ok(())
             }
-            Some(newest) if newest.seqno >= seqno => {}
-            _ => *best = Some(Newest { seqno, id, text }),
         }
     }
-    Ok(())
 }
 
 /// Physical volumes on a disk: on all of it, or on its partitions.
@@ -257,7 +274,8 @@ fn scan_disk(disks: &dyn Disks, disk: u8, into: &mut Vec<Found>) -> Result<(), M
         if into.len() == MEMBERS_MAX {
             return refused("more than 256 LVM physical volumes");
         }
-        let member = Member { uuid: label.uuid, disk, sector, sectors };
+        let areas = label.areas_padded();
+        let member = Member { uuid: label.uuid, disk, sector, sectors, areas };
         into.push(Found { member, label });
     }
     Ok(())

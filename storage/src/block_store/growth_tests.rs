@@ -25,7 +25,7 @@ impl World {
     }
 
     /// Primary partition `number` becomes these sectors.
-    fn partition(&mut self, number: usize, first: u32, count: u32) {
+    pub(super) fn partition(&mut self, number: usize, first: u32, count: u32) {
         let mut bytes = self.disks[0].bytes.borrow_mut();
         bytes[510..512].copy_from_slice(&[0x55, 0xAA]);
         let entry = &mut bytes[446 + (number - 1) * 16..][..16];

@@ -477,6 +477,138 @@ fn of_several_texts_the_newest_counts_wherever_it_is() {
     }
 }
 
+/// `pvcreate --metadatacopies 2`: a second area in the last MiB, with the text of the first.
+fn second_area(disk: &mut [u8]) {
+    use crate::bytes::{crc32_raw, u64_at};
+    let sum = |bytes: &[u8]| crc32_raw(0xF597_A6CF, bytes).to_le_bytes();
+    let start = disk.len() - (1 << 20);
+    let bytes = u64_at(disk, 4096 + 32).unwrap() as usize;
+    disk.copy_within(4096..4096 + bytes.min(1 << 20), start);
+    disk[start + 24..start + 32].copy_from_slice(&(start as u64).to_le_bytes());
+    disk[start + 32..start + 40].copy_from_slice(&(1u64 << 20).to_le_bytes());
+    let crc = sum(&disk[start + 4..start + 512]);
+    disk[start..start + 4].copy_from_slice(&crc);
+    // The label's list of areas: behind the data area and its end, and the first.
+    let list = 512 + 32 + 40 + 32;
+    assert_eq!(u64_at(disk, list), Some(4096));
+    disk[list + 16..list + 24].copy_from_slice(&(start as u64).to_le_bytes());
+    disk[list + 24..list + 32].copy_from_slice(&(1u64 << 20).to_le_bytes());
+    disk[list + 32..list + 48].fill(0);
+    let crc = sum(&disk[512 + 20..1024]);
+    disk[512 + 16..512 + 20].copy_from_slice(&crc);
+}
+
+/// A group whose first disk has two areas, each changed by `change`, and no other disk a text.
+fn two_areas(change: impl Fn(usize, &mut [u8])) -> World {
+    let mut disk = expand(include_bytes!("../../vectors/lvm-pv0.sparse"), 64 << 20);
+    second_area(&mut disk);
+    // As if each were the only one: the helpers know the first area.
+    let start = disk.len() - (1 << 20);
+    change(0, &mut disk);
+    let mut first = disk[4096..4096 + (1 << 20) - 4096].to_vec();
+    disk.copy_within(start..start + first.len(), 4096);
+    change(1, &mut disk);
+    let second = disk[4096..4096 + first.len()].to_vec();
+    disk[start..start + first.len()].copy_from_slice(&second);
+    disk[4096..4096 + first.len()].swap_with_slice(&mut first);
+    World::one(Mem::new(disk, 512))
+}
+
+#[test]
+fn of_two_metadata_areas_the_newest_that_is_whole_counts() {
+    let newer = |disk: &mut [u8]| {
+        retext(disk, "seqno = 6", "seqno = 7");
+        retext(disk, "other-1 {", "other-2 {");
+    };
+    let open = |world: &mut World, name: &str| {
+        let path = alloc::format!("xvda/vg0/{name}");
+        world.open(&path, Access::ReadWrite).map(|opened| opened.size_bytes)
+    };
+    // A flipped bit in the text, or in the area's header.
+    let tear = |disk: &mut [u8], header: bool| {
+        let text = 4096 + crate::bytes::u64_at(disk, 4096 + 40).unwrap() as usize;
+        disk[if header { 4096 + 45 } else { text + 100 }] ^= 1;
+    };
+    for area in 0..2 {
+        let mut world = two_areas(|at, disk| {
+            if at == area {
+                newer(disk)
+            }
+        });
+        assert_eq!(open(&mut world, "other-2"), Ok(5 << 20), "newer in {area}");
+        assert_eq!(open(&mut world, "other-1"), Err(StoreFault::NotFound));
+        for header in [false, true] {
+            let mut world = two_areas(|at, disk| {
+                if at == area {
+                    newer(disk);
+                    tear(disk, header);
+                }
+            });
+            assert_eq!(open(&mut world, "other-1"), Ok(5 << 20), "header {header} torn in {area}");
+        }
+        // One number, two texts: only what they agree on is served.
+        let mut world = two_areas(|at, disk| {
+            if at == area {
+                retext(disk, "\"pv0\", 8\n", "\"pv0\", 9\n");
+            }
+        });
+        assert_eq!(open(&mut world, "images"), Ok(8 << 20));
+        assert!(matches!(open(&mut world, "other-1"), Err(StoreFault::Refused(_))));
+    }
+    let mut world = two_areas(|_, disk| tear(disk, false));
+    assert_eq!(open(&mut world, "images"), Err(StoreFault::NotFound));
+}
+
+#[test]
+fn a_partition_over_another_one_is_read_and_not_written() {
+    let mut world = World::one(Mem::new(alloc::vec![0; 4 << 20], 512));
+    world.partition(1, 64, 1000);
+    world.partition(2, 1063, 1000);
+    for path in ["xvda/p1", "xvda/p2"] {
+        let file = world.open(path, Access::ReadOnly).unwrap().file;
+        world.store.close(&mut world.hv, file);
+        assert!(matches!(world.open(path, Access::ReadWrite), Err(StoreFault::Refused(_))));
+    }
+    world.partition(2, 1064, 1000);
+    assert!(world.open("xvda/p1", Access::ReadWrite).is_ok());
+}
+
+#[test]
+fn texts_of_strangers_spoil_no_group() {
+    let vector = include_bytes!("../../vectors/lvm-pv0.sparse").as_slice();
+    let disk = || expand(vector, 64 << 20);
+    type Change = dyn Fn(&mut [u8]);
+    let changes: [&Change; 4] = [
+        // Not to be parsed; of the same name with another identity; newer, with volumes elsewhere.
+        &|disk| retext(disk, "seqno = 6", "seqno } 6"),
+        &|disk| retext(disk, "extent_size", "extent_bulk"),
+        &|disk| {
+            retext(disk, "seqno = 6", "seqno = 9");
+            retext(disk, "\"pv0\", 0\n", "\"pv0\", 8\n");
+        },
+        &|disk| {
+            let at = disk.windows(5).position(|word| word == b"id = ").unwrap() + 6;
+            let end = disk[at..].iter().position(|byte| *byte == b'"').unwrap();
+            let id = alloc::string::String::from_utf8(disk[at..at + end].to_vec()).unwrap();
+            retext(disk, &id, &id.chars().rev().collect::<alloc::string::String>());
+        },
+    ];
+    for (number, change) in changes.into_iter().enumerate() {
+        let mut strange = disk();
+        change(&mut strange);
+        // Another physical volume by its label, which the text does not name.
+        strange[512 + 32..512 + 64].rotate_left(1);
+        let crc = crate::bytes::crc32_raw(0xF597_A6CF, &strange[512 + 20..1024]);
+        strange[512 + 16..512 + 20].copy_from_slice(&crc.to_le_bytes());
+        let disks = [("xvda", Mem::new(disk(), 512)), ("xvdb", Mem::new(strange, 512))];
+        let mut world = World::new(&disks);
+        let opened = world.open("xvda/vg0/images", Access::ReadWrite);
+        let file = opened.unwrap_or_else(|fault| panic!("{number}: {fault:?}")).file;
+        world.write_all(file, 0, &[3; 512]);
+        assert_eq!(world.disks[0].bytes.borrow()[1 << 20], 3);
+    }
+}
+
 #[test]
 fn a_fault_while_opening_is_the_answer_of_the_opening() {
     let mut world = World::one(gpt_with_ext4());

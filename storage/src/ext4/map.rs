@@ -4,13 +4,14 @@
 //! Guards: depth, order and place of every node and extent are proved; the tree is walked in
 //! order of file blocks, and what was collected stays, so that a later call goes on from there.
 
+use alloc::collections::BTreeSet;
 use alloc::vec::Vec;
 
 use super::inode::Inode;
 use super::superblock::Superblock;
 use crate::StoreFault;
 use crate::bytes::{crc32c_raw, u16_at, u32_at};
-use crate::meta::{MetaFault, ReadBlocks, read_vec, refused};
+use crate::meta::{META_BLOCK_BYTES, META_BLOCKS_MAX, MetaFault, ReadBlocks, read_vec, refused};
 use crate::volume::{EXTENTS_MAX, Extent};
 
 const EXTENT_MAGIC: u16 = 0xF30A;
@@ -20,6 +21,8 @@ const ENTRY_BYTES: usize = 12;
 const DEPTH_MAX: u16 = 5;
 /// `ee_len` above this means an unwritten extent.
 const WRITTEN_MAX: u32 = 32_768;
+/// Nodes of 1 KiB, the smallest, in the blocks of an opening's cache.
+const NODES_MAX: usize = META_BLOCKS_MAX * META_BLOCK_BYTES / 1024;
 /// Block numbers in an inode: direct ones, then single, double and triple indirect.
 const DIRECT: u64 = 12;
 
@@ -30,16 +33,46 @@ pub struct Mapper {
     extents: Vec<Extent>,
     /// File blocks before this one are done.
     next: u64,
+    /// Blocks of its tree.
+    nodes: BTreeSet<u64>,
+    /// Nodes that this call has read.
+    reads: usize,
+    /// Groups whose own blocks it does not lie in.
+    pub(super) groups_proved: u64,
 }
 
 impl Mapper {
     pub const fn new() -> Mapper {
-        Mapper { extents: Vec::new(), next: 0 }
+        let nodes = BTreeSet::new();
+        Mapper { extents: Vec::new(), next: 0, nodes, reads: 0, groups_proved: 0 }
     }
 
-    /// File blocks done so far: grows from call to call, or the opening makes no progress.
+    /// What is done so far: grows from call to call, or the opening makes no progress.
     pub fn progress(&self) -> u64 {
-        self.next
+        self.next.saturating_add(self.groups_proved)
+    }
+
+    /// Blocks of the file's tree.
+    pub fn nodes(&self) -> impl Iterator<Item = u64> {
+        self.nodes.iter().copied()
+    }
+
+    /// Reads a node. What one call reads without a miss lies in the opening's cache: more nodes
+    /// than there is room for are the same ones again and again.
+    fn read_node(
+        &mut self,
+        volume: &dyn ReadBlocks,
+        fs: &Superblock,
+        block: u64,
+    ) -> Result<Vec<u8>, MetaFault> {
+        fs.prove_block(block)?;
+        self.reads += 1;
+        if self.reads > NODES_MAX {
+            return refused("an ext4 file's tree leads in circles");
+        }
+        let bytes = read_vec(volume, block * fs.block_bytes, fs.block_bytes as usize)?;
+        self.nodes.insert(block);
+        Ok(bytes)
     }
 
     pub fn extents(&self) -> &[Extent] {
@@ -69,6 +102,7 @@ impl Mapper {
         fs: &Superblock,
         inode: &Inode,
     ) -> Result<(), MetaFault> {
+        self.reads = 0;
         let blocks = inode.size_bytes.div_ceil(fs.block_bytes);
         if inode.has_extents() {
             return self.node(volume, fs, inode, &inode.block, None, blocks);
@@ -138,8 +172,7 @@ impl Mapper {
             let low = u64::from(u32_at(entry, 4).unwrap_or(0));
             let high = u64::from(u16_at(entry, 8).unwrap_or(0));
             let block = high << 32 | low;
-            fs.prove_block(block)?;
-            let child = read_vec(volume, block * fs.block_bytes, fs.block_bytes as usize)?;
+            let child = self.read_node(volume, fs, block)?;
             prove_tail(fs, inode, &child)?;
             self.node(volume, fs, inode, &child, Some(depth), until)?;
             self.next = self.next.max(until.min(end));
@@ -214,9 +247,7 @@ impl Mapper {
         if level == 0 {
             return self.push(fs, start, 1, u64::from(block));
         }
-        fs.prove_block(u64::from(block))?;
-        let at = u64::from(block) * fs.block_bytes;
-        let bytes = read_vec(volume, at, fs.block_bytes as usize)?;
+        let bytes = self.read_node(volume, fs, u64::from(block))?;
         let each = per_block.saturating_pow(level - 1);
         for (index, entry) in (0u64..).zip(bytes.chunks_exact(4)) {
             let block = u32_at(entry, 0).unwrap_or(0);

@@ -2,14 +2,15 @@
 //! (Linux `Documentation/filesystems/ext4/`, cited as "ext4 doc").
 //!
 //! Guards: nothing is ever written to metadata. Data is written only into blocks that the file
-//! owns and that hold written data, so the filesystem stays clean without our knowing its
-//! journal; where that is impossible (a hole, an unwritten extent, a journal to recover, a
-//! feature we do not know) opening is refused with what to do. Checksums are verified where the
-//! filesystem has them.
+//! owns, that are nobody else's as far as can be told, and that hold written data, so the
+//! filesystem stays clean without our knowing its journal; where that is impossible (a hole, an
+//! unwritten extent, a journal to recover, a feature we do not know) opening is refused with what
+//! to do. Checksums are verified where the filesystem has them.
 
 mod dir;
 mod inode;
 mod map;
+mod own;
 mod superblock;
 
 pub use inode::Inode;
@@ -67,6 +68,9 @@ pub fn open(
             "the file has holes or unwritten extents, which cannot be written in place: replace \
              it by a full copy, `cp --sparse=never FILE COPY` (fallocate alone is not enough)",
         );
+    }
+    if access == Access::ReadWrite {
+        own::prove(volume, &fs, mapper)?;
     }
     let number = inode.number.to_le_bytes();
     let mark = Mark::NONE.with(&fs.uuid).with(&number).with(&inode.generation);

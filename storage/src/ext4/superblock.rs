@@ -1,6 +1,8 @@
 //! The superblock and the group descriptors (ext4 doc, "Super Block", "Block Group
 //! Descriptors").
 
+use alloc::vec::Vec;
+
 use crate::StoreFault;
 use crate::bytes::{array_at, crc32c_raw, u16_at, u32_at};
 use crate::meta::{MetaFault, ReadBlocks, read_vec, refused};
@@ -37,8 +39,13 @@ mod ro_compat {
     pub const KNOWN: u32 = 0x7F | 0x100 | 0x200 | METADATA_CSUM | 0x2000 | 0x8000 | 0x1_0000;
 }
 
-/// `s_feature_compat` sparse_super2.
-const COMPAT_SPARSE_SUPER2: u32 = 0x200;
+/// `s_feature_compat`.
+mod compat {
+    pub const HAS_JOURNAL: u32 = 0x4;
+    pub const RESIZE_INODE: u32 = 0x10;
+    pub const SPARSE_SUPER2: u32 = 0x200;
+}
+
 /// `s_state`: cleanly unmounted; errors seen.
 const STATE_VALID: u16 = 1;
 const STATE_ERRORS: u16 = 2;
@@ -61,8 +68,12 @@ pub struct Superblock {
     first_meta_bg: u32,
     incompat: u32,
     ro_compat: u32,
+    compat: u32,
     state: u16,
+    reserved_gdt_blocks: u16,
     pub uuid: [u8; 16],
+    /// The journal's inode, where there is one.
+    pub journal: Option<u32>,
 }
 
 /// Whether the magic is there.
@@ -122,8 +133,11 @@ impl Superblock {
             first_meta_bg: word(0x104)?,
             incompat,
             ro_compat,
+            compat,
             state: u16_at(bytes, 0x3A).ok_or(SHORT)?,
+            reserved_gdt_blocks: u16_at(bytes, 0xCE).ok_or(SHORT)?,
             uuid,
+            journal: (compat & compat::HAS_JOURNAL != 0).then_some(word(0xE0)?),
         };
         fs.prove_sizes(log_block)?;
         Ok(fs)
@@ -184,8 +198,8 @@ impl Superblock {
         Ok(())
     }
 
-    /// The block where the inode table of a group begins.
-    fn inode_table(&self, volume: &dyn ReadBlocks, group: u32) -> Result<u64, MetaFault> {
+    /// A group's descriptor, and the block that it stands in.
+    fn descriptor(&self, volume: &dyn ReadBlocks, group: u32) -> Result<(u64, Vec<u8>), MetaFault> {
         let per_block = self.block_bytes / self.desc_bytes;
         let (index, within) = (u64::from(group) / per_block, u64::from(group) % per_block);
         let block = self.desc_block(index, per_block);
@@ -193,11 +207,62 @@ impl Superblock {
         let at = block * self.block_bytes + within * self.desc_bytes;
         let desc = read_vec(volume, at, self.desc_bytes as usize)?;
         self.prove_desc(group, &desc)?;
+        Ok((block, desc))
+    }
+
+    /// The block where the inode table of a group begins.
+    fn inode_table(&self, volume: &dyn ReadBlocks, group: u32) -> Result<u64, MetaFault> {
+        let (_, desc) = self.descriptor(volume, group)?;
         let word = |at| u32_at(&desc, at).map(u64::from).unwrap_or(0);
         let high = if self.desc_bytes >= 64 { word(0x28) } else { 0 };
         let table = high << 32 | word(0x8);
         self.prove_block(table)?;
         Ok(table)
+    }
+
+    /// Groups of blocks.
+    pub fn groups(&self) -> u64 {
+        let blocks = self.blocks.saturating_sub(u64::from(self.first_data_block));
+        blocks.div_ceil(u64::from(self.blocks_per_group))
+    }
+
+    /// Runs of blocks that a group's descriptor and place make the filesystem's own: first block
+    /// and count. Those of a group that has no copy of the superblock begin with a run of none.
+    pub fn own_blocks(
+        &self,
+        volume: &dyn ReadBlocks,
+        group: u32,
+    ) -> Result<[(u64, u64); 5], MetaFault> {
+        let (index, desc) = self.descriptor(volume, group)?;
+        let word = |at| u32_at(&desc, at).map(u64::from).unwrap_or(0);
+        let wide = self.desc_bytes >= 64;
+        let block = |low: usize, high| word(low) | if wide { word(high) << 32 } else { 0 };
+        let table_bytes = u64::from(self.inodes_per_group) * u64::from(self.inode_bytes);
+        let start = u64::from(self.first_data_block)
+            .saturating_add(u64::from(group).saturating_mul(u64::from(self.blocks_per_group)));
+        Ok([
+            (start, self.copies_in(u64::from(group))),
+            (index, 1),
+            (block(0x0, 0x20), 1),
+            (block(0x4, 0x24), 1),
+            (block(0x8, 0x28), table_bytes.div_ceil(self.block_bytes)),
+        ])
+    }
+
+    /// Blocks at a group's beginning that hold copies: the superblock, and, where they are not
+    /// spread, all descriptors with the room that they may grow into.
+    fn copies_in(&self, group: u64) -> u64 {
+        // With two copies only, their groups are named in the superblock: not looked for.
+        let sparser = self.compat & compat::SPARSE_SUPER2 != 0;
+        if !self.has_super(group) || sparser && group > 0 {
+            return 0;
+        }
+        if self.incompat & incompat::META_BG != 0 {
+            return 1;
+        }
+        let grows = self.compat & compat::RESIZE_INODE != 0;
+        let reserved = if grows { u64::from(self.reserved_gdt_blocks) } else { 0 };
+        1 + self.groups().div_ceil(self.block_bytes / self.desc_bytes) + reserved
     }
 
     /// The block that holds descriptor block `index`: all after the superblock, or with META_BG
@@ -256,7 +321,7 @@ fn prove_features(compat: u32, incompat: u32) -> Result<(), StoreFault> {
         "the ext4 filesystem has multiple mount protection: `tune2fs -O ^mmp`"
     } else if incompat & !incompat::KNOWN != 0 {
         "the ext4 filesystem has an incompatible feature that is not known"
-    } else if incompat & incompat::META_BG != 0 && compat & COMPAT_SPARSE_SUPER2 != 0 {
+    } else if incompat & incompat::META_BG != 0 && compat & compat::SPARSE_SUPER2 != 0 {
         "the ext4 filesystem has both meta_bg and sparse_super2"
     } else {
         return Ok(());

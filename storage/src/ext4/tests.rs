@@ -184,6 +184,79 @@ fn extents_beyond_the_end_or_out_of_order_are_refused() {
     assert!(why.contains("not in order"), "{why}");
 }
 
+/// Where the inode of a file is.
+fn inode_of(image: &[u8], path: &str) -> usize {
+    let (found, _) = find(image, path, Access::ReadOnly).unwrap();
+    let fs = Superblock::read(&image).unwrap();
+    fs.inode_at(&image, found.inode).unwrap() as usize
+}
+
+#[test]
+fn a_file_in_the_filesystem_s_own_blocks_is_not_written() {
+    // Without checksums: the first block number of a file with a map, of one with extents.
+    let [_, extents, maps] = cases();
+    for (case, at) in [(extents, 0x28 + 12 + 8), (maps, 0x28)] {
+        let image = case.image.as_slice();
+        let fs = Superblock::read(&image).unwrap();
+        let inode = inode_of(image, "images/plain.raw");
+        let first = u32::from_le_bytes(image[inode + at..][..4].try_into().unwrap());
+        let mut bent = case.image.clone();
+        let mut open = |block: u64| {
+            bent[inode + at..][..4].copy_from_slice(&(block as u32).to_le_bytes());
+            // What it lay in reads from wherever it says, but is not written.
+            assert!(find(&bent, "images/plain.raw", Access::ReadOnly).is_ok());
+            match find(&bent, "images/plain.raw", Access::ReadWrite) {
+                Err(MetaFault::Refused(StoreFault::Refused(why))) => Some(why),
+                other => other.map(|_| None).unwrap(),
+            }
+        };
+        assert_eq!(open(u64::from(first)), None);
+        for (start, count) in fs.own_blocks(&image, 0).unwrap() {
+            for block in [start, start + count - 1] {
+                assert!(open(block).is_some_and(|why| why.contains("itself")), "{block}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_file_in_one_block_twice_or_in_its_own_tree_is_not_written() {
+    let [_, _, case] = cases();
+    let inode = inode_of(&case.image, "images/fragments.raw");
+    let word = |at: usize| u32::from_le_bytes(case.image[at..at + 4].try_into().unwrap());
+    let (second, indirect) = (word(inode + 0x28 + 4), word(inode + 0x28 + 48));
+    for (block, why) in [(second, "two parts"), (indirect, "itself")] {
+        let mut image = case.image.clone();
+        image[inode + 0x28..][..4].copy_from_slice(&block.to_le_bytes());
+        let said = sentence(find(&image, "images/fragments.raw", Access::ReadWrite));
+        assert!(said.contains(why), "{said}");
+    }
+}
+
+#[test]
+fn a_tree_that_leads_in_circles_ends_soon() {
+    // A block of the map that names itself, under three levels: 2^24 blocks of a file, all in
+    // blocks that are in the cache.
+    let [_, _, case] = cases();
+    let mut image = case.image.clone();
+    let inode = inode_of(&image, "images/plain.raw");
+    let own = find(&image, "images/plain.raw", Access::ReadOnly).unwrap().1;
+    let [first, second, third] = [0, 1, 2].map(|n| own.extents()[0].sector / 2 + n);
+    for (from, to) in [(first, second), (second, third)] {
+        for entry in image[from as usize * 1024..][..1024].chunks_exact_mut(4) {
+            entry.copy_from_slice(&(to as u32).to_le_bytes());
+        }
+    }
+    image[third as usize * 1024..][..1024].fill(0);
+    image[inode + 0x28..][..60].fill(0);
+    image[inode + 0x28 + 56..][..4].copy_from_slice(&(first as u32).to_le_bytes());
+    // Its size: all that three levels hold.
+    image[inode + 4..][..4].copy_from_slice(&u32::MAX.to_le_bytes());
+    image[inode + 0x6C..][..4].copy_from_slice(&3u32.to_le_bytes());
+    let why = sentence(find(&image, "images/plain.raw", Access::ReadOnly));
+    assert!(why.contains("circles"), "{why}");
+}
+
 #[test]
 fn a_filesystem_larger_than_its_volume_is_refused() {
     let [case, ..] = cases();

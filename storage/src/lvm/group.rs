@@ -2,7 +2,8 @@
 
 use alloc::vec::Vec;
 
-use super::label::Uuid;
+use super::claims;
+use super::label::{AREAS_MAX, LABEL_SECTORS, Uuid};
 use super::text::{Text, Value};
 use crate::StoreFault;
 use crate::volume::{Area, STRIPES_MAX, Segment, Volume};
@@ -15,6 +16,20 @@ pub struct Member {
     /// First 512-byte sector on the disk.
     pub sector: u64,
     pub sectors: u64,
+    /// Where LVM's own texts lie: first byte and bytes, zeros where there is none.
+    pub areas: [(u64, u64); AREAS_MAX],
+}
+
+impl Member {
+    /// Whether sectors of the physical volume hold its label or a metadata area.
+    fn is_lvms_own(&self, sector: u64, sectors: u64) -> bool {
+        let end = sector.saturating_add(sectors);
+        let hits = |&(start, bytes): &(u64, u64)| {
+            let last = start.saturating_add(bytes).div_ceil(512);
+            bytes > 0 && start / 512 < end && sector < last
+        };
+        sector < LABEL_SECTORS as u64 || self.areas.iter().any(hits)
+    }
 }
 
 /// A parsed volume group.
@@ -117,6 +132,8 @@ impl<'a> Group<'a> {
         if segments.len() as u64 != count {
             return Err(BAD);
         }
+        let pvs = self.text.section(self.node, "physical_volumes").ok_or(BAD)?;
+        claims::prove(&self.text, pvs, volumes, name, self.extent_sectors)?;
         segments.sort_by_key(|segment| segment.start);
         Ok((Volume::new(segments, capacity)?, writable))
     }
@@ -203,13 +220,21 @@ impl<'a> Group<'a> {
         if !fits {
             return Err(StoreFault::Refused("the volume reaches beyond its physical volume"));
         }
+        if member.is_lvms_own(within, sectors) {
+            return Err(StoreFault::Refused("the LVM volume lies over LVM's own metadata"));
+        }
+        let count = sectors.div_ceil(self.extent_sectors);
+        let beyond = |extents| extent.checked_add(count).is_none_or(|end| end > extents);
+        if text.number(pv, "pe_count").is_some_and(beyond) {
+            return Err(StoreFault::Refused("the volume reaches beyond its physical volume"));
+        }
         let sector = member.sector.checked_add(within).ok_or(BAD)?;
         Ok(Area { disk: member.disk, sector })
     }
 }
 
 /// A UUID as text (`k1fOkr-Ac9y-…`) without its dashes.
-fn plain_uuid(text: &str) -> Option<Uuid> {
+pub(super) fn plain_uuid(text: &str) -> Option<Uuid> {
     let mut uuid = [0; 32];
     let mut places = uuid.iter_mut();
     for byte in text.bytes().filter(|&byte| byte != b'-') {

@@ -4,12 +4,12 @@ use alloc::vec::Vec;
 
 use crate::StoreFault;
 use crate::bytes::{array_at, crc32_raw, u32_at, u64_at};
-use crate::meta::{MetaFault, ReadBlocks, read_vec, refused};
+use crate::meta::{MetaFault, ReadBlocks, read_vec};
 
 /// `INITIAL_CRC` (lvm2 `lib/misc/crc.h`).
 const CRC_START: u32 = 0xF597_A6CF;
 /// The label is in one of the first four sectors (`LABEL_SCAN_SECTORS`).
-const LABEL_SECTORS: usize = 4;
+pub const LABEL_SECTORS: usize = 4;
 const LABEL_ID: &[u8; 8] = b"LABELONE";
 const LABEL_TYPE: &[u8; 8] = b"LVM2 001";
 /// `FMTT_MAGIC` (`lib/format_text/layout.h`).
@@ -19,7 +19,7 @@ const AREA_HEADER_BYTES: u64 = 512;
 /// `RAW_LOCN_IGNORED`: the area holds no current text.
 const LOCATION_IGNORED: u32 = 1;
 /// Areas of one kind on one physical volume (ours; lvm2 makes at most two).
-const AREAS_MAX: usize = 4;
+pub const AREAS_MAX: usize = 4;
 /// Longest text (ours): lvm2's default metadata area is 1 MiB and holds two of them.
 pub const TEXT_BYTES_MAX: u64 = 1 << 20;
 
@@ -32,6 +32,15 @@ pub struct PhysicalVolume {
     pub uuid: Uuid,
     /// Metadata areas: (first byte, bytes). May be empty: `--metadatacopies 0`.
     pub areas: Vec<(u64, u64)>,
+}
+
+impl PhysicalVolume {
+    /// The areas, zeros for those that are not there.
+    pub fn areas_padded(&self) -> [(u64, u64); AREAS_MAX] {
+        let mut padded = [(0, 0); AREAS_MAX];
+        padded.iter_mut().zip(&self.areas).for_each(|(to, from)| *to = *from);
+        padded
+    }
 }
 
 /// Reads the label; `None` when this is not a physical volume.
@@ -82,7 +91,8 @@ fn parse_areas(sector: &[u8], mut at: usize) -> Option<(Vec<(u64, u64)>, usize)>
 }
 
 /// The current text of a metadata area; `None` when it holds none (a new physical volume, an
-/// ignored area) or its header is broken.
+/// ignored area), or none that can be used: a header or text with a wrong sum, as a torn write
+/// leaves it, or longer than we read.
 pub fn read_text(device: &dyn ReadBlocks, area: (u64, u64)) -> Result<Option<Vec<u8>>, MetaFault> {
     let header = match read_vec(device, area.0, AREA_HEADER_BYTES as usize) {
         Err(MetaFault::Refused(StoreFault::BeyondEnd)) => return Ok(None),
@@ -90,13 +100,16 @@ pub fn read_text(device: &dyn ReadBlocks, area: (u64, u64)) -> Result<Option<Vec
     };
     let Some(location) = parse_area(&header, area.0) else { return Ok(None) };
     if location.bytes > TEXT_BYTES_MAX {
-        return refused("the LVM metadata text is longer than 1 MiB");
+        return Ok(None);
     }
     let first = location.bytes.min(location.ring_end - location.offset);
-    let mut text = read_vec(device, location.offset, first as usize)?;
-    if first < location.bytes {
-        let again = location.ring_start;
-        text.extend(read_vec(device, again, (location.bytes - first) as usize)?);
+    let again = (location.ring_start, location.bytes - first);
+    let mut text = Vec::new();
+    for (at, bytes) in [(location.offset, first), again] {
+        match read_vec(device, at, bytes as usize) {
+            Err(MetaFault::Refused(StoreFault::BeyondEnd)) => return Ok(None),
+            part => text.extend(part?),
+        }
     }
     let right = crc32_raw(CRC_START, &text) == location.crc;
     Ok(right.then_some(text))

@@ -29,7 +29,8 @@ fn group() -> (Vec<u8>, Vec<Member>) {
         let pv = read_label(&bytes.as_slice()).unwrap().unwrap();
         text = read_text(&bytes.as_slice(), pv.areas[0]).unwrap().unwrap();
         let sectors = BYTES as u64 / 512;
-        members.push(Member { uuid: pv.uuid, disk, sector: 0, sectors });
+        let areas = pv.areas_padded();
+        members.push(Member { uuid: pv.uuid, disk, sector: 0, sectors, areas });
     }
     (text, members)
 }
@@ -186,6 +187,59 @@ fn what_other_volumes_of_the_group_say_does_not_matter() {
             assert!(volume(bent.as_bytes(), "images", &members).is_err(), "{name}{bad}");
         }
     }
+}
+
+/// The text with one change, and why `name` is refused then; `None` when it is served.
+fn why(from: &str, to: &str, name: &str) -> Option<&'static str> {
+    let (text, members) = group();
+    let text = String::from_utf8(text).unwrap();
+    assert!(text.contains(from), "{from}");
+    match volume(text.replacen(from, to, 1).as_bytes(), name, &members) {
+        Err(StoreFault::Refused(why)) => Some(why),
+        other => {
+            other.unwrap();
+            None
+        }
+    }
+}
+
+#[test]
+fn a_volume_over_another_one_or_itself_is_refused_and_others_are_served() {
+    let overlaps = Some("the LVM volume overlaps another volume of its group");
+    // `other-1` begins within `images`, the second part of `grown` within `striped`.
+    for (from, to, all) in [
+        ("\"pv0\", 8\n", "\"pv0\", 7\n", ["images", "other-1"]),
+        ("\"pv1\", 0\n", "\"pv1\", 13\n", ["grown", "striped"]),
+        ("\"pv2\", 0\n", "\"pv1\", 6\n", ["grown", "striped"]),
+    ] {
+        for name in ["images", "other-1", "grown", "striped"] {
+            let expected = if all.contains(&name) { overlaps } else { None };
+            assert_eq!(why(from, to, name), expected, "{from} {to} {name}");
+        }
+    }
+    let twice = why("\"pv2\", 0\n", "\"pv1\", 10\n", "striped");
+    assert_eq!(twice, Some("the LVM volume has two parts in one place"));
+}
+
+#[test]
+fn a_volume_over_lvm_s_own_sectors_is_refused() {
+    let own = Some("the LVM volume lies over LVM's own metadata");
+    for start in ["0", "3", "8", "2047"] {
+        let to = ["pe_start = ", start].concat();
+        assert_eq!(why("pe_start = 2048", &to, "images"), own, "{to}");
+    }
+    assert_eq!(why("pe_start = 2048", "pe_start = 2056", "images"), None);
+    let (text, mut members) = group();
+    // A second area, behind the extents: nothing may grow into it.
+    let extent = |number: u64| (PE_START + number * EXTENT) * 512;
+    members[0].areas[1] = (extent(8), 1 << 20);
+    assert!(volume(&text, "images", &members).is_ok());
+    assert!(matches!(volume(&text, "other-1", &members), Err(StoreFault::Refused(_))));
+    members[0].areas[1] = (extent(8) - 1, 1);
+    assert!(matches!(volume(&text, "images", &members), Err(StoreFault::Refused(_))));
+    let beyond = Some("the volume reaches beyond its physical volume");
+    assert_eq!(why("pe_count = 63", "pe_count = 7", "images"), beyond);
+    assert_eq!(why("pe_count = 63", "pe_count = 8", "images"), None);
 }
 
 #[test]

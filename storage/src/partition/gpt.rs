@@ -26,6 +26,29 @@ struct Header {
     entries: usize,
     entry_bytes: usize,
     array_crc: u32,
+    /// The other copy's header.
+    other_lba: u64,
+    /// First and last block that partitions may use.
+    usable: (u64, u64),
+}
+
+impl Header {
+    /// Sectors of the tables and of what the header keeps free for them.
+    fn reserved(&self, lba: u64, block_bytes: u32) -> Vec<(u64, u64)> {
+        let array = (self.entries * self.entry_bytes).div_ceil(block_bytes as usize) as u64;
+        let behind = self.usable.1.saturating_add(1);
+        let blocks = [
+            (0, self.usable.0.max(1)),
+            (lba, 1),
+            (self.entries_lba, array),
+            (self.other_lba, 1),
+            (behind, u64::MAX - behind),
+        ];
+        let unit = u64::from(block_bytes / 512);
+        let sectors =
+            |(at, count): (u64, u64)| (at.saturating_mul(unit), count.saturating_mul(unit));
+        blocks.map(sectors).to_vec()
+    }
 }
 
 /// Reads the table of a disk that has a protective MBR.
@@ -74,7 +97,8 @@ fn read_copy(
         }
         partitions.push(parse_entry(disk, block_bytes, number, entry)?);
     }
-    Ok(Some(Table { scheme: Scheme::Gpt, id: field(&block, 56)?, partitions }))
+    let reserved = header.reserved(lba, block_bytes);
+    Ok(Some(Table { scheme: Scheme::Gpt, id: field(&block, 56)?, partitions, reserved }))
 }
 
 fn parse_header(block: &[u8], lba: u64) -> Option<Header> {
@@ -99,7 +123,8 @@ fn parse_header(block: &[u8], lba: u64) -> Option<Header> {
         return None;
     }
     let (entries_lba, array_crc) = (u64_at(block, 72)?, u32_at(block, 88)?);
-    Some(Header { entries_lba, entries, entry_bytes, array_crc })
+    let (other_lba, usable) = (u64_at(block, 32)?, (u64_at(block, 40)?, u64_at(block, 48)?));
+    Some(Header { entries_lba, entries, entry_bytes, array_crc, other_lba, usable })
 }
 
 fn parse_entry(

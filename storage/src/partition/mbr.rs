@@ -62,12 +62,17 @@ pub fn parse(block: &[u8]) -> Option<[Entry; 4]> {
     entries.iter().any(|entry| entry.is_used()).then_some(entries)
 }
 
+/// What is on a disk: its partitions, and the sectors of its boot records.
+type Found = (Vec<Partition>, Vec<(u64, u64)>);
+
 /// All partitions of a disk with these primary entries.
 pub fn read(
     disk: &dyn ReadBlocks,
     block_bytes: u32,
     entries: &[Entry; 4],
-) -> Result<Vec<Partition>, MetaFault> {
+) -> Result<Found, MetaFault> {
+    let unit = u64::from(block_bytes / 512);
+    let mut reserved = alloc::vec![(0, unit)];
     let mut partitions = Vec::new();
     let mut extended = None;
     for (number, entry) in (1..).zip(entries) {
@@ -85,9 +90,9 @@ pub fn read(
         partitions.push(partition);
     }
     if let Some(container) = extended {
-        read_logicals(disk, block_bytes, container, &mut partitions)?;
+        read_logicals(disk, block_bytes, container, (&mut partitions, &mut reserved))?;
     }
-    Ok(partitions)
+    Ok((partitions, reserved))
 }
 
 /// Follows the chain: each record holds one logical partition relative to itself, and the next
@@ -96,14 +101,16 @@ fn read_logicals(
     disk: &dyn ReadBlocks,
     block_bytes: u32,
     container: Entry,
-    partitions: &mut Vec<Partition>,
+    (partitions, reserved): (&mut Vec<Partition>, &mut Vec<(u64, u64)>),
 ) -> Result<(), MetaFault> {
+    let unit = u64::from(block_bytes / 512);
     let base = u64::from(container.first);
     let mut record = base;
     for number in 5..5 + LOGICALS_MAX {
         // At most 2^33 blocks of at most 4096 bytes: cannot overflow.
         let at = record * u64::from(block_bytes);
         let block = read_vec(disk, at, block_bytes as usize)?;
+        reserved.push((record * unit, unit));
         let Some(entries) = parse(&block) else {
             // An empty container holds a record without entries.
             return Ok(());

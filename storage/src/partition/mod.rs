@@ -48,9 +48,23 @@ pub struct Table {
     /// GPT's DiskGUID; an MBR's signature, then zeros; zero without a table.
     pub id: [u8; 16],
     pub partitions: Vec<Partition>,
+    /// Where the tables themselves lie: first sector and sectors.
+    pub reserved: Vec<(u64, u64)>,
 }
 
 impl Table {
+    /// Whether a partition of this table shares a sector with another one, or with the table.
+    pub fn trespasses(&self, partition: &Partition) -> bool {
+        let hits = |(start, count): (u64, u64)| {
+            let end = start.saturating_add(count);
+            start < partition.sector + partition.sectors && partition.sector < end
+        };
+        let others = self.partitions.iter().filter(|other| other.number != partition.number);
+        let mut taken =
+            others.map(|other| (other.sector, other.sectors)).chain(self.reserved.iter().copied());
+        taken.any(hits)
+    }
+
     /// By `pN`, then GPT name, then GUID in its text form (hexadecimal, either case). `None`
     /// when there is none; the second value is true when a name fits several.
     pub fn find(&self, word: &str) -> (Option<&Partition>, bool) {
@@ -97,15 +111,16 @@ fn parse_guid(word: &str) -> Option<[u8; 16]> {
 pub fn read_table(disk: &dyn ReadBlocks, block_bytes: u32) -> Result<Table, MetaFault> {
     let block = read_vec(disk, 0, block_bytes as usize)?;
     let Some(entries) = mbr::parse(&block) else {
-        return Ok(Table { scheme: Scheme::None, id: [0; 16], partitions: Vec::new() });
+        let (partitions, reserved) = (Vec::new(), Vec::new());
+        return Ok(Table { scheme: Scheme::None, id: [0; 16], partitions, reserved });
     };
     if entries.iter().any(|entry| entry.kind == mbr::KIND_PROTECTIVE) {
         return gpt::read(disk, block_bytes);
     }
-    let partitions = mbr::read(disk, block_bytes, &entries)?;
+    let (partitions, reserved) = mbr::read(disk, block_bytes, &entries)?;
     let mut id = [0; 16];
     id[..4].copy_from_slice(&field::<4>(&block, mbr::SIGNATURE_AT)?);
-    Ok(Table { scheme: Scheme::Mbr, id, partitions })
+    Ok(Table { scheme: Scheme::Mbr, id, partitions, reserved })
 }
 
 /// A partition of blocks `first..first + count` if that lies inside the disk.

@@ -131,6 +131,37 @@ fn a_partition_beyond_the_end_is_refused() {
 }
 
 #[test]
+fn a_partition_over_another_one_or_the_table_is_known() {
+    let table = read(&gpt_disk()).unwrap();
+    assert!(!table.partitions.iter().any(|part| table.trespasses(part)));
+    let mut part = table.partitions[1].clone();
+    // p2 is 8192 to 40960, p1 ends at 4096, p7 begins at 65536; 34 and 131038 are the usable ends.
+    let blocks = (BYTES / 512) as u64;
+    for (sector, sectors, taken) in [
+        (4096, 61_440, false),
+        (4095, 2, true),
+        (65_535, 2, true),
+        (34, 2014, false),
+        (33, 10, true),
+        (1, 1, true),
+        (2, 1, true),
+        (blocks - 33, 1, true),
+        (blocks - 1, 1, true),
+    ] {
+        (part.sector, part.sectors) = (sector, sectors);
+        assert_eq!(table.trespasses(&part), taken, "{sector}");
+    }
+    let table = read(&mbr_disk()).unwrap();
+    assert!(!table.partitions.iter().any(|part| table.trespasses(part)));
+    // p5 is the first logical one; its boot record, the container's first sector, is at 4096.
+    let mut part = table.partitions[2].clone();
+    for (sector, taken) in [(4097, false), (4096, true), (0, true), (32_768, true)] {
+        (part.sector, part.sectors) = (sector, 1);
+        assert_eq!(table.trespasses(&part), taken, "{sector}");
+    }
+}
+
+#[test]
 fn a_disk_without_a_table_has_none() {
     let disk = alloc::vec![0u8; 1 << 20];
     assert_eq!(read(&disk).unwrap().scheme, Scheme::None);
