@@ -179,6 +179,47 @@ fn a_check_counts_what_qemu_counts_and_repairs_it() {
     assert_eq!(qemu_check(&scratch, "b.qcow2"), 0);
 }
 
+/// QEMU's check says so too; what is mended must be sound to both.
+#[test]
+fn a_check_tells_and_never_stops_at_tables_that_cannot_be_used() {
+    let scratch = Scratch::new("qcow2-unusable");
+    let folder = RamFolder::new();
+    let mut good = new(&[("cluster_size", "4096")], 20480);
+    let (l1, reftable) = (get64(&good, 40) as usize, get64(&good, 48) as usize);
+    let block = get64(&good, reftable);
+    // Where, what, and whether it can be mended.
+    let damages = [
+        ("a block beyond the end", reftable, 1 << 40, false),
+        ("a block by a reserved bit", reftable, block | 1 << 63, false),
+        ("a block that lies anywhere", reftable, block + 512, false),
+        ("a block on the header", reftable, 4096, false),
+        ("a block twice", reftable + 8, block, false),
+        ("a block that is an L2 table", l1 + 8, block | 1 << 63, false),
+        ("a flag without a table", l1 + 8, 1 << 63, true),
+    ];
+    folder.put("a.qcow2", good);
+    let mut engine = open(&folder, "a.qcow2", rw(Q));
+    engine.write(0, &[1; 16384]).unwrap();
+    engine.close().unwrap();
+    good = folder.bytes("a.qcow2").unwrap();
+    for (what, at, word, mends) in damages {
+        let mut bad = good.clone();
+        put64(&mut bad, at, word);
+        folder.put("a.qcow2", bad.clone());
+        for repair in [Repair::Nothing, Repair::Leaks] {
+            let report = checked(&folder, "a.qcow2", repair);
+            assert!(report.corruptions > report.corruptions_fixed, "{what}: {report:?}");
+        }
+        folder.put("a.qcow2", bad);
+        let report = checked(&folder, "a.qcow2", Repair::All);
+        assert_eq!(report.is_sound(), mends, "{what}: {report:?}");
+        let report = checked(&folder, "a.qcow2", Repair::Nothing);
+        assert_eq!(report.is_sound(), mends, "{what}, again: {report:?}");
+        scratch.put("b.qcow2", &folder.bytes("a.qcow2").unwrap());
+        assert_eq!(qemu_check(&scratch, "b.qcow2") == 0, mends, "{what}");
+    }
+}
+
 #[test]
 fn memory_of_a_check_is_bounded_and_windows_agree() {
     let scratch = Scratch::new("qcow2-windows");

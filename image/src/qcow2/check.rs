@@ -56,6 +56,8 @@ enum Stage {
         at: u64,
         next: (u32, u64),
     },
+    /// The refcount table once more, from this entry on: each block has one user.
+    Blocks(u64),
     /// The next cluster to compare.
     Compare(u64),
     /// The flags of the active tables.
@@ -154,6 +156,7 @@ impl Qcow2 {
             Stage::BitmapTable { table, at, next } => {
                 self.count_bitmap_table(ctx, c, table, at, next).map(Some)
             }
+            Stage::Blocks(at) => self.check_blocks(ctx, c, at).map(Some),
             Stage::Compare(cluster) => self.compare(ctx, c, cluster).map(Some),
             Stage::Flags(walk) => self.check_flags(ctx, c, walk).map(Some),
             Stage::Marks => self.clear_marks(ctx, c).map(|()| None),
@@ -266,6 +269,15 @@ impl Qcow2 {
                 self.refer(c, "an L1 entry", place, offset, self.cluster_bytes());
                 walk.inside = Some((offset, 0));
                 return Ok(Stage::Walk(walk));
+            } else if word & COPIED != 0 && c.first_window() {
+                // No table is not a table: QEMU's check goes to one at byte 0 then.
+                let fix = c.params.repair == Repair::All;
+                if fix {
+                    let cleared = (word ^ COPIED).to_be_bytes();
+                    ctx.meta.set(self.file, place, &cleared, Phase::DIRECTORY)?;
+                }
+                c.report.corrupt(ImageFault::corrupt(self.file, "a COPIED flag", place, word));
+                c.report.corruptions_fixed += u64::from(fix);
             }
             walk.at += 1;
             c.stage = Stage::Walk(walk);
@@ -360,7 +372,7 @@ impl Qcow2 {
     fn count_bitmap(&mut self, ctx: &mut Ctx, c: &mut Checker, n: u32, offset: u64) -> Step<Stage> {
         let end = self.bitmap_directory.offset + self.bitmap_directory.bytes;
         if n >= self.bitmaps || offset + 24 > end {
-            return Ok(Stage::Compare(c.window));
+            return Ok(Stage::Blocks(0));
         }
         let mut b = [0; 24];
         ctx.read(self.file, offset, &mut b)?;
@@ -402,6 +414,30 @@ impl Qcow2 {
         Ok(Stage::Bitmap(next.0, next.1))
     }
 
+    /// A refcount block that something else uses too cannot be right, whatever its count says:
+    /// counts and the other's bytes write over each other.
+    fn check_blocks(&mut self, ctx: &mut Ctx, c: &mut Checker, at: u64) -> Step<Stage> {
+        let entries = u64::from(self.header.reftable_clusters) << (self.kind.cluster_bits - 3);
+        let end = (at + BLOCK_BYTES / 8).min(entries);
+        for at in at..end {
+            let place = self.header.reftable_offset + at * 8;
+            let word = ctx.meta.get_u64_be(self.file, place)?;
+            let within = (word >> self.kind.cluster_bits).checked_sub(c.window);
+            let count = within.and_then(|within| c.counts.get(within as usize));
+            if word != 0
+                && word.is_multiple_of(self.cluster_bytes())
+                && count.is_some_and(|&n| n > 1)
+            {
+                c.broken = true;
+                let what = "a refcount block with another user";
+                c.report.corrupt(ImageFault::corrupt(self.file, what, place, word));
+            }
+            // A step may stop at the next entry: what is told stays told.
+            c.stage = Stage::Blocks(at + 1);
+        }
+        Ok(if end < entries { Stage::Blocks(end) } else { Stage::Compare(c.window) })
+    }
+
     fn compare(&mut self, ctx: &mut Ctx, c: &mut Checker, mut cluster: u64) -> Step<Stage> {
         let end = (c.window + c.counts.len() as u64).min(c.limit);
         let stop = end.min(cluster + COMPARE_AT_ONCE);
@@ -422,10 +458,10 @@ impl Qcow2 {
 
     fn compare_one(&mut self, ctx: &mut Ctx, c: &mut Checker, cluster: u64) -> Step<()> {
         let wanted = c.counts[(cluster - c.window) as usize];
-        let stored = match self.refcount(ctx, cluster) {
+        let (stored, has_place) = match self.refcount(ctx, cluster) {
             // Told when the refcount table was gone through.
-            Err(Stop::Fault(_)) => 0,
-            stored => stored?,
+            Err(Stop::Fault(_)) => (0, false),
+            stored => (stored?, true),
         };
         if wanted == SATURATED || stored == u64::from(wanted) {
             return Ok(());
@@ -436,7 +472,7 @@ impl Qcow2 {
         let problem = |what| ImageFault::corrupt(file, what, offset, stored);
         if stored < wanted {
             let fits = wanted <= self.count_max();
-            let fix = c.params.repair == Repair::All && fits;
+            let fix = c.params.repair == Repair::All && fits && has_place;
             if fix {
                 self.make_countable(ctx, cluster)?;
                 self.set_refcount(ctx, cluster, wanted)?;
@@ -532,7 +568,11 @@ impl Qcow2 {
         word: u64,
         phase: Phase,
     ) -> Step<()> {
-        let count = self.refcount(ctx, (word & OFFSET) >> self.kind.cluster_bits)?;
+        let count = match self.refcount(ctx, (word & OFFSET) >> self.kind.cluster_bits) {
+            // Told when the counts were compared.
+            Err(Stop::Fault(_)) => return Ok(()),
+            count => count?,
+        };
         if (count == 1) == (word & COPIED != 0) {
             return Ok(());
         }

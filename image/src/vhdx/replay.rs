@@ -292,6 +292,8 @@ impl Replay {
             return Ok(());
         }
         if self.active.starts.is_empty() {
+            // [MS-VHDX] 2.3.3: a log GUID promises a sequence; without one the file is corrupt, as
+            // nobody knows which changes are lost. QEMU opens it as if the log were empty.
             return Err(self.corrupt("VHDX log, no valid sequence of entries in it", 0));
         }
         self.stage = Stage::Apply { entry: 0, descriptor: 0, data: 0, zeroed: 0 };
