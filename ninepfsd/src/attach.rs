@@ -2,10 +2,18 @@
 //! for a `p9=` line (4.17), and for domains that were created without one.
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Result, bail};
+use platter_xen::xenbus::XenbusState;
 
+use crate::backends::state;
+use crate::log::say;
 use crate::xenstore::Xenstore;
+
+/// How long a server that runs may take to say whether it serves a share.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(3);
+const LOOK: Duration = Duration::from_millis(50);
 
 /// Writes both ends' nodes as libxl would, and the note by which libxl takes them away with the
 /// domain.
@@ -58,6 +66,19 @@ pub fn attach(
         xs.set_perms(&format!("{fe}/{key}"), &owner)?;
         xs.set_perms(&fe, &owner)?;
     }
+    hear(xs, &be)
+}
+
+/// What the server makes of it. One that is not there yet takes the share up later.
+fn hear(xs: &mut Xenstore, be: &str) -> Result<()> {
+    for _ in 0..ANSWER_PATIENCE.as_millis() / LOOK.as_millis() {
+        match state(xs, be)? {
+            XenbusState::Initialising => std::thread::sleep(LOOK),
+            XenbusState::Closed => bail!("the server refuses this share; its log says why"),
+            _ => return Ok(()),
+        }
+    }
+    say(format_args!("written; no platter-9pfsd has taken it up yet: does one run?"));
     Ok(())
 }
 

@@ -352,7 +352,8 @@ fn domid_of(be: &str) -> Option<u16> {
     be.rsplit('/').nth(1)?.parse().ok()
 }
 
-fn state(xs: &mut Xenstore, directory: &str) -> Result<XenbusState> {
+/// What one end of a device shows.
+pub fn state(xs: &mut Xenstore, directory: &str) -> Result<XenbusState> {
     let text = xs.read(&format!("{directory}/state"))?;
     Ok(text.and_then(|text| XenbusState::parse(&text)).unwrap_or(XenbusState::Unknown))
 }

@@ -21,6 +21,9 @@ scenario() {
         /usr/lib/platter/platter-9pfsd attach guest share "$IMAGES/share" >&2 ||
         fail "the share cannot be attached"
     wait_guest guest
+    said=$(/usr/lib/platter/platter-9pfsd attach guest other /etc 2>&1) &&
+        fail "a directory is attached that was not allowed"
+    expect_match "the refusal" "the server refuses this share" "$said"
     rights=$(cat "/proc/$(pgrep -x platter-9pfsd)/status")
     expect_match "the server's user" "^Uid:.65534.65534.65534.65534" "$rights"
     expect_match "the server's capabilities" "^CapPrm:.0+$" "$rights"
