@@ -57,10 +57,11 @@ pub fn attach(
     let note = format!("/libxl/{domid}/device/9pfs/{number}");
     xs.write(&format!("{note}/frontend"), &fe)?;
     xs.write(&format!("{note}/backend"), &be)?;
-    // The directory belongs to the domain before it finds a complete share in it.
+    // The directory belongs to the domain before it finds a complete share in it: a Linux guest
+    // that runs looks at once when there is a state, and once only.
     let owner = [format!("n{domid}"), format!("r{own}")];
     for (key, value) in
-        [("tag", tag), ("state", "1"), ("backend-id", own.as_str()), ("backend", be.as_str())]
+        [("tag", tag), ("backend-id", own.as_str()), ("backend", be.as_str()), ("state", "1")]
     {
         xs.write(&format!("{fe}/{key}"), value)?;
         xs.set_perms(&format!("{fe}/{key}"), &owner)?;

@@ -46,6 +46,8 @@ struct Backend {
     token: u32,
     /// Lines of log so far.
     lines: u32,
+    /// Why it was last refused.
+    refusal: String,
     state: XenbusState,
     /// A thread of its that still runs has it, too.
     running: Arc<()>,
@@ -182,11 +184,38 @@ impl Backends {
             }
             Next::Become(next) => next,
         };
-        let Some(backend) = self.known.get_mut(be) else { return Ok(()) };
-        if next != XenbusState::Connected {
-            backend.device = None;
+        let Some(mut backend) = self.known.remove(be) else { return Ok(()) };
+        backend.device = None;
+        let done = match next {
+            XenbusState::InitWait => self.offer(xs, be, &mut backend),
+            next => write_state(xs, be, &mut backend, next),
+        };
+        self.known.insert(be.to_string(), backend);
+        done
+    }
+
+    /// Offers a share to its frontend, or closes it when it cannot be served now.
+    fn offer(&self, xs: &mut Xenstore, be: &str, backend: &mut Backend) -> Result<()> {
+        match self.share(xs, be)? {
+            Ok(share) => {
+                backend._usage = share.usage();
+                xs.write(&format!("{be}/versions"), VERSION)?;
+                xs.write(&format!("{be}/max-rings"), &RINGS_MAX.to_string())?;
+                xs.write(&format!("{be}/max-ring-page-order"), &ORDER_MAX.to_string())?;
+                write_state(xs, be, backend, XenbusState::InitWait)
+            }
+            Err(why) => {
+                if backend.refusal != why {
+                    backend.say(be, &why);
+                    backend.refusal = why;
+                }
+                // Written once more it would make us look once more.
+                match backend.state {
+                    XenbusState::Closed => Ok(()),
+                    _ => write_state(xs, be, backend, XenbusState::Closed),
+                }
+            }
         }
-        write_state(xs, be, backend, next)
     }
 
     /// A share that we have not seen before, or one that another server left behind.
@@ -200,26 +229,20 @@ impl Backends {
         if state(xs, be)? == XenbusState::Unknown {
             return Ok(());
         }
-        let share = self.share(xs, be)?;
         self.seen += 1;
-        let (token, unknown) = (TRUSTED + self.seen, XenbusState::Unknown);
-        let _usage = share.as_ref().ok().and_then(Share::usage);
-        let (lines, device, number, running) = (0, None, 0, Arc::new(()));
-        let mut backend =
-            Backend { fe, token, lines, state: unknown, running, _usage, device, number };
-        let next = match share {
-            Ok(_) => {
-                xs.write(&format!("{be}/versions"), VERSION)?;
-                xs.write(&format!("{be}/max-rings"), &RINGS_MAX.to_string())?;
-                xs.write(&format!("{be}/max-ring-page-order"), &ORDER_MAX.to_string())?;
-                XenbusState::InitWait
-            }
-            Err(why) => {
-                backend.say(be, &why);
-                XenbusState::Closed
-            }
+        let token = TRUSTED + self.seen;
+        let mut backend = Backend {
+            fe,
+            token,
+            lines: 0,
+            refusal: String::new(),
+            state: XenbusState::Unknown,
+            running: Arc::new(()),
+            _usage: None,
+            device: None,
+            number: 0,
         };
-        write_state(xs, be, &mut backend, next)?;
+        self.offer(xs, be, &mut backend)?;
         xs.watch(&format!("{}/state", backend.fe), token)?;
         self.known.insert(be.to_string(), backend);
         Ok(())
