@@ -8,6 +8,7 @@
 use alloc::boxed::Box;
 use alloc::vec;
 use alloc::vec::Vec;
+use core::ops::Range;
 
 use crate::check::{CheckParams, CheckProgress, CheckReport, Repair};
 use crate::fault::ImageFault;
@@ -304,19 +305,17 @@ impl Qcow2 {
         table: u64,
         done: u64,
     ) -> Step<u64> {
-        let step = if self.kind.extended { 16 } else { 8 };
+        let step = self.kind.entry_bytes() as usize;
         let end = self.cluster_bytes().min(done + BLOCK_BYTES);
-        // One look brings the block in; the rest cannot stop.
-        self.entry(ctx, table + done)?;
-        for within in (done..end).step_by(step) {
-            let at = table + within;
-            let entry = self.entry(ctx, at)?;
+        let block = ctx.meta.slice(self.file, table + done, (end - done) as usize)?;
+        for (within, bytes) in (done..end).step_by(step).zip(block.chunks_exact(step)) {
+            let entry = L2Entry::parse(bytes);
             if entry.word == 0 && entry.bitmap == 0 {
                 continue;
             }
             let guest = (walk.at << self.l2_reach_bits())
                 + ((within / step as u64) << self.kind.cluster_bits);
-            self.count_entry(c, walk.active, at, entry, guest);
+            self.count_entry(c, walk.active, table + within, entry, guest);
         }
         Ok(end)
     }
@@ -520,17 +519,13 @@ impl Qcow2 {
     /// The flags of the active tables must say whether the counts are 1.
     fn check_flags(&mut self, ctx: &mut Ctx, c: &mut Checker, mut walk: Walk) -> Step<Stage> {
         if let Some((table, done)) = walk.inside {
-            let step = if self.kind.extended { 16 } else { 8 };
-            let end = self.cluster_bytes().min(done + BLOCK_BYTES);
-            for within in (done..end).step_by(step) {
-                let at = table + within;
-                let entry = self.entry(ctx, at)?;
-                let plain = entry.word & COMPRESSED == 0 && entry.word & OFFSET != 0;
-                if plain && !self.kind.data_file {
-                    self.check_flag(ctx, c, at, entry.word, Phase::TABLE)?;
-                }
+            let end = self.cluster_bytes().min((done + 1).next_multiple_of(BLOCK_BYTES));
+            let mut at = done;
+            while let Some((within, word)) = self.next_plain(ctx, table, at..end)? {
+                self.check_flag(ctx, c, table + within, word, Phase::TABLE)?;
                 // The next entry may stop: this one is done.
-                walk.inside = Some((table, within + step as u64));
+                at = within + self.kind.entry_bytes();
+                walk.inside = Some((table, at));
                 c.stage = Stage::Flags(walk);
             }
             let more = end < self.cluster_bytes();
@@ -558,6 +553,19 @@ impl Qcow2 {
             c.stage = Stage::Flags(walk);
         }
         Ok(Stage::Flags(walk))
+    }
+
+    /// The first entry in a part of an L2 table, within one cache block, that names a cluster of
+    /// this file: its place in the table and its word.
+    fn next_plain(&self, ctx: &mut Ctx, table: u64, part: Range<u64>) -> Step<Option<(u64, u64)>> {
+        if self.kind.data_file || part.is_empty() {
+            return Ok(None);
+        }
+        let (len, step) = (part.end - part.start, self.kind.entry_bytes());
+        let block = ctx.meta.slice(self.file, table + part.start, len as usize)?;
+        let words = block.chunks_exact(step as usize).map(|bytes| L2Entry::parse(bytes).word);
+        let mut placed = part.step_by(step as usize).zip(words);
+        Ok(placed.find(|(_, word)| word & COMPRESSED == 0 && word & OFFSET != 0))
     }
 
     fn check_flag(

@@ -20,6 +20,15 @@ pub struct L2Entry {
     pub bitmap: u64,
 }
 
+impl L2Entry {
+    /// An entry of 8 bytes, or 16 with extended L2 entries.
+    pub fn parse(bytes: &[u8]) -> L2Entry {
+        let word = |bytes: &[u8]| u64::from_be_bytes(bytes.try_into().expect("eight bytes"));
+        let (first, second) = bytes.split_at(8);
+        L2Entry { word: word(first), bitmap: if second.is_empty() { 0 } else { word(second) } }
+    }
+}
+
 /// What an entry says of its cluster, subclusters apart.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Cluster {
@@ -47,6 +56,11 @@ pub struct Kind {
 }
 
 impl Kind {
+    /// Of an entry of an L2 table.
+    pub fn entry_bytes(self) -> u64 {
+        if self.extended { 16 } else { 8 }
+    }
+
     /// The meaning of an entry for the guest cluster that starts at byte `guest`.
     pub fn cluster(self, entry: L2Entry, guest: u64) -> Result<Cluster, Bad> {
         let L2Entry { word, bitmap } = entry;

@@ -58,13 +58,8 @@ impl Qcow2 {
 
     /// The entry at an offset in the file.
     pub(super) fn entry(&self, ctx: &mut Ctx, at: u64) -> Step<L2Entry> {
-        if !self.kind.extended {
-            return Ok(L2Entry { word: ctx.meta.get_u64_be(self.file, at)?, bitmap: 0 });
-        }
-        let mut bytes = [0; 16];
-        ctx.meta.get(self.file, at, &mut bytes)?;
-        let both = u128::from_be_bytes(bytes);
-        Ok(L2Entry { word: (both >> 64) as u64, bitmap: both as u64 })
+        let len = self.kind.entry_bytes() as usize;
+        Ok(L2Entry::parse(ctx.meta.slice(self.file, at, len)?))
     }
 
     /// An entry's meaning, or which entry is wrong.

@@ -650,7 +650,7 @@ impl Qcow2 {
             return;
         }
         assert!(plan.state == PlanState::Mapping, "a commit without a plan");
-        let step = if self.kind.extended { 16 } else { 8 };
+        let step = self.kind.entry_bytes();
         self.writer_mut().space.frees.unreserve(plan.frees);
         for n in 0..plan.clusters {
             let at = plan.entry_at + n * step;

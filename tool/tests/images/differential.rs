@@ -8,7 +8,6 @@
 //! differencing, seSparse: the engine's own tests ask other readers there), and crashes (see
 //! powercut).
 
-use std::panic::catch_unwind;
 use std::sync::Arc;
 
 use platter_image::Access;
@@ -18,11 +17,11 @@ use platter_tool::flight::Flight;
 use platter_tool::medium::DiskFolder;
 
 use crate::between::{Past, change};
-use crate::cases::{Case, Check, Scratch, chosen};
+use crate::cases::{Case, Check, Scratch};
 use crate::model::{BACKING, INITIAL, Kind, SECTOR, ZERO};
-use crate::readers;
 use crate::rng::Rng;
-use crate::run::{check, pick_range, seed_options, seeds};
+use crate::run::{check, pick_range, seed_options};
+use crate::{readers, run};
 
 /// One operation of both sides; writes fill with one byte, as qemu-io does.
 struct Step {
@@ -228,15 +227,7 @@ fn hold_copy(case: &Case, copy: &mut Copy, who: &str) {
 }
 
 fn all(format: &str) {
-    for case in chosen(format) {
-        for seed in seeds(2) {
-            if let Err(panic) = catch_unwind(|| try_seed(case, seed)) {
-                let name = case.name;
-                eprintln!("reproduce: PLATTER_CASE={name} PLATTER_SEED={seed} ... {format}_same");
-                std::panic::resume_unwind(panic);
-            }
-        }
-    }
+    run::all(format, 2, "same", try_seed);
 }
 
 macro_rules! formats {

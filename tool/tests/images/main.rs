@@ -1,8 +1,9 @@
 //! Every format against foreign tools and against the power switch.
 //!
 //! Environment, for more than the bounded set: `PLATTER_SEEDS=n` seeds for each case,
-//! `PLATTER_SEED=n` that seed alone, `PLATTER_CASE=text` only the cases whose name holds it,
-//! `PLATTER_CUTS=n` power cuts tried for each seed. A failure prints the three that reproduce it.
+//! `PLATTER_SEED=n` that seed alone or those of `5..90`, `PLATTER_CASE=text` only the cases whose
+//! name holds it, `PLATTER_CUTS=n` power cuts tried for each seed, `PLATTER_QEMU=n` of a thousand
+//! cuts judged by QEMU too. A failure prints the three that reproduce it.
 //! Readers of other authors are asked too if `make readers` has installed them.
 
 mod between;
@@ -10,6 +11,7 @@ mod cases;
 mod differential;
 mod juggle;
 mod model;
+mod pages;
 mod powercut;
 mod readers;
 mod rng;

@@ -28,11 +28,23 @@ pub fn bit(op: usize) -> u64 {
 /// The bytes that operation `op` writes to `sector`.
 pub fn stamp(op: usize, sector: u64) -> [u8; SECTOR] {
     let mut bytes = [0; SECTOR];
-    let words = [0x706c_6174_7465_7200 | op as u64, sector, mix(sector << 8 | op as u64), !0];
-    for (at, chunk) in bytes.chunks_exact_mut(8).enumerate() {
-        chunk.copy_from_slice(&words[at % 4].to_be_bytes());
-    }
+    bytes.chunks_exact_mut(32).for_each(|chunk| chunk.copy_from_slice(&stamp_start(op, sector)));
     bytes
+}
+
+/// What a stamp repeats.
+fn stamp_start(op: usize, sector: u64) -> [u8; 32] {
+    let words = [0x706c_6174_7465_7200 | op as u64, sector, mix(sector << 8 | op as u64), !0];
+    let mut bytes = [0; 32];
+    bytes
+        .chunks_exact_mut(8)
+        .zip(words)
+        .for_each(|(b, word)| b.copy_from_slice(&word.to_be_bytes()));
+    bytes
+}
+
+fn is_stamp(op: usize, sector: u64, bytes: &[u8]) -> bool {
+    bytes[..32] == stamp_start(op, sector) && bytes[32..] == bytes[..SECTOR - 32]
 }
 
 pub fn stamps(op: usize, sector: u64, count: u64) -> Vec<u8> {
@@ -42,7 +54,7 @@ pub fn stamps(op: usize, sector: u64, count: u64) -> Vec<u8> {
 /// Every value that these bytes of `sector` can be.
 pub fn values(built: &Built, sector: u64, bytes: &[u8]) -> u64 {
     let mut set = 0;
-    if bytes.iter().all(|&b| b == 0) {
+    if *bytes == [0; SECTOR] {
         set |= ZERO;
     }
     let at = sector as usize * SECTOR;
@@ -54,7 +66,7 @@ pub fn values(built: &Built, sector: u64, bytes: &[u8]) -> u64 {
         set |= BACKING;
     }
     let op = bytes[7] as usize;
-    if op < OPS_MAX && stamp(op, sector) == bytes {
+    if op < OPS_MAX && is_stamp(op, sector, bytes) {
         set |= bit(op);
     }
     set
@@ -64,11 +76,16 @@ pub fn values(built: &Built, sector: u64, bytes: &[u8]) -> u64 {
 pub fn mismatch(built: &Built, sets: &[u64], start: u64, disk: &[u8]) -> Option<String> {
     let found = disk.chunks_exact(SECTOR).zip(start..).find_map(|(bytes, sector)| {
         let got = values(built, sector, bytes);
-        (got & sets[sector as usize] == 0).then_some((sector, got, &bytes[..32]))
+        (got & sets[sector as usize] == 0).then_some((sector, got, bytes))
     });
     let (sector, got, bytes) = found?;
-    let allowed = names(sets[sector as usize]);
-    Some(format!("sector {sector} holds {} {bytes:02x?}, allowed: {allowed}", names(got)))
+    Some(wrong(sector, got, sets[sector as usize], bytes))
+}
+
+/// That a sector holds what it must not, as a sentence.
+pub fn wrong(sector: u64, got: u64, set: u64, bytes: &[u8]) -> String {
+    let (bytes, allowed) = (&bytes[..32], names(set));
+    format!("sector {sector} holds {} {bytes:02x?}, allowed: {allowed}", names(got))
 }
 
 /// A set in words.

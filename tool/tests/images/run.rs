@@ -1,23 +1,60 @@
-//! One seeded workload on one image in RAM, every answer held against the model at once.
+//! One seeded workload on one image in RAM, every answer held against the model at once; and the
+//! seeds of all cases, on all processors.
+
+use std::panic::catch_unwind;
+use std::sync::Mutex;
 
 use platter_image::{Access, CheckParams, CheckReport, Options, Repair};
 use platter_tool::engine::{Engine, options};
 use platter_tool::medium::RamFolder;
 
-use crate::cases::{Built, Case};
+use crate::cases::{Built, Case, chosen};
 use crate::model::{self, Kind, OPS_MAX, Op, SECTOR};
 use crate::rng::Rng;
 
-/// Sectors of a disk up to which it may grow by many at once.
-const SECTORS_MAX: u64 = 300_000;
+/// Sectors up to which a disk may grow by many at once: with clusters of 512 bytes and counts of
+/// 64 bits an L1 table fits in what one refcount block counts up to 258,048.
+const SECTORS_MAX: u64 = 200_000;
 
-/// Seeds to run: one, or a count from 1 on.
-pub fn seeds(default: u64) -> Vec<u64> {
-    let number = |name| std::env::var(name).ok().and_then(|text: String| text.parse().ok());
-    match number("PLATTER_SEED") {
-        Some(seed) => vec![seed],
-        None => (1..=number("PLATTER_SEEDS").unwrap_or(default)).collect(),
+/// Seeds to run: one, some (`5..90`), or a count from 1 on.
+fn seeds(default: u64) -> Vec<u64> {
+    let text = |name| std::env::var(name).ok();
+    let number =
+        |text: &str| text.parse().unwrap_or_else(|_| panic!("no number of a seed: {text}"));
+    match text("PLATTER_SEED").as_deref().map(|text| text.split_once("..").ok_or(text)) {
+        Some(Err(seed)) => vec![number(seed)],
+        Some(Ok((first, end))) => (number(first)..number(end)).collect(),
+        None => (1..=text("PLATTER_SEEDS").map_or(default, |text| number(&text))).collect(),
     }
+}
+
+/// All chosen seeds of all chosen cases of a format, on all processors. A failure says how to see
+/// it again, and is the last of its case.
+pub fn all(format: &str, default: u64, test: &str, try_seed: impl Fn(&Case, u64) + Sync) {
+    let cases = chosen(format);
+    let seeds = seeds(default);
+    let turns = seeds.iter().flat_map(|&seed| cases.iter().map(move |&case| (case, seed)));
+    let (turns, failed) = (Mutex::new(turns), Mutex::new(Vec::new()));
+    let work = || {
+        loop {
+            let turn = turns.lock().expect("nothing can fail while it is held").next();
+            let Some((case, seed)) = turn else { return };
+            if failed.lock().expect("nor here").contains(&case.name) {
+                continue;
+            }
+            if catch_unwind(std::panic::AssertUnwindSafe(|| try_seed(case, seed))).is_err() {
+                let name = case.name;
+                eprintln!("reproduce: PLATTER_CASE={name} PLATTER_SEED={seed} ... {format}_{test}");
+                failed.lock().expect("nor here").push(name);
+            }
+        }
+    };
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        (0..processors).for_each(|_| drop(scope.spawn(work)));
+    });
+    let failed = failed.into_inner().expect("all are done");
+    assert!(failed.is_empty(), "failed: {failed:?}");
 }
 
 /// A case's files in RAM.
@@ -85,8 +122,9 @@ fn pick_kind(rng: &mut Rng, weights: [u64; 6]) -> Kind {
 
 /// Sectors more: mostly some, now and then so many that tables move.
 pub fn pick_growth(rng: &mut Rng, sectors: u64) -> u64 {
-    match sectors < SECTORS_MAX && rng.chance(10) {
-        true => 60_000 + rng.below(SECTORS_MAX - 60_000),
+    let room = SECTORS_MAX.saturating_sub(sectors + 60_000);
+    match room > 0 && rng.chance(10) {
+        true => 60_000 + rng.below(room),
         false => 1 + rng.below(3000),
     }
 }
@@ -132,7 +170,7 @@ pub fn workload(case: &Case, built: &Built, folder: &RamFolder, seed: u64, count
         }
         op.apply(number, &mut sets);
         ops.push(op);
-        if std::env::var_os("PLATTER_SEED").is_some() {
+        if std::env::var("PLATTER_SEED").is_ok_and(|seed| !seed.contains("..")) {
             eprintln!("op {number}: {kind:?} {sector}+{count}");
         }
         verify(built, &mut engine, &sets, &op, &mut rng);
