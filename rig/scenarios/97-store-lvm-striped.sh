@@ -8,7 +8,9 @@ scenario() {
         make_image pv$n.img 192M
         eval "device$n=$(losetup --show -f "$IMAGES/pv$n.img")"
     done
-    pvcreate -q "$device1" "$device2" >&2
+    pvcreate -q "$device1" >&2
+    # With a second text at its end.
+    pvcreate -q --metadatacopies 2 "$device2" >&2
     vgcreate -q vg "$device1" "$device2" >&2
     lvcreate -q -an -Zn -n striped -i 2 -I 64k -L 96M vg >&2
     lvcreate -q -an -Zn -n linear -L 96M vg >&2

@@ -246,6 +246,35 @@ fn a_disk_that_grows_grows_its_guests_disk() {
     world.run_until("the growth", 10_000 * MS, |w| w.xs.number(0, &path) == Some(2048));
 }
 
+#[test]
+fn a_qcow2_takes_the_room_that_its_partition_got_in_use() {
+    let habits = Habits { requests: 900, writes: 900, think_ns: 6 * MS, ..busy() };
+    let guest = DiskGuest { format: Format::Qcow2, sectors: 2048, habits, options: String::new() };
+    let mut world = world(10, DiskKind::Blk, 512, vec![guest]);
+    // `sgdisk -d 1 -n 1`: the same beginning, another end.
+    let end = |world: &mut World, sectors: usize| {
+        let media = &mut world.disks.blk.as_mut().expect("a disk").model.media;
+        media[446 + 12..446 + 16].copy_from_slice(&(sectors as u32).to_le_bytes());
+    };
+    // Its own tables and four clusters of data.
+    end(&mut world, 9 * 128);
+    world.run_until("the guest", 60_000 * MS, running);
+    world.run_for(500 * MS);
+    assert!(world.guests[0].errors > 0, "the partition is full");
+    let whole = world.images[0].partition.expect("a partition").bytes / 512;
+    end(&mut world, whole);
+    world.run_for(4000 * MS);
+    let errors = world.guests[0].errors;
+    // The disk in it grows too, by the toolstack's word.
+    let be = world.guests[0].line.be();
+    world.xs.write(0, &format!("{be}/resize"), b"2097152").expect("dom0 may");
+    let sectors = format!("{be}/sectors");
+    world.run_until("the growth", 10_000 * MS, |w| w.xs.number(0, &sectors) == Some(4096));
+    world.run_guests(120_000 * MS);
+    assert_eq!(world.guests[0].errors, errors, "there is room");
+    world.wind_up(true);
+}
+
 /// A ring page and a port for platter, as xenstore wants them.
 fn connect(mut hv: View<'_>) -> (String, String) {
     let page = hv.frames_alloc(1).expect("guests have memory");
