@@ -248,6 +248,11 @@ impl NvmeModel {
         self.cc >> 14 & 3 != 0
     }
 
+    /// Disabled (CC.EN): it reaches for no memory.
+    pub fn is_off(&self) -> bool {
+        self.cc & 1 == 0
+    }
+
     /// Put into its slot anew: reset, with what its cache held on its media.
     pub fn plug_in(&mut self) {
         self.power_cut(&mut |_| true);

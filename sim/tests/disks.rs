@@ -164,6 +164,45 @@ fn a_controller_that_is_taken_away_and_given_again_is_used_again() {
 }
 
 #[test]
+fn another_controller_at_the_old_address_is_left_alone() {
+    let habits = Habits { requests: 600, think_ns: 4 * MS, ..busy() };
+    let mut world = world(11, DiskKind::Nvme, 512, vec![raw(1024, habits)]);
+    world.run_until("the guest", 60_000 * MS, running);
+    world.run_for(20 * MS);
+    // `pci-detach`, another drive in its slot, `pci-attach`.
+    let change = |world: &mut World, serial: u8, media: Vec<u8>| {
+        world.guests[0].oracle.cache_lost();
+        world.disks.pci.as_ref().expect("a controller").reconfigure(&mut world.xs, false);
+        world.poke_disks();
+        world.run_for(200 * MS);
+        let mut old = Vec::new();
+        if let Some(nvme) = &world.machine.nvme {
+            let mut model = nvme.borrow_mut();
+            model.power_cut(&mut |_| true);
+            model.serial = serial;
+            old = core::mem::replace(&mut model.media, media);
+        }
+        world.disks.pci.as_ref().expect("a controller").reconfigure(&mut world.xs, true);
+        world.poke_disks();
+        world.run_for(600 * MS);
+        old
+    };
+    let serial = world.machine.nvme.as_ref().expect("a controller").borrow().serial;
+    let bytes = world.machine.nvme.as_ref().expect("a controller").borrow().media.len();
+    let first = change(&mut world, serial + 1, vec![0xEE; bytes]);
+    let errors = world.guests[0].errors;
+    assert!(errors > 0, "nobody was told");
+    world.run_for(200 * MS);
+    assert!(world.guests[0].errors > errors, "another drive serves it");
+    let other = change(&mut world, serial, first);
+    assert!(other == vec![0xEE; bytes], "the other drive was written to");
+    let errors = world.guests[0].errors;
+    world.run_guests(120_000 * MS);
+    assert_eq!(world.guests[0].errors, errors, "it is back");
+    world.wind_up(true);
+}
+
+#[test]
 fn a_disk_taken_away_in_order_fails_and_one_that_comes_back_serves() {
     let habits = Habits { requests: 400, think_ns: 8 * MS, ..busy() };
     let mut world = world(7, DiskKind::Blk, 512, vec![raw(1024, habits)]);

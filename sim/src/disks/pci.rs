@@ -117,7 +117,8 @@ impl Pci {
                 match function {
                     Some(5) => {
                         let model = machine.nvme.as_ref().expect("the controller").borrow();
-                        assert!(model.was_shut_down() || model.faults.gone, "taken while in use");
+                        let rests = model.was_shut_down() || model.is_off();
+                        assert!(rests || model.faults.gone, "taken while in use");
                         drop(model);
                         self.set(xs, "state-0", "6");
                         xs.remove(0, &format!("{}/vdev-0", self.be)).expect("dom0 may");
