@@ -1,14 +1,21 @@
 //! Making a VDI larger: within the room that stands between map and data, or, beyond it, with a
 //! longer map where the first blocks were (VirtualBox moves these blocks to the end as well).
 //!
-//! Order guarded: a block that must go is copied behind all others, with the count that covers
-//! it; both are durable before its entry names the copy, and all entries are before anything is
-//! written where the blocks were. The new map stands there, durable, before the header names it,
-//! with the start of the data, the number of blocks and the size, all in one sector. A power cut
-//! leaves the old disk or the new one; the old one may have blocks behind all that it can have,
-//! which QEMU reads and its check calls too large, until the disk is grown again. No entry of the
-//! new map is written before the header is durable. It must never write into the old map anything
-//! but the new places of moved blocks.
+//! Order guarded: the map first gets all entries that it has room for, and the number of blocks
+//! says so. A block that must go is copied behind all others, with the count that covers it; both
+//! are durable before its entry names the copy, and all entries are before anything is written
+//! where the blocks were. The new map stands there, durable, before the header names it, with the
+//! start of the data, the number of blocks and the size, all in one sector. A power cut leaves the
+//! old disk or the new one. No entry of the new map is written before the header is durable. It
+//! must never write into the old map anything but the new places of moved blocks.
+//!
+//! When every block that the old map has room for is in use, moved blocks lie behind all that the
+//! header admits: QEMU reads them, but its check calls them too large, and VirtualBox refuses the
+//! image, until it is grown again. No order avoids that. The new map must lie before the data
+//! (VirtualBox: offData), so where blocks are that the old map names; these must be named
+//! elsewhere first, by the old map, whose indices are all in use, or by a copy of it, for which
+//! there is as little room; and a new offData under the old map names other bytes for every block
+//! at once, so all of them would have to be copied, below 4 GiB (offData has 32 bits).
 
 use crate::append::{Space, Use};
 use crate::fault::ImageFault;
@@ -146,47 +153,66 @@ impl Vdi {
             return Err(ImageFault::limit(file, "blocks of a VDI", blocks, limit).into());
         }
         let blocks = blocks.max(map.header.blocks.into());
-        if blocks > map.entries_max() {
+        let room = map.entries_max().min(BLOCKS_MAX.into());
+        if blocks > room {
+            if u64::from(map.header.blocks) < room {
+                set_size(ctx, map, writing, room, map.header.disk_bytes / SECTOR_BYTES)?;
+                return Err(Stop::NeedFlush);
+            }
             move_map(ctx, map, writing, blocks)?;
         }
-        writing.free_to = writing.free_to.max(map.header.blocks.into());
-        while writing.free_to < blocks {
-            let at = map.entry_at(writing.free_to);
-            ctx.meta.set(file, at, &FREE.to_le_bytes(), Phase::TABLE)?;
-            writing.free_to += 1;
-        }
-        ctx.meta.reserve(file, 0)?;
-        if ctx.meta.is_dirty_at(file, at::ALLOCATED) {
-            // A block's count stands in this sector, and must not wait for the size: it comes
-            // before the block's entry, the size after all entries.
-            return Err(Stop::NeedFlush);
-        }
-        let header = &mut map.header;
-        if let Some(moving) = writing.moving.take() {
-            header.map_offset = moving.map_offset;
-            header.data_offset += moving.count * header.block_bytes;
-            header.allocated = header.allocated.saturating_sub(moving.count as u32);
-        }
-        header.blocks = blocks as u32;
-        header.disk_bytes = sectors * SECTOR_BYTES;
-        let reach = header.data_offset + blocks * header.block_bytes;
-        let space = writing.space.as_mut().expect("the map is scanned");
-        space.rebase(header.data_offset);
-        space.reach(ctx.files.info(file), reach);
-        for (at, value) in [
-            (at::MAP, header.map_offset as u32),
-            (at::DATA, header.data_offset as u32),
-            (at::BLOCKS, header.blocks),
-            (at::ALLOCATED, header.allocated),
-        ] {
-            ctx.meta.put(file, at, &value.to_le_bytes(), Phase::HEADER);
-        }
-        let bytes = header.disk_bytes.to_le_bytes();
-        ctx.meta.put(file, at::DISK_BYTES, &bytes, Phase::HEADER);
-        // A new block's count stands in the same sector and comes before its entry.
-        writing.first.ask();
+        set_size(ctx, map, writing, blocks, sectors)?;
         Ok(ResizePlan { grow: None })
     }
+}
+
+/// Makes new entries of the map free and changes the header: the new map if there is one, and the
+/// size.
+fn set_size(
+    ctx: &mut Ctx,
+    map: &mut BlockMap,
+    writing: &mut Writing,
+    blocks: u64,
+    sectors: u64,
+) -> Step<()> {
+    let file = map.file;
+    writing.free_to = writing.free_to.max(map.header.blocks.into());
+    while writing.free_to < blocks {
+        let at = map.entry_at(writing.free_to);
+        ctx.meta.set(file, at, &FREE.to_le_bytes(), Phase::TABLE)?;
+        writing.free_to += 1;
+    }
+    ctx.meta.reserve(file, 0)?;
+    if ctx.meta.is_dirty_at(file, at::ALLOCATED) {
+        // A block's count stands in this sector, and must not wait for the size: it comes before
+        // the block's entry, the size after all entries.
+        return Err(Stop::NeedFlush);
+    }
+    let header = &mut map.header;
+    if let Some(moving) = writing.moving.take() {
+        header.map_offset = moving.map_offset;
+        header.data_offset += moving.count * header.block_bytes;
+        header.allocated = header.allocated.saturating_sub(moving.count as u32);
+    }
+    header.blocks = blocks as u32;
+    header.disk_bytes = sectors * SECTOR_BYTES;
+    let reach = header.data_offset + blocks * header.block_bytes;
+    let space = writing.space.as_mut().expect("the map is scanned");
+    space.rebase(header.data_offset);
+    space.reach(ctx.files.info(file), reach);
+    for (at, value) in [
+        (at::MAP, header.map_offset as u32),
+        (at::DATA, header.data_offset as u32),
+        (at::BLOCKS, header.blocks),
+        (at::ALLOCATED, header.allocated),
+    ] {
+        ctx.meta.put(file, at, &value.to_le_bytes(), Phase::HEADER);
+    }
+    let bytes = header.disk_bytes.to_le_bytes();
+    ctx.meta.put(file, at::DISK_BYTES, &bytes, Phase::HEADER);
+    // A new block's count stands in the same sector and comes before its entry.
+    writing.first.ask();
+    Ok(())
 }
 
 /// Makes the longer map; the header is left to the caller.

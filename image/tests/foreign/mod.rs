@@ -8,6 +8,7 @@ mod python;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use platter_image::{
     Access, CheckParams, CheckProgress, CheckReport, Create, CreateParams, Format, Options, Repair,
@@ -20,7 +21,11 @@ pub struct Scratch(pub PathBuf);
 
 impl Scratch {
     pub fn new(name: &str) -> Scratch {
-        let path = std::env::temp_dir().join(format!("platter-{}-{name}", std::process::id()));
+        // Tests that run at the same time may give the same name.
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("platter-{}-{count}-{name}", std::process::id());
+        let path = std::env::temp_dir().join(name);
         std::fs::create_dir_all(&path).unwrap();
         Scratch(path)
     }
