@@ -25,6 +25,8 @@ use super::refcount::Job;
 const COMPARE_AT_ONCE: u64 = 4096;
 /// L1 entries looked at in one step.
 const L1_AT_ONCE: u64 = 512;
+/// Bits of a bitmap's table entry that are 0 (docs/interop/qcow2.rst, "Bitmap table").
+const BITMAP_RESERVED: u64 = 0xff00_0000_0000_01fe;
 /// A count that is no longer exact.
 const SATURATED: u16 = u16::MAX;
 
@@ -327,6 +329,10 @@ impl Qcow2 {
         if reserved || copied_packed {
             c.corrupt(ImageFault::corrupt(self.file, "an L2 entry's flags", at, word));
         }
+        if word & COMPRESSED != 0 && entry.bitmap != 0 {
+            let what = "a compressed cluster's subclusters";
+            c.corrupt(ImageFault::corrupt(self.file, what, at, entry.bitmap));
+        }
         let first = c.first_window() && active;
         match self.kind.cluster(entry, guest) {
             Err(bad) => c.corrupt(ImageFault::corrupt(self.file, bad.0, at, word)),
@@ -370,16 +376,20 @@ impl Qcow2 {
 
     fn count_bitmap(&mut self, ctx: &mut Ctx, c: &mut Checker, n: u32, offset: u64) -> Step<Stage> {
         let end = self.bitmap_directory.offset + self.bitmap_directory.bytes;
-        if n >= self.bitmaps || offset + 24 > end {
+        if n >= self.bitmaps && offset == end {
             return Ok(Stage::Blocks(0));
         }
         let mut b = [0; 24];
-        ctx.read(self.file, offset, &mut b)?;
-        let table = u64::from_be_bytes(b[..8].try_into().expect("eight bytes"));
-        let entries = u64::from(u32::from_be_bytes(b[8..12].try_into().expect("four bytes")));
-        let name = u64::from(u16::from_be_bytes([b[18], b[19]]));
-        let extra = u64::from(u32::from_be_bytes(b[20..24].try_into().expect("four bytes")));
-        let next = (n + 1, offset + (24 + name + extra).next_multiple_of(8));
+        let inside = n < self.bitmaps && offset + 24 <= end;
+        if inside {
+            ctx.read(self.file, offset, &mut b)?;
+        }
+        let Some((bytes, table, entries)) = self.bitmap_entry(&b) else {
+            // Where the next one would stand is unknown then. QEMU does not open such an image.
+            c.corrupt(ImageFault::corrupt(self.file, "the bitmap directory", offset, n.into()));
+            return Ok(Stage::Blocks(0));
+        };
+        let next = (n + 1, offset + bytes);
         let size = ctx.files.size(self.file);
         let inside = table.checked_add(entries * 8).is_some_and(|end| end <= size);
         if !table.is_multiple_of(self.cluster_bytes()) || !inside {
@@ -388,6 +398,33 @@ impl Qcow2 {
         }
         self.refer(c, "a bitmap's table", offset, table, entries * 8);
         Ok(Stage::BitmapTable { table: (table, entries), at: 0, next })
+    }
+
+    /// An entry of the bitmap directory: its own bytes, and its table's offset and entries. The
+    /// limits are QEMU's (block/qcow2-bitmap.c).
+    fn bitmap_entry(&self, b: &[u8; 24]) -> Option<(u64, u64, u64)> {
+        const TABLE_ENTRIES_MAX: u64 = 0x800_0000;
+        const BITMAP_BYTES_MAX: u64 = 0x2000_0000;
+        const RESERVED_FLAGS: u32 = !3;
+        const IN_USE: u32 = 1;
+        const DIRTY_TRACKING: u8 = 1;
+        let u32_at = |at: usize| u32::from_be_bytes(b[at..at + 4].try_into().expect("four bytes"));
+        let table = u64::from_be_bytes(b[..8].try_into().expect("eight bytes"));
+        let (entries, flags) = (u64::from(u32_at(8)), u32_at(12));
+        let (kind, granularity_bits, extra) = (b[16], b[17], u32_at(20));
+        let name = u64::from(u16::from_be_bytes([b[18], b[19]]));
+        let bitmap_bytes = entries << self.kind.cluster_bits;
+        let sound = table != 0
+            && (1..=TABLE_ENTRIES_MAX).contains(&entries)
+            && bitmap_bytes <= BITMAP_BYTES_MAX
+            && flags & RESERVED_FLAGS == 0
+            && kind == DIRTY_TRACKING
+            && (9..=31).contains(&granularity_bits)
+            && (1..=1023).contains(&name)
+            && extra == 0
+            && (flags & IN_USE != 0
+                || self.header.size_bytes <= (bitmap_bytes * 8) << granularity_bits);
+        sound.then_some(((24 + name).next_multiple_of(8), table, entries))
     }
 
     fn count_bitmap_table(
@@ -402,7 +439,10 @@ impl Qcow2 {
         for n in at..end {
             let place = table + n * 8;
             let word = ctx.meta.get_u64_be(self.file, place)?;
-            if word & OFFSET != 0 {
+            let aligned = (word & OFFSET).is_multiple_of(self.cluster_bytes());
+            if word & BITMAP_RESERVED != 0 || !aligned || (word & OFFSET != 0 && word & 1 != 0) {
+                c.corrupt(ImageFault::corrupt(self.file, "a bitmap's table entry", place, word));
+            } else if word & OFFSET != 0 {
                 self.refer(c, "a bitmap", place, word & OFFSET, self.cluster_bytes());
             }
             c.stage = Stage::BitmapTable { table: (table, entries), at: n + 1, next };
