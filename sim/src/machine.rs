@@ -50,15 +50,8 @@ struct Grant {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Channel {
     Free,
-    Unbound {
-        peer: u16,
-    },
-    Bound {
-        peer: u16,
-        port: u32,
-    },
-    /// The other end is gone.
-    Dangling,
+    Unbound { peer: u16 },
+    Bound { peer: u16, port: u32 },
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -300,7 +293,8 @@ impl Machine {
         let channel = core::mem::replace(&mut state.channel, Channel::Free);
         state.pending = false;
         if let Channel::Bound { peer, port } = channel {
-            self.port_mut(peer, port).channel = Channel::Dangling;
+            // The other end can be bound once more (Xen's evtchn_close).
+            self.port_mut(peer, port).channel = Channel::Unbound { peer: domain };
         }
     }
 

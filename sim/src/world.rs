@@ -554,6 +554,10 @@ impl World {
             self.hostiles[index].check_memory(&self.machine);
             self.machine.kill(domain);
         }
+        // A server that keeps an answer back is given up after half a minute.
+        self.run_until("the end of every request", 60_000 * MS, |world| {
+            world.server.as_ref().is_none_or(|server| server.census() == Default::default())
+        });
         self.run_for(3000 * MS);
         self.check_idle();
         self.verify_images(lossy);

@@ -57,6 +57,9 @@ enum Busy {
     Writing,
 }
 
+/// Between two lines about one disk's refused nodes: a guest makes us look at them.
+const TROUBLE_LOG_NS: u64 = 5_000_000_000;
+
 /// After so many refusals in a row our own directory is one that we may not see any more.
 const ACCESS_TRIES: u32 = 8;
 
@@ -155,6 +158,8 @@ pub struct Device {
     refused: bool,
     /// How often that happened in a row.
     refusals: u32,
+    /// When the next refusal of xenstored may be logged.
+    trouble_shown_ns: u64,
     /// The disk's size as it is being shown, and as it stands.
     showing: Option<u64>,
     shown_sectors: Option<u64>,
@@ -212,6 +217,7 @@ impl Device {
             outstanding: 0,
             refused: false,
             refusals: 0,
+            trouble_shown_ns: 0,
             showing: None,
             shown_sectors: None,
             values: BTreeMap::new(),
@@ -332,7 +338,8 @@ impl Device {
         self.showing = None;
         self.refusals += 1;
         self.wake_ns = Some(now_ns + xs::pause_ns(self.refusals));
-        if self.refusals == 1 {
+        if now_ns >= self.trouble_shown_ns {
+            self.trouble_shown_ns = now_ns + TROUBLE_LOG_NS;
             log::warn!("disk {}: xenstore refuses its nodes; trying again", self.name);
         }
     }
