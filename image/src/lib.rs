@@ -20,6 +20,7 @@ mod image;
 mod info;
 mod merge;
 mod meta;
+mod path;
 mod qcow;
 mod qcow2;
 mod qed;

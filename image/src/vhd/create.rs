@@ -8,13 +8,14 @@ use alloc::vec::Vec;
 
 use crate::create::{Backing, Content, Create, CreateFault, CreateParams, Entry, Wanted, random};
 use crate::format::Format;
+use crate::path::last;
 use crate::types::SECTOR_BYTES;
 
 use super::header::{
     BAT_UNUSED, BLOCK_BYTES_MAX, BLOCK_BYTES_USUAL, FOOTER_BYTES, Footer, Geometry, HEADER_BYTES,
     Header, Kind, LOCATORS, Locator, NONE_U64, SECTORS_MAX,
 };
-use super::name::{MACX, W2RU, last};
+use super::name::{MACX, W2RU};
 
 /// Seconds from 1970 to 2000, where VHD's time begins ("Time Stamp").
 const YEAR_2000: u64 = 946_684_800;

@@ -29,7 +29,6 @@ use crate::types::{DiscardPlan, FileNo, ResizePlan, SECTOR_BYTES, SectorRange, S
 use check::Check;
 pub(crate) use create::create;
 use header::{FOOTER_BYTES, Footer, HEADER_BYTES, Header, Kind};
-pub(crate) use name::{last, relative, utf16};
 use write::Writer;
 
 pub(crate) struct Vhd {

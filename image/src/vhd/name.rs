@@ -9,6 +9,7 @@ use alloc::vec::Vec;
 
 use crate::files::NAME_BYTES_MAX;
 use crate::format::Ctx;
+use crate::path::{last, relative, utf16};
 use crate::types::{FileNo, Step};
 
 use super::header::{Header, Locator};
@@ -50,29 +51,6 @@ fn read(ctx: &mut Ctx, file: FileNo, locator: &Locator) -> Step<Option<Vec<u8>>>
     Ok(Some(data))
 }
 
-/// UTF-16 up to the first zero; `None` if it is malformed or empty.
-pub(crate) fn utf16(data: &[u8], unit: fn([u8; 2]) -> u16) -> Option<String> {
-    let units = data.chunks_exact(2).map(|pair| unit([pair[0], pair[1]]));
-    let text: Result<String, _> = char::decode_utf16(units.take_while(|&u| u != 0)).collect();
-    text.ok().filter(|text| !text.is_empty())
-}
-
-/// A Windows path as this engine writes paths: `/`, and no `.` parts in front.
-pub(crate) fn relative(path: &str) -> String {
-    let path = path.replace('\\', "/");
-    let mut rest = path.as_str();
-    while let Some(after) = rest.strip_prefix("./") {
-        rest = after;
-    }
-    String::from(rest)
-}
-
-/// The last component of a path.
-pub(crate) fn last(path: &str) -> Option<String> {
-    let name = path.rsplit(['/', '\\']).next()?;
-    (!name.is_empty()).then(|| String::from(name))
-}
-
 /// A file URL (RFC 2396); `file://./x` is libvhd's for a relative path.
 fn url(data: &[u8]) -> Option<String> {
     let text = core::str::from_utf8(data).ok()?.trim_end_matches('\0');
@@ -102,28 +80,11 @@ mod tests {
 
     use super::*;
 
-    fn le(text: &str) -> Vec<u8> {
-        text.encode_utf16().flat_map(u16::to_le_bytes).collect()
-    }
-
     #[test]
-    fn paths_of_windows_and_of_libvhd_become_relative_names() {
-        let path = utf16(&le(".\\base\\p.vhd"), u16::from_le_bytes).unwrap();
-        assert_eq!(relative(&path), "base/p.vhd");
-        assert_eq!(relative("..\\p.vhd"), "../p.vhd");
-        assert_eq!(last("C:\\vms\\p.vhd").as_deref(), Some("p.vhd"));
-        assert_eq!(last("C:\\vms\\"), None);
+    fn urls_of_libvhd_become_relative_names() {
         assert_eq!(url(b"file://./p%20q.vhd").as_deref(), Some("p q.vhd"));
         assert_eq!(url(b"file:///sr/mount/p.vhd").as_deref(), Some("p.vhd"));
         assert_eq!(url(b"http://x/p.vhd"), None);
         assert_eq!(url(b"file://./p%2"), None);
-    }
-
-    #[test]
-    fn half_a_surrogate_pair_is_no_name() {
-        assert_eq!(utf16(&[0x00, 0xd8, b'a', 0], u16::from_le_bytes), None);
-        assert_eq!(utf16(&[0, 0], u16::from_le_bytes), None);
-        let name = utf16(&[0, b'a', 0, b'b', 0, 0, 0, b'c'], u16::from_be_bytes);
-        assert_eq!(name.as_deref(), Some("ab"));
     }
 }

@@ -10,8 +10,8 @@ use alloc::string::String;
 use crate::fault::{FaultKind, ImageFault};
 use crate::format::{Ctx, Format, Parent};
 use crate::meta::BLOCK_BYTES;
+use crate::path::{last, relative, utf16};
 use crate::types::{FileNo, Step, Stop};
-use crate::vhd::{last, relative, utf16};
 
 use super::Vhdx;
 use super::crc::Crc;

@@ -7,8 +7,8 @@ use alloc::vec::Vec;
 
 use crate::fault::{FaultKind, ImageFault};
 use crate::files::NAME_BYTES_MAX;
+use crate::path::{last, relative};
 use crate::types::{FileNo, SECTOR_BYTES};
-use crate::vhd::{last, relative};
 
 /// Longest descriptor read (ours; embedded ones have 20 sectors).
 pub(super) const TEXT_BYTES_MAX: u64 = 64 << 10;
