@@ -348,6 +348,16 @@ impl Space {
         }
     }
 
+    /// Takes a gap that nothing names before the end, unless what plans may give up would find no
+    /// place then: false.
+    pub fn take_gap(&mut self, start: u64, len: u64) -> bool {
+        let fits = self.holes.len() < HOLES_MAX / 2;
+        if fits {
+            self.give_back(Use::Clusters, start, len);
+        }
+        fits
+    }
+
     /// Takes back what was handed out.
     pub fn give_back(&mut self, use_: Use, start: u64, len: u64) {
         let mut back = Hole { start, end: start + len, use_ };

@@ -2,8 +2,8 @@
 //!
 //! Orders guarded here: the header's count of blocks is durable before a map entry uses a block
 //! (VirtualBox and QEMU take the next block from that count); the rest is that of
-//! [`append`](crate::append). Before the first write the map is scanned for the last block in
-//! use, since after a cut the count may be too high, and the image's modification UUID changes.
+//! [`append`](crate::append). Before the first write the map is [scanned](scan), since after a cut
+//! the count may be too high, and the image's modification UUID changes.
 //!
 //! A differencing image names its parent by UUID only. VirtualBox knows the file from its
 //! registry; here it is the name after `parent=` in the image's comment (as platter creates
@@ -13,11 +13,13 @@
 mod create;
 mod header;
 mod resize;
+mod scan;
 
 use alloc::boxed::Box;
 use alloc::string::{String, ToString};
 
 use self::header::{HEADER_BYTES, Header, Kind, at};
+use self::scan::Scan;
 use crate::append::{Added, Checker, Entry, FirstWrite, Part, Shape, Space, Table, Writer};
 use crate::check::{CheckParams, CheckProgress};
 use crate::create::random;
@@ -42,21 +44,13 @@ struct BlockMap {
 struct Writing {
     writer: Writer,
     first: FirstWrite,
-    scan: Scan,
-    /// Known once the scan is done.
+    /// Until it is done and the space is known.
+    scan: Option<Box<Scan>>,
     space: Option<Space>,
     /// Map entries beyond the disk that are known to be free, for growing.
     free_to: u64,
     /// A longer map that is being made.
     moving: Option<resize::Moving>,
-}
-
-/// Where the search for the last block in use is.
-#[derive(Clone, Copy, Default)]
-struct Scan {
-    entry: u64,
-    /// One more than the highest block in use so far.
-    end: u64,
 }
 
 pub(crate) struct Vdi {
@@ -153,25 +147,6 @@ impl Shape for BlockMap {
     }
 }
 
-impl Scan {
-    /// Goes on; `Ok` with one more than the highest block in use.
-    fn step(&mut self, ctx: &mut Ctx, map: &BlockMap) -> Step<u64> {
-        while self.entry < map.header.blocks.into() {
-            let at = map.entry_at(self.entry);
-            let value = ctx.meta.get_u32_le(map.file, at)?;
-            if value < ZERO {
-                if value >= map.blocks_end() {
-                    let field = "a block map entry";
-                    return Err(ImageFault::corrupt(map.file, field, at, value.into()).into());
-                }
-                self.end = self.end.max(u64::from(value) + 1);
-            }
-            self.entry += 1;
-        }
-        Ok(self.end)
-    }
-}
-
 impl Vdi {
     pub fn open(ctx: &mut Ctx, file: FileNo, access: Access) -> Step<OpenedLayer> {
         let mut bytes = [0; HEADER_BYTES];
@@ -195,7 +170,7 @@ impl Vdi {
             Box::new(Writing {
                 writer: Writer::new(),
                 first: FirstWrite::new(true),
-                scan: Scan::default(),
+                scan: Some(Box::new(Scan::new())),
                 space: None,
                 free_to: 0,
                 moving: None,
@@ -217,13 +192,9 @@ impl Vdi {
         let Some(writing) = &mut self.writing else {
             return Err(read_only(file, "the image is open read-only").into());
         };
-        if writing.space.is_none() {
-            let end = writing.scan.step(ctx, map)?;
-            let header = &map.header;
-            let next = header.data_offset + end * header.block_bytes;
-            let reach = header.data_offset + u64::from(header.blocks) * header.block_bytes;
-            let info = ctx.files.info(file);
-            writing.space = Some(Space::from(file, info, (header.data_offset, next), reach));
+        if let Some(scan) = &mut writing.scan {
+            writing.space = Some(scan.step(ctx, map)?);
+            writing.scan = None;
         }
         writing.first.pass(ctx, |ctx| {
             let old = map.header.modify as u64;

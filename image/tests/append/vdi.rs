@@ -131,6 +131,39 @@ fn a_count_left_too_high_by_a_cut_is_mended_by_the_next_writer() {
     qemu_check(&scratch, "vdi", "a.vdi");
 }
 
+/// As cuts leave them: blocks that were taken, before others, and that no entry names.
+#[test]
+fn gaps_before_the_last_block_in_use_are_written_again() {
+    const BLOCKS: usize = 10;
+    let scratch = Scratch::new("vdi-gaps");
+    let folder = RamFolder::new();
+    create(&folder, &vdi("a.vdi"));
+    let mut engine = open(&folder, "a.vdi", rw(Format::Vdi));
+    engine.write(0, &[7; BLOCKS * MIB - MIB]).unwrap();
+    engine.close().unwrap();
+    let mut bytes = folder.bytes("a.vdi").unwrap();
+    for block in [0, 3, 4] {
+        put(&mut bytes, 512 + 4 * block, &[0xff; 4]);
+    }
+    folder.put("a.vdi", bytes);
+    let mut engine = open(&folder, "a.vdi", rw(Format::Vdi));
+    for block in [0, 3, 4, 9] {
+        engine.write(block * 2048 + 8, &[9; 512]).unwrap();
+    }
+    engine.close().unwrap();
+    let mut model = vec![7; SECTORS as usize * 512];
+    model[9 * MIB..].fill(0);
+    for block in [0, 3, 4, 9] {
+        let end = model.len().min((block + 1) * MIB);
+        model[block * MIB..end].fill(0);
+        model[block * MIB + 8 * 512..][..512].fill(9);
+    }
+    copy_out(&folder, &scratch);
+    assert!(read_all(&mut open(&folder, "a.vdi", ro(Format::Vdi))) == model);
+    assert!(scratch.by_qemu("vdi", "a.vdi") == model);
+    qemu_check(&scratch, "vdi", "a.vdi");
+}
+
 #[test]
 fn hostile_images_are_refused_at_open_or_where_they_are_touched() {
     let folder = RamFolder::new();
