@@ -105,6 +105,39 @@ struct Insisted {
     refusals: u32,
 }
 
+/// Answers that whoever asked for several things at once waits for.
+#[derive(Default)]
+pub struct Awaited {
+    outstanding: usize,
+    /// Something was refused, or found no room in the queue.
+    refused: bool,
+}
+
+impl Awaited {
+    /// What [`Xs::read`] and the like said of one more request.
+    pub fn sent(&mut self, queued: bool) {
+        match queued {
+            true => self.outstanding += 1,
+            false => self.refused = true,
+        }
+    }
+
+    /// One was answered. True when it was the last.
+    pub fn answered(&mut self, refused: bool) -> bool {
+        self.refused |= refused;
+        self.outstanding -= 1;
+        self.is_over()
+    }
+
+    pub fn is_over(&self) -> bool {
+        self.outstanding == 0
+    }
+
+    pub fn is_refused(&self) -> bool {
+        self.refused
+    }
+}
+
 pub struct Xs {
     client: Client,
     /// On the wire, by token.

@@ -26,7 +26,7 @@ use crate::disk::Disk;
 use crate::engine::Engine;
 use crate::opening::Opening;
 use crate::stores::AnyStore;
-use crate::xs::{self, Purpose, Xs};
+use crate::xs::{self, Awaited, Purpose, Xs};
 
 /// Keys that the toolstack wrote for the disk (xen-facts: libxl's device_disk_add).
 const DESCRIBE: [&str; 7] =
@@ -153,10 +153,8 @@ pub struct Device {
     layout: Option<Layout>,
     front_seen: Option<XenbusState>,
     busy: Busy,
-    outstanding: usize,
-    /// Something of what is under way was refused.
-    refused: bool,
-    /// How often that happened in a row.
+    awaited: Awaited,
+    /// How often something was refused in a row.
     refusals: u32,
     /// When the next refusal of xenstored may be logged.
     trouble_shown_ns: u64,
@@ -214,8 +212,7 @@ impl Device {
             layout: None,
             front_seen: None,
             busy: Busy::No,
-            outstanding: 0,
-            refused: false,
+            awaited: Awaited::default(),
             refusals: 0,
             trouble_shown_ns: 0,
             showing: None,
@@ -318,16 +315,13 @@ impl Device {
     fn read<H>(&mut self, world: &mut Surroundings<'_, H>, batch: Batch, paths: &[String]) {
         self.busy = Busy::Reading(batch);
         self.values.clear();
-        (self.outstanding, self.refused) = (0, false);
+        self.awaited = Awaited::default();
         for path in paths {
             let purpose =
                 Purpose::DeviceKey { index: self.index, serial: self.serial, key: path.clone() };
-            match world.xs.read(path, purpose) {
-                true => self.outstanding += 1,
-                false => self.refused = true,
-            }
+            self.awaited.sent(world.xs.read(path, purpose));
         }
-        if self.outstanding == 0 {
+        if self.awaited.is_over() {
             self.try_later(world.now_ns);
         }
     }
@@ -355,20 +349,19 @@ impl Device {
         if serial != self.serial {
             return;
         }
-        match result {
-            Ok(value) => drop(self.values.insert(key, value)),
-            Err(XsError::NoEnt) => {}
+        let refused = match &result {
+            Ok(_) | Err(XsError::NoEnt) => false,
             // So it reads when the guest is gone, or hides its nodes.
-            Err(XsError::Access) if !key.starts_with(&self.be) => {}
-            Err(XsError::Access) if self.refusals >= ACCESS_TRIES => {}
-            Err(_) => self.refused = true,
-        }
-        self.outstanding -= 1;
-        if self.outstanding > 0 {
+            Err(XsError::Access) if !key.starts_with(&self.be) => false,
+            Err(XsError::Access) => self.refusals < ACCESS_TRIES,
+            Err(_) => true,
+        };
+        self.values.extend(result.ok().map(|value| (key, value)));
+        if !self.awaited.answered(refused) {
             return;
         }
         let Busy::Reading(batch) = core::mem::replace(&mut self.busy, Busy::No) else { return };
-        if self.refused {
+        if self.awaited.is_refused() {
             return self.try_later(world.now_ns);
         }
         self.refusals = 0;
@@ -411,14 +404,12 @@ impl Device {
         if serial != self.serial {
             return;
         }
-        self.refused |= result.is_err();
-        self.outstanding -= 1;
-        if self.outstanding > 0 {
+        if !self.awaited.answered(result.is_err()) {
             return;
         }
         let Busy::Publishing(state) = core::mem::replace(&mut self.busy, Busy::No) else { return };
         match state {
-            _ if self.refused => self.try_later(world.now_ns),
+            _ if self.awaited.is_refused() => self.try_later(world.now_ns),
             Some(state) => self.write_state(world, state),
             None => self.shown_sectors = self.showing.take().or(self.shown_sectors),
         }

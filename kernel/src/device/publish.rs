@@ -10,7 +10,7 @@ use platter_xen::{Bus, Hypervisor};
 
 use super::{Busy, Device, Stage, Surroundings};
 use crate::limits::{QUEUES_MAX, RING_ORDER_MAX, STATS_NS};
-use crate::xs::Purpose;
+use crate::xs::{Awaited, Purpose};
 
 /// What is good for speed on every store of ours: pages.
 const PHYSICAL_SECTOR_BYTES: u32 = 4096;
@@ -51,15 +51,12 @@ impl Device {
         state: Option<XenbusState>,
     ) {
         self.busy = Busy::Publishing(state);
-        (self.outstanding, self.refused) = (0, false);
+        self.awaited = Awaited::default();
         for (key, value) in nodes {
             let purpose = Purpose::DeviceWritten { index: self.index, serial: self.serial };
-            match world.xs.write(&format!("{}/{key}", self.be), value, purpose) {
-                true => self.outstanding += 1,
-                false => self.refused = true,
-            }
+            self.awaited.sent(world.xs.write(&format!("{}/{key}", self.be), value, purpose));
         }
-        if self.outstanding == 0 {
+        if self.awaited.is_over() {
             self.try_later(world.now_ns);
         }
     }

@@ -25,7 +25,7 @@ use platter_xen::{Bus, DomId, Hypervisor, Port};
 
 use crate::engine::{Engine, StoreSlot};
 use crate::stores::AnyStore;
-use crate::xs::{Purpose, Xs, pause_ns};
+use crate::xs::{Awaited, Purpose, Xs, pause_ns};
 
 /// Watch tokens of the backends' states.
 const WATCH_BASE: u32 = 100;
@@ -99,9 +99,8 @@ pub struct FrontSlot {
     name: String,
     drive: Drive,
     busy: Busy,
-    outstanding: usize,
-    /// Something of what is under way was refused, and how often that happened in a row.
-    refused: bool,
+    awaited: Awaited,
+    /// How often something was refused in a row.
     refusals: u32,
     /// When to look again after that.
     wake_ns: Option<u64>,
@@ -127,8 +126,7 @@ impl FrontSlot {
             name: String::new(),
             drive: Drive::Unread,
             busy: Busy::No,
-            outstanding: 0,
-            refused: false,
+            awaited: Awaited::default(),
             refusals: 0,
             wake_ns: None,
             unwritten: Vec::new(),
@@ -237,17 +235,14 @@ impl FrontSlot {
 
     fn read(&mut self, xs: &mut Xs, now_ns: u64, busy: Busy, keys: impl Iterator<Item = String>) {
         self.busy = busy;
-        (self.outstanding, self.refused) = (0, false);
+        self.awaited = Awaited::default();
         let below = if busy == Busy::Front { &self.fe } else { &self.be };
         for key in keys {
             let path = format!("{below}/{key}");
             let purpose = Purpose::FrontKey { index: self.index, key };
-            match xs.read(&path, purpose) {
-                true => self.outstanding += 1,
-                false => self.refused = true,
-            }
+            self.awaited.sent(xs.read(&path, purpose));
         }
-        if self.outstanding == 0 {
+        if self.awaited.is_over() {
             self.try_later(now_ns);
         }
     }
@@ -271,19 +266,17 @@ impl FrontSlot {
         result: Result<Vec<u8>, XsError>,
     ) {
         let (engine, xs, hv) = surroundings;
-        let foreign = self.busy != Busy::Front;
-        match result {
-            Ok(value) => drop(self.values.insert(key, value)),
-            Err(XsError::NoEnt) => {}
+        let refused = match &result {
+            Ok(_) | Err(XsError::NoEnt) => false,
             // So it reads when the backend's domain is gone.
-            Err(XsError::Access) if foreign => {}
-            Err(_) => self.refused = true,
-        }
-        self.outstanding -= 1;
-        if self.outstanding > 0 {
+            Err(XsError::Access) => self.busy == Busy::Front,
+            Err(_) => true,
+        };
+        self.values.extend(result.ok().map(|value| (key, value)));
+        if !self.awaited.answered(refused) {
             return;
         }
-        if self.refused {
+        if self.awaited.is_refused() {
             return self.try_later(now_ns);
         }
         self.refusals = 0;
@@ -306,28 +299,23 @@ impl FrontSlot {
     /// All but the last together; the last, our state, when the others stand.
     fn write_on(&mut self, xs: &mut Xs, now_ns: u64) {
         self.busy = Busy::Writing;
-        (self.outstanding, self.refused) = (0, false);
+        self.awaited = Awaited::default();
         let now = self.unwritten.len().saturating_sub(1).max(1);
         for (key, value) in self.unwritten.iter().take(now) {
             let purpose = Purpose::FrontWritten { index: self.index };
-            match xs.write(&format!("{}/{key}", self.fe), value, purpose) {
-                true => self.outstanding += 1,
-                false => self.refused = true,
-            }
+            self.awaited.sent(xs.write(&format!("{}/{key}", self.fe), value, purpose));
         }
-        if self.outstanding == 0 {
+        if self.awaited.is_over() {
             self.try_later(now_ns);
         }
     }
 
     /// One of our writes was answered.
     pub fn written(&mut self, xs: &mut Xs, now_ns: u64, result: Result<Vec<u8>, XsError>) {
-        self.refused |= result.is_err();
-        self.outstanding -= 1;
-        if self.outstanding > 0 {
+        if !self.awaited.answered(result.is_err()) {
             return;
         }
-        if self.refused {
+        if self.awaited.is_refused() {
             return self.try_later(now_ns);
         }
         self.refusals = 0;
