@@ -103,6 +103,7 @@ fn virtual_pc() {
 #[test]
 fn vmware() {
     reads_as_qemu_reads("iotest-version3.vmdk", "vmdk", false, false);
+    reads_as_qemu_reads("open-vmdk.vmdk", "vmdk", false, false);
 }
 
 #[test]

@@ -4,7 +4,7 @@
 use alloc::format;
 use alloc::string::String;
 
-use super::descriptor::NO_PARENT;
+use super::descriptor::{NO_PARENT, TEXT_BYTES_MAX};
 use super::header::{FLAG_NEWLINES, FLAG_REDUNDANT, FLAG_ZERO_GRAIN, Sparse};
 use crate::create::{Content, Create, CreateFault, CreateParams, Entry, Wanted, random};
 use crate::format::Format;
@@ -80,6 +80,9 @@ pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
         create.put(0, SECTOR_BYTES, Content::Bytes(text.into_bytes()));
         put_sparse(&mut create, 0, &header);
         return Ok(create);
+    }
+    if text.len() as u64 > TEXT_BYTES_MAX {
+        return Err(CreateFault::new("the names of so many extents are too long for a descriptor"));
     }
     let mut create = Create::one_file(text.len() as u64);
     create.put(0, 0, Content::Bytes(text.into_bytes()));

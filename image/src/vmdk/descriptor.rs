@@ -14,6 +14,8 @@ use crate::types::{FileNo, SECTOR_BYTES};
 pub(super) const TEXT_BYTES_MAX: u64 = 64 << 10;
 /// Most extents (ours: 2 TiB in files of 2 GiB).
 pub(super) const EXTENTS_MAX: usize = 1024;
+/// What editors on Windows put before a text.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 /// `parentCID` of an image without parent.
 pub(super) const NO_PARENT: u32 = 0xffff_ffff;
 
@@ -93,12 +95,20 @@ impl Descriptor {
             tracks_changes: false,
             lines: Vec::new(),
         };
+        let mut is_latin = false;
         let mut at = offset;
         for raw in bytes[..end].split(|&b| b == b'\n') {
-            // Comments are in the code page of whoever wrote them; names must be readable.
-            let line = String::from_utf8_lossy(raw);
-            found.line(file, at, line.trim_end_matches('\r'))?;
+            let start = at;
             at += raw.len() as u64 + 1;
+            let mark = if start == offset && raw.starts_with(BYTE_ORDER_MARK) { 3 } else { 0 };
+            let raw = &raw[mark..];
+            // Comments are in the code page of whoever wrote them; names must be readable.
+            let line = match core::str::from_utf8(raw) {
+                Err(_) if is_latin => latin(raw),
+                _ => String::from_utf8_lossy(raw).into_owned(),
+            };
+            is_latin |= says_latin(&line);
+            found.line(file, start + mark as u64, line.trim_end_matches('\r'))?;
         }
         if found.cid_digits.count == 0 {
             let field = "the VMDK descriptor, without a CID,";
@@ -113,8 +123,7 @@ impl Descriptor {
 
     fn line(&mut self, file: FileNo, at: u64, line: &str) -> Result<(), ImageFault> {
         let start = line.trim_start();
-        let first = start.split([' ', '\t']).next().unwrap_or("");
-        if matches!(first, "RW" | "RDONLY" | "NOACCESS") {
+        if starts_extent(start) {
             return self.extent(file, at, start);
         }
         let Some((key, value)) = line.split_once('=') else { return Ok(()) };
@@ -138,6 +147,8 @@ impl Descriptor {
             self.create_type = known.unwrap_or(&"other");
         } else if is("changeTrackPath") {
             self.tracks_changes = true;
+        } else if is("encryptionKeys") || is("keySafe") {
+            return Err(ImageFault::unsupported(file, "an encrypted VMDK", 0));
         }
         Ok(())
     }
@@ -150,18 +161,20 @@ impl Descriptor {
             None => (line, None),
         };
         let mut words = words.split_whitespace();
-        let access = match words.next() {
-            Some("RW") => LineAccess::ReadWrite,
-            Some("RDONLY") => LineAccess::ReadOnly,
+        let access = words.next().unwrap_or("").to_ascii_uppercase();
+        let access = match access.as_str() {
+            "RW" => LineAccess::ReadWrite,
+            "RDONLY" => LineAccess::ReadOnly,
             _ => return Err(ImageFault::unsupported(file, "a VMDK extent of NOACCESS", 0)),
         };
         let sectors = words.next().and_then(|word| word.parse().ok()).unwrap_or(0);
-        let kind = match words.next() {
-            Some("FLAT" | "VMFS") => LineKind::Flat,
-            Some("SPARSE" | "VMFSSPARSE") => LineKind::Sparse,
-            Some("SESPARSE") => LineKind::SeSparse,
-            Some("ZERO") => LineKind::Zero,
-            Some("VMFSRDM" | "VMFSRAW") => {
+        let kind = words.next().unwrap_or("").to_ascii_uppercase();
+        let kind = match kind.as_str() {
+            "FLAT" | "VMFS" => LineKind::Flat,
+            "SPARSE" | "VMFSSPARSE" => LineKind::Sparse,
+            "SESPARSE" => LineKind::SeSparse,
+            "ZERO" => LineKind::Zero,
+            "VMFSRDM" | "VMFSRAW" => {
                 return Err(ImageFault::unsupported(file, "a VMDK extent on a raw device", 0));
             }
             _ => return Err(corrupt(sectors)),
@@ -176,15 +189,14 @@ impl Descriptor {
             None if kind == LineKind::Zero => ("", ""),
             None => return Err(corrupt(sectors)),
         };
-        let offset_sectors = match (kind, offset) {
-            (_, "") => 0,
-            // What may follow the offset speaks of devices.
-            (LineKind::Flat, digits) => {
-                let digits = digits.split_whitespace().next().unwrap_or("");
-                digits.parse().map_err(|_| corrupt(sectors))?
-            }
-            _ => return Err(corrupt(sectors)),
+        // What may follow the offset speaks of devices.
+        let offset_sectors = match offset.split_whitespace().next() {
+            None => 0,
+            Some(digits) => digits.parse().map_err(|_| corrupt(sectors))?,
         };
+        if kind != LineKind::Flat && offset_sectors != 0 {
+            return Err(corrupt(sectors));
+        }
         check_text(file, name)?;
         if name.contains('/') || matches!(name, "." | "..") {
             let why = "a VMDK extent must be named by a plain name in the same folder";
@@ -198,6 +210,39 @@ impl Descriptor {
         self.lines.push(Line { access, sectors, kind, name, offset_sectors });
         Ok(())
     }
+}
+
+/// Does a line, blanks in front of it left out, speak of an extent?
+pub(super) fn starts_extent(line: &str) -> bool {
+    let word = line.split([' ', '\t']).next().unwrap_or("");
+    ["RW", "RDONLY", "NOACCESS"].iter().any(|access| access.eq_ignore_ascii_case(word))
+}
+
+/// Can this be the start of a descriptor: a comment, a setting or an extent?
+pub(super) fn is_descriptor(text: &[u8]) -> bool {
+    let text = text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(text).trim_ascii_start();
+    let line = text.split(|&b| b == b'\n').next().unwrap_or(text);
+    let Ok(line) = core::str::from_utf8(line) else { return text.starts_with(b"#") };
+    let is_setting = |(key, _): (&str, &str)| {
+        let key = key.trim_end();
+        !key.is_empty() && key.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'.')
+    };
+    line.starts_with('#') || starts_extent(line) || line.split_once('=').is_some_and(is_setting)
+}
+
+/// Does a line say that names are in the code page of western Windows?
+fn says_latin(line: &str) -> bool {
+    let Some((key, value)) = line.split_once('=') else { return false };
+    let value = value.trim().trim_matches('"');
+    key.trim().eq_ignore_ascii_case("encoding")
+        && ["windows-1252", "ISO-8859-1"].iter().any(|page| page.eq_ignore_ascii_case(value))
+}
+
+/// Text of that code page; the few characters that it has where Unicode has controls are not read.
+fn latin(raw: &[u8]) -> String {
+    let read =
+        |&b: &u8| if (0x80..0xa0).contains(&b) { char::REPLACEMENT_CHARACTER } else { b.into() };
+    raw.iter().map(read).collect()
 }
 
 /// Where the parent is, relative to the child. An absolute path is that of another machine: the

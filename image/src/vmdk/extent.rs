@@ -7,15 +7,18 @@ use super::descriptor::{Descriptor, Line, LineAccess, LineKind};
 use super::header::{self, HEADER_BYTES, SeSparse, Sparse};
 use super::sparse::{SeTables, Tables};
 use crate::append::{Shape, Space};
-use crate::fault::ImageFault;
+use crate::fault::{FaultKind, ImageFault};
 use crate::files::Access;
 use crate::format::{Ctx, Found, read_only};
 use crate::types::{FileNo, SECTOR_BYTES, SectorRange, Step};
 
 /// First byte that the u32 sector numbers of grain tables cannot reach.
 const REACH_BYTES: u64 = (1 << 32) * SECTOR_BYTES;
-/// Bytes from the footer's header to the end of the file: itself and the end marker.
-const FOOTER_BYTES: u64 = 1024;
+/// Sectors from the footer's header to the end of the file: itself and the end marker.
+const FOOTER_SECTORS: u64 = 2;
+/// How far before the end it is looked for: some pad the file (archives to 10 KiB, others to a
+/// grain).
+const FOOTER_SECTORS_MAX: u64 = 256;
 
 pub(super) enum Body {
     /// The header is still to be read; which kind the descriptor names.
@@ -55,6 +58,7 @@ pub(super) fn open_all(
             LineKind::Zero => file,
             _ => ctx.files.open(file, &line.name, access)?,
         };
+        check_apart(file, line, &extents)?;
         extents.push(Extent::of_line(ctx, file, start, line)?);
         start += line.sectors;
     }
@@ -62,6 +66,24 @@ pub(super) fn open_all(
         return Err(ImageFault::corrupt(file, "a VMDK descriptor without extents", 0, 0).into());
     }
     Ok(extents)
+}
+
+/// A file may stand in several lines only with stretches of flat data that lie apart: two extents
+/// would take the same space for new grains.
+fn check_apart(file: FileNo, line: &Line, before: &[Extent]) -> Result<(), ImageFault> {
+    let start = line.offset_sectors.saturating_mul(SECTOR_BYTES);
+    let end = start.saturating_add(line.sectors.saturating_mul(SECTOR_BYTES));
+    let meets = |other: &Extent| match (line.kind, &other.body) {
+        _ if other.file != file => false,
+        (LineKind::Zero, _) | (_, Body::Zero) => false,
+        (LineKind::Flat, &Body::Flat(at)) => start < at + other.sectors * SECTOR_BYTES && at < end,
+        _ => true,
+    };
+    if before.iter().any(meets) {
+        let why = "one file stands twice among the extents of a VMDK";
+        return Err(ImageFault::new(FaultKind::Refused, file, why));
+    }
+    Ok(())
 }
 
 impl Extent {
@@ -128,17 +150,9 @@ impl Extent {
         access: Access,
     ) -> Step<(u64, Body)> {
         let (file, size) = (self.file, ctx.files.size(self.file));
-        let header = if header::has_footer(first) {
-            let at = (size / SECTOR_BYTES * SECTOR_BYTES).saturating_sub(FOOTER_BYTES);
-            let mut bytes = [0; HEADER_BYTES];
-            ctx.read(file, at, &mut bytes)?;
-            if header::has_footer(&bytes) {
-                let field = "gdOffset of the footer";
-                return Err(ImageFault::corrupt(file, field, at, header::GD_AT_END).into());
-            }
-            Sparse::parse(file, at, &bytes)?
-        } else {
-            Sparse::parse(file, 0, first)?
+        let header = match header::has_footer(first) {
+            true => self.footer(ctx)?,
+            false => Sparse::parse(file, 0, first)?,
         };
         for (field, start) in [("gdOffset", header.directory), ("rgdOffset", header.redundant)] {
             let end = start.saturating_add(header.directory_entries() * 4);
@@ -164,6 +178,32 @@ impl Extent {
             .transpose()?;
         let tables = Tables { file, header, is_writable: writable };
         Ok((header.sectors, Body::Sparse(tables, space)))
+    }
+
+    /// The header that stands at the end of the file.
+    fn footer(&self, ctx: &mut Ctx) -> Step<Sparse> {
+        let (file, sectors) = (self.file, ctx.files.size(self.file) / SECTOR_BYTES);
+        let mut bytes = [0; HEADER_BYTES];
+        let usual = sectors.saturating_sub(FOOTER_SECTORS);
+        let mut sector = usual;
+        while sector > sectors.saturating_sub(FOOTER_SECTORS_MAX) {
+            ctx.read(file, (sector - 1) * SECTOR_BYTES, &mut bytes)?;
+            if header::is_footer_marker(&bytes) {
+                ctx.read(file, sector * SECTOR_BYTES, &mut bytes)?;
+                if let Ok(header) = Sparse::parse(file, sector * SECTOR_BYTES, &bytes) {
+                    return Ok(header);
+                }
+            }
+            sector -= 1;
+        }
+        // Whatever is wrong with it is said of the usual place.
+        let at = usual * SECTOR_BYTES;
+        ctx.read(file, at, &mut bytes)?;
+        if header::has_footer(&bytes) {
+            let field = "gdOffset of the footer";
+            return Err(ImageFault::corrupt(file, field, at, header::GD_AT_END).into());
+        }
+        Ok(Sparse::parse(file, at, &bytes)?)
     }
 
     fn load_se(&self, ctx: &mut Ctx, first: &[u8; HEADER_BYTES]) -> Step<(u64, Body)> {

@@ -9,6 +9,8 @@ use crate::types::{FileNo, SECTOR_BYTES};
 pub(super) const HEADER_BYTES: usize = 512;
 pub(super) const MAGIC_HOSTED: u32 = 0x564d_444b;
 pub(super) const MAGIC_COWD: u32 = 0x4457_4f43;
+/// Type of a marker: the real header follows.
+pub(super) const MARKER_FOOTER: u32 = 3;
 /// `gdOffset`: the real header is a footer at the end of the file.
 pub(super) const GD_AT_END: u64 = u64::MAX;
 
@@ -23,6 +25,9 @@ pub(super) const FLAG_REDUNDANT: u32 = 1 << 1;
 pub(super) const FLAG_ZERO_GRAIN: u32 = 1 << 2;
 pub(super) const FLAG_COMPRESSED: u32 = 1 << 16;
 pub(super) const FLAG_MARKERS: u32 = 1 << 17;
+/// Flags that a reader must know, and the two of them that are known here (VMware's open-vmdk).
+const FLAGS_REQUIRED: u32 = 0xffff_0000;
+const FLAGS_KNOWN: u32 = FLAG_COMPRESSED | FLAG_MARKERS;
 /// Bytes that a text-mode transfer would change: "\n \r\n".
 pub(super) const NEWLINES: [u8; 4] = [b'\n', b' ', b'\r', b'\n'];
 
@@ -69,10 +74,16 @@ pub(super) fn has_footer(bytes: &[u8; HEADER_BYTES]) -> bool {
     u32_at(bytes, 0) == MAGIC_HOSTED && u64_at(bytes, 56) == GD_AT_END
 }
 
+/// Is this a marker that a footer follows?
+pub(super) fn is_footer_marker(bytes: &[u8; HEADER_BYTES]) -> bool {
+    u32_at(bytes, 8) == 0 && u32_at(bytes, 12) == MARKER_FOOTER
+}
+
 /// The descriptor of a file that holds nothing else behind its header: offset and length.
 pub(super) fn only_descriptor(bytes: &[u8; HEADER_BYTES]) -> Option<(u64, u64)> {
     let (offset, sectors) = (u64_at(bytes, 28), u64_at(bytes, 36));
-    let is_empty = u32_at(bytes, 0) == MAGIC_HOSTED && u64_at(bytes, 12) == 0 && offset > 0;
+    let is_sparse = u32_at(bytes, 0) == MAGIC_HOSTED && !has_footer(bytes);
+    let is_empty = is_sparse && u64_at(bytes, 12) == 0 && offset > 0;
     let place = (offset.checked_mul(SECTOR_BYTES)?, sectors.checked_mul(SECTOR_BYTES)?);
     is_empty.then_some(place)
 }
@@ -155,6 +166,10 @@ fn hosted(file: FileNo, at: u64, bytes: &[u8; HEADER_BYTES]) -> Result<Sparse, I
     let (version, flags) = (u32_at(bytes, 4), u32_at(bytes, 8));
     if version == 0 || version > 3 {
         return Err(ImageFault::unsupported(file, "the version of a VMDK", version.into()));
+    }
+    if flags & FLAGS_REQUIRED & !FLAGS_KNOWN != 0 {
+        let unknown = flags & FLAGS_REQUIRED & !FLAGS_KNOWN;
+        return Err(ImageFault::unsupported(file, "flags of a VMDK unknown here", unknown.into()));
     }
     if flags & FLAG_NEWLINES != 0 && bytes[73..77] != NEWLINES {
         let field = "the newline test, damaged by a transfer as text,";
@@ -336,9 +351,10 @@ mod tests {
 
     #[test]
     fn hostile_fields_are_refused() {
-        let edits: [(usize, &[u8]); 14] = [
+        let edits: [(usize, &[u8]); 15] = [
             (0, b"XXXX"),
             (4, &[4, 0, 0, 0]),
+            (8, &[7, 0, 4, 0]),
             (12, &[0; 8]),
             (12, &[0xff; 8]),
             (20, &[4, 0, 0, 0, 0, 0, 0, 0]),

@@ -12,7 +12,7 @@ use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
 
-use super::descriptor::{CidDigits, TEXT_BYTES_MAX};
+use super::descriptor::{CidDigits, TEXT_BYTES_MAX, starts_extent};
 use crate::fault::ImageFault;
 use crate::format::Ctx;
 use crate::types::{FileNo, SECTOR_BYTES, Step};
@@ -129,10 +129,8 @@ fn size_digits(text: &[u8], extent: usize) -> Option<Range<usize>> {
         (end - line.len(), line)
     });
     // As the parser finds them.
-    let mut of_extents = lines.filter(|(_, line)| {
-        let line = String::from_utf8_lossy(line);
-        matches!(line.trim_start().split([' ', '\t']).next(), Some("RW" | "RDONLY"))
-    });
+    let mut of_extents =
+        lines.filter(|(_, line)| starts_extent(String::from_utf8_lossy(line).trim_start()));
     let (start, line) = of_extents.nth(extent)?;
     let start = start + line.iter().position(u8::is_ascii_digit)?;
     let count = text[start..].iter().take_while(|b| b.is_ascii_digit()).count();

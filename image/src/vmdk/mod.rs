@@ -19,7 +19,7 @@ use alloc::boxed::Box;
 use alloc::vec;
 use alloc::vec::Vec;
 
-use self::descriptor::{CidDigits, Descriptor, NO_PARENT, TEXT_BYTES_MAX};
+use self::descriptor::{CidDigits, Descriptor, NO_PARENT, TEXT_BYTES_MAX, is_descriptor};
 use self::extent::{Body, Extent};
 use self::header::HEADER_BYTES;
 use self::line::{Edit, Text};
@@ -88,17 +88,19 @@ impl Vmdk {
         };
         let (text_at, descriptor, extents) = match text {
             Some(place) => {
-                let found = read_descriptor(ctx, file, place)?;
+                let (found, place) = read_descriptor(ctx, file, place)?;
                 let extents = extent::open_all(ctx, file, access, &found)?;
-                (text, Some(found), extents)
+                (Some(place), Some(found), extents)
             }
             None => {
                 let mut own = Extent::whole_file(file);
                 own.load(ctx, access)?;
-                let place = own.descriptor();
-                let found = match place {
-                    Some(place) => Some(read_descriptor(ctx, file, place)?),
-                    None => None,
+                let (found, place) = match own.descriptor() {
+                    Some(place) => {
+                        let (found, place) = read_descriptor(ctx, file, place)?;
+                        (Some(found), Some(place))
+                    }
+                    None => (None, None),
                 };
                 own.end_at(found.as_ref().map_or(&[], |found| &found.lines));
                 (place, found, vec![own])
@@ -187,22 +189,31 @@ fn new_cid(random: u64, digits: usize) -> u32 {
     (random as u32) >> (32 - 4 * digits as u32)
 }
 
-fn read_descriptor(ctx: &mut Ctx, file: FileNo, (at, bytes): (u64, u64)) -> Step<Descriptor> {
+fn read_descriptor(
+    ctx: &mut Ctx,
+    file: FileNo,
+    (at, bytes): (u64, u64),
+) -> Step<(Descriptor, (u64, u64))> {
+    let size = ctx.files.size(file);
+    if at.checked_add(bytes).is_none_or(|end| end > size) {
+        let field = "a VMDK descriptor, beyond the end of the file,";
+        return Err(ImageFault::corrupt(file, field, at, bytes).into());
+    }
     // It is read in one step, so all its blocks must be in the cache at once.
     let max = TEXT_BYTES_MAX.min(ctx.meta.capacity_bytes() / 2);
-    if bytes > max {
+    let mut text = vec![0; bytes.min(max) as usize];
+    ctx.read(file, at, &mut text)?;
+    // Much room for a text is no long text.
+    if bytes > max && !text.contains(&0) {
         let field = "bytes of a VMDK descriptor";
         return Err(ImageFault::limit(file, field, bytes, max).into());
     }
-    let mut text = vec![0; bytes as usize];
-    ctx.read(file, at, &mut text)?;
-    let start = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&text).trim_ascii_start();
-    if !start.starts_with(b"#") && !start.starts_with(b"version") {
+    if !is_descriptor(&text) {
         let fault = ImageFault::new(FaultKind::NotThisFormat, file, "the start of a descriptor");
         let value = text.iter().take(4).fold(0, |value, &b| value << 8 | u64::from(b));
         return Err(ImageFault { value, offset: at, ..fault }.into());
     }
-    Ok(Descriptor::parse(file, at, &text)?)
+    Ok((Descriptor::parse(file, at, &text)?, (at, text.len() as u64)))
 }
 
 impl Layer for Vmdk {

@@ -16,8 +16,16 @@ use crate::types::{FileNo, SECTOR_BYTES, Step};
 const ZERO_GRAIN: u32 = 1;
 /// Bytes of the marker before a compressed grain: its sector and the length of what follows.
 const MARKER_BYTES: u64 = 12;
-/// Slack of a compressed grain without a marker that tells its length.
+/// Bytes of the length alone, which VMware puts there where the markers are left out; QEMU puts
+/// nothing.
+const LENGTH_BYTES: u64 = 4;
+/// Slack of a compressed grain that nothing tells the length of.
 const PACKED_SLACK_BYTES: u64 = 4096;
+
+/// Does a zlib stream start like this (RFC 1950, 2.2)?
+fn is_zlib(start: [u8; 2]) -> bool {
+    start[0] & 0x8f == 8 && u16::from_be_bytes(start).is_multiple_of(31)
+}
 
 /// A hosted or ESX extent.
 pub(super) struct Tables {
@@ -122,10 +130,18 @@ impl Shape for Tables {
         }))
     }
 
-    /// Without markers the length is not known: what a grain can need, up to the end.
+    /// Without a length it is what a grain can need, up to the end.
     fn packed(&self, ctx: &mut Ctx, packed: Packed) -> Step<Packed> {
         let grain = self.header.grain_bytes();
         if self.header.flags & FLAG_MARKERS == 0 {
+            let mut start = [0; 6];
+            ctx.meta.get(self.file, packed.offset, &mut start)?;
+            let [a, b, c, d, first, second] = start;
+            let bytes = u32::from_le_bytes([a, b, c, d]);
+            if is_zlib([first, second]) && u64::from(bytes) <= 2 * grain {
+                let offset = packed.offset + LENGTH_BYTES;
+                return Ok(Packed { offset, packed_bytes: bytes, ..packed });
+            }
             let rest = ctx.files.size(self.file) - packed.offset;
             let bytes = rest.min(grain + PACKED_SLACK_BYTES);
             return Ok(Packed { packed_bytes: bytes as u32, ..packed });

@@ -13,14 +13,15 @@ use super::create::{
     DESCRIPTOR_SECTORS, GRAIN_BYTES, SPARSE_SECTORS_MAX, TABLE_ENTRIES, check_name, describe,
 };
 use super::descriptor::NO_PARENT;
-use super::header::{FLAG_COMPRESSED, FLAG_MARKERS, FLAG_NEWLINES, GD_AT_END, Sparse};
+use super::header::{
+    FLAG_COMPRESSED, FLAG_MARKERS, FLAG_NEWLINES, GD_AT_END, MARKER_FOOTER, Sparse,
+};
 use crate::create::{CreateFault, CreateParams, Wanted};
 use crate::types::SECTOR_BYTES;
 
 /// What a marker without data announces.
 const MARKER_TABLE: u32 = 1;
 const MARKER_DIRECTORY: u32 = 2;
-const MARKER_FOOTER: u32 = 3;
 /// First sector of a grain: behind header and descriptor, at a grain's multiple.
 const OVERHEAD_SECTORS: u64 = GRAIN_BYTES / SECTOR_BYTES;
 /// Version of VMDKs with compressed grains.

@@ -13,6 +13,7 @@ mod qcow;
 mod qed;
 mod vdi;
 mod vmdk;
+mod vmdk_foreign;
 
 use foreign::*;
 use platter_image::{Create, CreateParams, Format};
