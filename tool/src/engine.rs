@@ -9,8 +9,8 @@
 use std::sync::Arc;
 
 use platter_image::{
-    Access, CheckParams, CheckProgress, CheckReport, Extent, FileInfo, FileNo, FlushStep, Format,
-    Image, ImageFault, OpenStep, Options, Place, Prelude, SECTOR_BYTES, SectorRange, Step, Stop,
+    Access, CheckParams, CheckProgress, CheckReport, Extent, FileInfo, FileNo, FlushStep, Image,
+    ImageFault, OpenStep, Options, Place, Prelude, SECTOR_BYTES, SectorRange, Step, Stop,
     WritePlan,
 };
 
@@ -42,7 +42,6 @@ struct Media {
 struct OpenMedium {
     path: String,
     medium: Arc<dyn Medium>,
-    can_grow: bool,
 }
 
 impl Media {
@@ -172,8 +171,7 @@ impl Engine {
     ) -> Result<Engine, Fault> {
         let opened = folder.open(path, options.access);
         let (medium, info) = opened.map_err(|e| Fault::io(path, "open", e))?;
-        let can_grow = info.can_grow;
-        let first = OpenMedium { path: String::from(path), medium, can_grow };
+        let first = OpenMedium { path: String::from(path), medium };
         let mut media = Media { files: vec![first], hurry: false };
         let mut image = begin(path, info, options);
         loop {
@@ -184,8 +182,7 @@ impl Engine {
                     let opened = folder.open_named(&path, access);
                     let (medium, info) = opened.map_err(|e| Fault::io(&path, "open", e))?;
                     assert!(file.0 as usize == media.files.len(), "files are opened in order");
-                    let can_grow = info.can_grow;
-                    media.files.push(OpenMedium { path, medium, can_grow });
+                    media.files.push(OpenMedium { path, medium });
                     image.file_opened(file, info).map_err(|fault| media.fault(fault))?;
                 }
             }
@@ -301,22 +298,6 @@ impl Engine {
         self.finish()
     }
 
-    /// The end of a qcow2 file may lie within its last cluster, which QEMU and this engine take
-    /// for zeros; other readers stop there.
-    fn complete_last_cluster(&mut self) -> Result<(), Fault> {
-        let top = &self.image.info()[0];
-        let open = self.media.file(top.file);
-        if top.format != Format::Qcow2 || !open.can_grow {
-            return Ok(());
-        }
-        let told = |error| Fault::io(&open.path, "grow", error);
-        let len = open.medium.len().map_err(told)?;
-        match len.next_multiple_of(top.details.cluster_bytes) {
-            whole if whole > len => open.medium.set_len(whole).map_err(told),
-            _ => Ok(()),
-        }
-    }
-
     /// Makes all durable and marks the image clean: it may be written again.
     pub fn finish(&mut self) -> Result<(), Fault> {
         if self.media.hurry {
@@ -325,12 +306,10 @@ impl Engine {
             self.drive(Image::finish)?;
             self.flush()?;
             self.media.hurry = false;
-            self.complete_last_cluster()?;
             return self.flush();
         }
         self.flush()?;
         self.drive(Image::finish)?;
-        self.complete_last_cluster()?;
         self.flush()
     }
 

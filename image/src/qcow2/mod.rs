@@ -9,6 +9,7 @@
 mod check;
 mod create;
 mod discard;
+mod end;
 mod entry;
 mod header;
 mod map;
@@ -33,6 +34,7 @@ use crate::types::{
 
 use check::Checker;
 pub(crate) use create::create;
+use end::End;
 use entry::Kind;
 use header::{HEADER_BYTES_MAX, Header, Stretch};
 use refcount::Space;
@@ -101,7 +103,8 @@ impl Qcow2 {
         let writer = (access == Access::ReadWrite).then(|| {
             let info = ctx.files.info(file);
             let end = info.size_bytes.div_ceil(header.cluster_bytes());
-            Box::new(Writer::new(Space::new(end, info.can_grow)))
+            let space = Space::new(end, info.can_grow);
+            Box::new(Writer::new(space, End::new(info.size_bytes)))
         });
         let mut layer = Qcow2 {
             file,
@@ -201,7 +204,10 @@ impl Layer for Qcow2 {
                 Err(Stop::Fault(_)) => Ok(()),
                 other => other,
             },
-            false => self.finish_frees(ctx),
+            false => {
+                self.finish_frees(ctx)?;
+                self.complete_end(ctx)
+            }
         }
     }
 

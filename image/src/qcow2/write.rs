@@ -15,6 +15,7 @@ use crate::types::{
 };
 
 use super::Qcow2;
+use super::end::End;
 use super::entry::{COMPRESSED, COPIED, Cluster, L2Entry};
 use super::header::{
     AUTOCLEAR_DATA_FILE_RAW, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY, Stretch, field,
@@ -34,6 +35,7 @@ const GUARDED: usize = 5;
 pub(super) struct Writer {
     plans: [Plan; PLANS_MAX],
     pub space: Space,
+    pub end: End,
     guarded: [Stretch; GUARDED],
     /// Something that must be durable before anything else is written is not yet.
     pub awaits_flush: bool,
@@ -107,10 +109,11 @@ struct Piece {
 }
 
 impl Writer {
-    pub fn new(space: Space) -> Writer {
+    pub fn new(space: Space, end: End) -> Writer {
         Writer {
             plans: [Plan::default(); PLANS_MAX],
             space,
+            end,
             guarded: [Stretch::default(); GUARDED],
             awaits_flush: false,
             empty_to: 0,
@@ -127,6 +130,11 @@ impl Writer {
         let end = offset.saturating_add(bytes);
         let hit = |s: &Stretch| offset < s.offset.saturating_add(s.bytes) && s.offset < end;
         self.guarded.iter().any(hit)
+    }
+
+    /// Is a write prepared and not yet committed?
+    pub fn in_flight(&self) -> bool {
+        self.plans.iter().any(|plan| plan.state != PlanState::Free)
     }
 
     fn mapping_plans(&self) -> impl Iterator<Item = &Plan> {
@@ -209,6 +217,7 @@ impl Qcow2 {
             self.mark_damage(ctx)?;
         }
         self.check_writable()?;
+        self.writer_mut().end.changing();
         let kept = self.header.autoclear & AUTOCLEAR_DATA_FILE_RAW;
         if self.header.autoclear != kept {
             // A flush under way may be past the header: only one begun afterwards counts.
