@@ -21,6 +21,22 @@ pub(crate) fn relative(path: &str) -> String {
     String::from(rest)
 }
 
+/// Where a path leads from the folder of the file that holds it: relative ones as they are, of an
+/// absolute one (a drive's, a share's, a volume's) the file of that name in the same folder, since
+/// absolute paths are those of another machine. `None` for a path without a name.
+pub(crate) fn beside(path: &str) -> Option<String> {
+    let has_drive = path.as_bytes().get(1) == Some(&b':');
+    if has_drive || path.starts_with(['/', '\\']) {
+        return last(path);
+    }
+    Some(relative(path)).filter(|path| !path.is_empty())
+}
+
+/// Does a path, as [`relative`] gives it, leave its folder upwards?
+pub(crate) fn leads_out(path: &str) -> bool {
+    path.split('/').any(|part| part == "..")
+}
+
 /// The last component of a path.
 pub(crate) fn last(path: &str) -> Option<String> {
     let name = path.rsplit(['/', '\\']).next()?;
@@ -45,6 +61,19 @@ mod tests {
         assert_eq!(relative("..\\p.vhd"), "../p.vhd");
         assert_eq!(last("C:\\vms\\p.vhd").as_deref(), Some("p.vhd"));
         assert_eq!(last("C:\\vms\\"), None);
+        for (path, name) in [
+            ("C:\\vms\\p.vhd", Some("p.vhd")),
+            ("\\\\host\\share\\p.vhd", Some("p.vhd")),
+            ("\\\\?\\Volume{26a21bda}\\p.vhd", Some("p.vhd")),
+            ("/vmfs/volumes/5f1/p.vhd", Some("p.vhd")),
+            ("sub\\p.vhd", Some("sub/p.vhd")),
+            ("..\\p.vhd", Some("../p.vhd")),
+            (".\\", None),
+            ("/vms/", None),
+        ] {
+            assert_eq!(beside(path).as_deref(), name, "{path}");
+        }
+        assert!(leads_out("../p") && leads_out("a/../../p") && !leads_out("a..b/..c"));
     }
 
     #[test]

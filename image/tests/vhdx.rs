@@ -439,7 +439,11 @@ fn hostile_logs_are_refused_and_change_nothing() {
             })
         })
         .collect();
+    let mut long = entry(&guid, 1, 0, size, &[(true, BAT as u64, 5)]);
+    put(&mut long, 56, &u64::MAX.to_le_bytes());
+    seal(&mut long, 4);
     for (entries, part) in [
+        (vec![(0, long)], "VHDX log: the file's length"),
         (vec![], "no valid sequence"),
         (one(BAT as u64, size + 1), "cut off"),
         (one(65536, size), "log descriptor"),
@@ -495,6 +499,7 @@ fn hostile_structures_are_refused_in_a_sentence() {
         (header(|h| put(h, 72, &1u64.to_le_bytes())), "VHDX log offset"),
         (header(|h| put(h, 72, &(1u64 << 40).to_le_bytes())), "beyond the end"),
         (header(|h| h[0] = 0), "neither holds"),
+        (header(|h| put(h, 8, &u64::MAX.to_le_bytes())), "VHDX header's sequence number"),
         (region(|r| put(r, 8, &3000u32.to_le_bytes())), "region tables, neither holds"),
         (region(|r| r[16] ^= 1), "unknown VHDX region"),
         (region(|r| put(r, 32, &(7u64 << 20).to_le_bytes())), "region, not in the file"),
@@ -525,6 +530,37 @@ fn hostile_structures_are_refused_in_a_sentence() {
         (refused(b"vhdxfile".to_vec(), "a.vhdx", rw(Format::Vhdx)), "neither holds"),
     ] {
         assert!(fault.contains(part), "{fault:?} does not say {part:?}");
+    }
+}
+
+/// [MS-VHDX] 2.6.1.2: an item may be empty.
+#[test]
+fn an_empty_metadata_item_is_none() {
+    let mut bytes = new(9000, 0, &[]);
+    let entry = METADATA + 32 + 5 * 32;
+    // The parent locator's GUID, with neither offset nor length, not required.
+    let locator = [
+        0x2d, 0x5f, 0xd3, 0xa8, 0x0b, 0xb3, 0x4d, 0x45, 0xab, 0xf7, 0xd3, 0xd8, 0x48, 0x34, 0xab,
+        0x0c,
+    ];
+    put(&mut bytes, METADATA + 10, &6u16.to_le_bytes());
+    put(&mut bytes, entry, &locator);
+    let folder = RamFolder::new();
+    folder.put("a.vhdx", bytes);
+    assert_eq!(open(&folder, "a.vhdx", rw(Format::Vhdx)).sectors(), 9000);
+}
+
+/// A log may zero some of a BAT, not a file of any length.
+#[test]
+fn a_log_zeroes_no_more_than_tables_can_need() {
+    let folder = RamFolder::new();
+    for (count, is_taken) in [(1024, true), (1025, false)] {
+        let zeros = vec![(false, BAT as u64 + MIB as u64, 4 * MIB as u64); count];
+        folder.put("a.vhdx", logged(&[(0, entry(&[7; 16], 1, 0, 0, &zeros))]));
+        match Engine::open(&folder, "a.vhdx", ro(Format::Vhdx)) {
+            Ok(_) => assert!(is_taken),
+            Err(fault) => assert!(!is_taken && fault.to_string().contains("bytes to zero")),
+        }
     }
 }
 

@@ -1,7 +1,8 @@
 //! The name of a differencing VHD's parent, from its parent locators and its Unicode name.
 //!
 //! Order guarded: the relative path first; of an absolute path only the last component is
-//! taken, since absolute paths mean nothing here and the parent usually lies beside the child.
+//! taken, since absolute paths mean nothing here and the parent usually lies beside the child. A
+//! relative path that leaves the folder will be refused, so what an absolute one names is better.
 //! It must never decide that a name may be opened: that is checked where files are opened.
 
 use alloc::string::String;
@@ -9,7 +10,7 @@ use alloc::vec::Vec;
 
 use crate::files::NAME_BYTES_MAX;
 use crate::format::Ctx;
-use crate::path::{last, relative, utf16};
+use crate::path::{beside, last, leads_out, relative, utf16};
 use crate::types::{FileNo, Step};
 
 use super::header::{Header, Locator};
@@ -24,18 +25,24 @@ const DATA_BYTES_MAX: usize = 2 * NAME_BYTES_MAX;
 
 /// The parent's path relative to the child, with `/`; `None` if nothing names it.
 pub(super) fn parent_name(ctx: &mut Ctx, file: FileNo, header: &Header) -> Step<Option<String>> {
+    let mut outside = None;
     for code in [W2RU, W2KU, MACX] {
         for locator in header.locators.iter().filter(|l| l.code == code) {
             let Some(data) = read(ctx, file, locator)? else { continue };
             let name = match code {
-                W2RU => utf16(&data, u16::from_le_bytes).map(|path| relative(&path)),
+                W2RU => utf16(&data, u16::from_le_bytes).and_then(|path| beside(&path)),
                 W2KU => utf16(&data, u16::from_le_bytes).and_then(|path| last(&path)),
                 _ => url(&data),
             };
-            if name.is_some() {
-                return Ok(name);
+            match name {
+                Some(name) if leads_out(&name) => outside = outside.or(Some(name)),
+                Some(name) => return Ok(Some(name)),
+                None => {}
             }
         }
+    }
+    if outside.is_some() {
+        return Ok(outside);
     }
     Ok(utf16(&header.parent_name, u16::from_be_bytes).and_then(|path| last(&path)))
 }

@@ -26,6 +26,8 @@ pub(super) const REGION_HEAD_BYTES: u64 = 16;
 pub(super) const METADATA_HEAD_BYTES: u64 = 32;
 /// Longest log worked with (ours; Windows writes 1 MiB, the field allows 4 GiB).
 pub(super) const LOG_BYTES_MAX: u64 = 64 << 20;
+/// Highest sequence number of a header that others follow (ours): no file lives so long.
+const SEQUENCE_MAX: u64 = 1 << 63;
 /// Largest disk: 64 TiB ([MS-VHDX] 2.6.2.2).
 pub(super) const DISK_BYTES_MAX: u64 = 64 << 40;
 /// Block sizes ([MS-VHDX] 2.6.2.1).
@@ -144,6 +146,10 @@ impl Header {
         if self.log_version != 0 {
             let field = "VHDX log version";
             return Err(ImageFault::unsupported(file, field, self.log_version as u64));
+        }
+        if self.sequence > SEQUENCE_MAX {
+            let field = "VHDX header's sequence number";
+            return Err(ImageFault::limit(file, field, self.sequence, SEQUENCE_MAX));
         }
         let length = self.log_length as u64;
         if !length.is_multiple_of(MIB) || length == 0 {

@@ -10,7 +10,7 @@ use alloc::string::String;
 use crate::fault::{FaultKind, ImageFault};
 use crate::format::{Ctx, Format, Parent};
 use crate::meta::BLOCK_BYTES;
-use crate::path::{last, relative, utf16};
+use crate::path::{beside, last, leads_out, utf16};
 use crate::types::{FileNo, Step, Stop};
 
 use super::Vhdx;
@@ -297,6 +297,10 @@ impl Vhdx {
         let Some(known) = known else {
             return if flags & 4 != 0 { Err(self.unknown("item", guid)) } else { Ok(()) };
         };
+        if (offset, length) == (0, 0) {
+            // An item that is empty ([MS-VHDX] 2.6.1.2).
+            return Ok(());
+        }
         let end = offset as u64 + length as u64;
         if (offset as u64) < TABLE_BYTES || end > self.metadata.length || length as u64 > MIB {
             let field = "VHDX metadata item's offset";
@@ -374,7 +378,8 @@ impl Vhdx {
             let key = self.text(ctx, start, length, u32_at(&e, 0), u16_at(&e, 8))?;
             let value = self.text(ctx, start, length, u32_at(&e, 4), u16_at(&e, 10))?;
             let (Some(key), Some(value)) = (key, value) else { continue };
-            // The order in which paths are to be tried; of an absolute one only the name counts.
+            // The order in which paths are to be tried; of an absolute one only the name counts,
+            // and a relative one that leaves the folder will be refused.
             let rank = match key.as_str() {
                 "parent_linkage" => {
                     locator.linkage = guid_of_text(&value);
@@ -389,9 +394,11 @@ impl Vhdx {
                 "absolute_win32_path" => 2,
                 _ => continue,
             };
-            let path = if rank == 0 { Some(relative(&value)) } else { last(&value) };
-            if path.is_some() && rank < best {
-                (locator.path, best) = (path, rank);
+            let path = if rank == 0 { beside(&value) } else { last(&value) };
+            let Some(path) = path else { continue };
+            let rank = if leads_out(&path) { u8::MAX - 1 } else { rank };
+            if rank < best {
+                (locator.path, best) = (Some(path), rank);
             }
         }
         Ok(locator)

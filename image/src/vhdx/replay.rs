@@ -16,12 +16,18 @@ use crate::meta::{BLOCK_BYTES, Phase};
 use crate::types::{FileNo, Step};
 
 use super::crc::Crc;
-use super::header::{Guid, HEADER_BYTES, Header, REGION_OFFSETS, guid_at, u32_at, u64_at};
+use super::header::{
+    DISK_BYTES_MAX, Guid, HEADER_BYTES, Header, REGION_OFFSETS, guid_at, u32_at, u64_at,
+};
 
 /// Bytes of a log sector; descriptors in one, and how many of them the entry's header takes.
 pub(super) const SECTOR: u64 = 4096;
 pub(super) const DESCRIPTORS: u64 = 128;
 pub(super) const HEADER_DESCRIPTORS: u64 = 2;
+/// Longest file that a log may tell of (ours): twice the largest disk.
+const FILE_BYTES_MAX: u64 = 2 * DISK_BYTES_MAX;
+/// Most bytes that a log may zero (ours): some of the longest BAT, which has half a GiB.
+const ZERO_BYTES_MAX: u64 = 4 << 30;
 /// Changes kept for a read-only image (ours: a log of 1 MiB holds 254).
 const PATCHES_MAX: usize = 4096;
 
@@ -190,6 +196,8 @@ pub(super) struct Replay {
     active: Run,
     /// Sectors read through so far: bounded, whatever the entries claim.
     work: u64,
+    /// Bytes zeroed by the descriptors done.
+    zeros: u64,
     buffer: Box<[u8; SECTOR as usize]>,
     overlay: Option<Overlay>,
 }
@@ -207,6 +215,7 @@ impl Replay {
             scan: None,
             active: Run::default(),
             work: 0,
+            zeros: 0,
             buffer: Box::new([0; SECTOR as usize]),
             overlay: (!writable).then_some(Overlay { patches: Vec::new() }),
         }
@@ -304,6 +313,11 @@ impl Replay {
     pub fn apply(&mut self, ctx: &mut Ctx) -> Step<()> {
         let size = ctx.files.size(self.file);
         let Run { flushed_file_offset, last_file_offset, .. } = self.active;
+        if last_file_offset > FILE_BYTES_MAX {
+            let field = "VHDX log: the file's length";
+            let fault = ImageFault::limit(self.file, field, last_file_offset, FILE_BYTES_MAX);
+            return Err(fault.into());
+        }
         if flushed_file_offset > size {
             let field = "VHDX file, cut off: the log tells of a longer one";
             return Err(self.corrupt(field, flushed_file_offset).into());
@@ -345,6 +359,11 @@ impl Replay {
         let trailing = d[4..8].try_into().expect("four bytes");
         let leading = d[8..16].try_into().expect("eight bytes");
         self.check_target(ctx, offset, len)?;
+        let zeros = if is_data { 0 } else { len };
+        if self.zeros + zeros > ZERO_BYTES_MAX {
+            let field = "VHDX log: bytes to zero";
+            return Err(ImageFault::limit(self.file, field, zeros, ZERO_BYTES_MAX).into());
+        }
         let source = (start + descriptor_sectors(count) + data) % self.log_sectors;
         let source = self.log_offset + source * SECTOR;
         let file = self.file;
@@ -367,6 +386,7 @@ impl Replay {
             return Ok(());
         }
         let data = data + is_data as u64;
+        self.zeros += zeros;
         self.stage = Stage::Apply { entry, descriptor: descriptor + 1, data, zeroed: 0 };
         Ok(())
     }

@@ -7,7 +7,7 @@ use alloc::vec::Vec;
 
 use crate::fault::{FaultKind, ImageFault};
 use crate::files::NAME_BYTES_MAX;
-use crate::path::{last, relative};
+use crate::path::beside;
 use crate::types::{FileNo, SECTOR_BYTES};
 
 /// Longest descriptor read (ours; embedded ones have 20 sectors).
@@ -253,11 +253,7 @@ fn hint(file: FileNo, path: &str) -> Result<Option<String>, ImageFault> {
         return Err(ImageFault::limit(file, "parentFileNameHint", len, max));
     }
     check_text(file, path)?;
-    let has_drive = path.as_bytes().get(1) == Some(&b':');
-    if has_drive || path.starts_with(['/', '\\']) {
-        return Ok(last(path));
-    }
-    Ok(Some(relative(path)).filter(|path| !path.is_empty()))
+    Ok(beside(path))
 }
 
 fn check_text(file: FileNo, name: &str) -> Result<(), ImageFault> {

@@ -39,9 +39,8 @@ fn marker(file: &mut Vec<u8>, sectors: u64, kind: u32) {
     put(file, at + 12, &kind.to_le_bytes());
 }
 
-/// A stream of a disk that ends within a grain, whose last grain holds only what the disk has.
-fn stream(want: &[u8], text: &str, layout: Layout) -> Vec<u8> {
-    let sectors = (want.len() / 512) as u64;
+/// Header and overhead; where the directory is comes later.
+fn front(sectors: u64, layout: Layout) -> Vec<u8> {
     let mut file = vec![0; 128 * 512];
     put(&mut file, 0, b"KDMV");
     let flags = 0x1_0001 | u32::from(layout.markers) << 17;
@@ -52,6 +51,12 @@ fn stream(want: &[u8], text: &str, layout: Layout) -> Vec<u8> {
     }
     put(&mut file, 44, &512u32.to_le_bytes());
     put(&mut file, 73, b"\n \r\n\x01");
+    file
+}
+
+/// A stream of a disk that ends within a grain, whose last grain holds only what the disk has.
+fn stream(want: &[u8], text: &str, layout: Layout) -> Vec<u8> {
+    let mut file = front((want.len() / 512) as u64, layout);
     put(&mut file, 512, text.as_bytes());
     let (mut tables, mut directory) = (Vec::new(), Vec::new());
     for (n, grains) in want.chunks(512 * GRAIN).enumerate() {
@@ -207,7 +212,7 @@ fn descriptors_are_read_in_odd_spellings() {
         "\u{feff}# Disk DescriptorFile\nCID=12345678\nRW 8 VMFS \"a.vmdk\"\n",
         "\u{feff}CID=12345678\nRW 8 VMFS \"a.vmdk\" 0\n",
         "encoding=\"UTF-8\"\n  cid\t=\t12345678  \n\tRW\t8\tFLAT\t\"a.vmdk\"\t0\n",
-        "\n\n  # Disk DescriptorFile\nCID = 12345678\nRDONLY 8 Vmfs \"a.vmdk\" 0 part 7\n\0\0trailing",
+        "\n\n  # Disk DescriptorFile\nCID = 12345678\nRDONLY 8 Vmfs \"a.vmdk\" 0 part 7\n\0\0rest",
         "RW 8 FLAT \"a.vmdk\" 0\nCID=12345678",
         "#Disk DescriptorFile\nRW 4 SPARSE \"s.vmdk\" 0\nRW 4 FLAT \"a.vmdk\" 4\nCID=12345678\n",
         "# x\nRW 4 FLAT \"a.vmdk\" 0\nCID=12345678\nRW 4 FLAT \"a.vmdk\" 4\n",
@@ -319,7 +324,6 @@ fn esx_snapshots_lie_over_a_flat_base() {
     let mut engine = open(&folder, "b-000001.vmdk", ro(Format::Vmdk));
     assert!(read_all(&mut engine) == want);
     // QEMU goes to the absolute path.
-    let dissect = |name: &str| scratch.by_reader("dissect", &[name]);
     want[3 * 4096..5 * 4096].fill(0);
     want[498 * 4096..499 * 4096].fill(1);
     want[499 * 4096..].fill(2);
@@ -335,12 +339,11 @@ fn esx_snapshots_lie_over_a_flat_base() {
     copy_out(&folder, &scratch);
     assert!(scratch.by_qemu("vmdk", "b-000002.vmdk") == want, "QEMU reads the chain");
     // dissect shows the parent through a grain that was unmapped.
-    if let Some(disk) = dissect("b-000002.vmdk") {
+    if let Some(disk) = scratch.by_reader("dissect", &["b-000002.vmdk"]) {
         assert!(disk[..3 * 4096] == want[..3 * 4096] && disk[4 * 4096..] == want[4 * 4096..]);
     }
     // An overlay of the hosted kind takes the writes.
-    let below = &mut open(&folder, "b-000002.vmdk", ro(Format::Vmdk));
-    let identity = below.image().identity();
+    let identity = engine.image().identity();
     let backing = platter_image::Backing {
         name: "b-000002.vmdk",
         format: Format::Vmdk,
