@@ -46,7 +46,7 @@ tidy:
 	$(CARGO) run -q -p platter-tidy
 
 .PHONY: kernels
-kernels: kernel loadgen hostile ninepfsd build/fsx
+kernels: kernel loadgen hostile probe ninepfsd build/fsx
 
 # The 9p server for dom0: build/platter-9pfsd.
 .PHONY: ninepfsd

@@ -54,18 +54,38 @@ pub(crate) fn sched_yield() {
     unsafe { hypercall(xen_sys::__HYPERVISOR_sched_op, [xen_sys::SCHEDOP_yield.into(), 0, 0, 0]) };
 }
 
+/// The argument of SCHEDOP_poll: a sleep until one of `ports` is pending or the system time is
+/// `timeout_ns`; 0 is for ever. It lives as long as the ports.
+pub(crate) fn poll_of(ports: &mut [u32], timeout_ns: u64) -> xen_sys::sched_poll {
+    assert!(ports.len() <= POLL_PORTS_MAX, "more ports than one poll takes");
+    let nr_ports = ports.len() as u32;
+    xen_sys::sched_poll { ports: ports.as_mut_ptr(), nr_ports, timeout: timeout_ns }
+}
+
 /// Sleeps until one of `ports` is pending or the system time is `timeout_ns`; 0 is for ever.
 pub(crate) fn sched_poll(ports: &mut [u32], timeout_ns: u64) {
-    assert!(ports.len() <= POLL_PORTS_MAX, "more ports than one poll takes");
-    let poll = xen_sys::sched_poll {
-        ports: ports.as_mut_ptr(),
-        nr_ports: ports.len() as u32,
-        timeout: timeout_ns,
-    };
+    let poll = poll_of(ports, timeout_ns);
     let args = [xen_sys::SCHEDOP_poll.into(), &raw const poll as u64, 0, 0];
     // SAFETY: `poll` and the ports it names live until the call returns.
     let result = unsafe { hypercall(xen_sys::__HYPERVISOR_sched_op, args) };
     assert!(result == 0, "SCHEDOP_poll of {} ports failed: {result}", ports.len());
+}
+
+/// One hypercall of a [`multicall`].
+pub(crate) fn call(number: u32, command: u32, arg: u64) -> xen_sys::multicall_entry {
+    let args = [command.into(), arg, 0, 0, 0, 0];
+    xen_sys::multicall_entry { op: number.into(), result: 0, args }
+}
+
+/// Several hypercalls, in order, for one way into Xen and back. Each leaves its result.
+///
+/// # Safety
+/// As for [`hypercall`], for each of them.
+pub(crate) unsafe fn multicall(calls: &mut [xen_sys::multicall_entry]) {
+    let args = [calls.as_mut_ptr() as u64, calls.len() as u64, 0, 0];
+    // SAFETY: the calls are a slice, and the caller vouches for each.
+    let result = unsafe { hypercall(xen_sys::__HYPERVISOR_multicall, args) };
+    assert!(result == 0, "a multicall of {} failed: {result}", calls.len());
 }
 
 /// Ends the domain with a SHUTDOWN_* reason.

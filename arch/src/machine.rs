@@ -9,6 +9,7 @@ use core::sync::atomic::{Ordering, compiler_fence, fence};
 
 use platter_xen::{DomId, GrantCopy, Gref, Hypervisor, PAGE_BYTES, Port, Refusal, Region};
 
+use crate::events::Outbox;
 use crate::grants::{CopyBatch, GrantMaps, GrantTable};
 use crate::hypercall::{self, POLL_PORTS_MAX};
 use crate::layout::{GRANT_MAPS, MMIO_PAGES, PAGE_SHIFT, page_address, page_number};
@@ -53,6 +54,8 @@ pub struct Machine {
     copies: CopyBatch,
     pub(crate) mmio: Runs,
     xenstore_page: Region,
+    /// Events that are gathered, if they are.
+    outbox: Option<Outbox>,
 }
 
 impl Machine {
@@ -75,12 +78,24 @@ impl Machine {
             copies: CopyBatch::new(),
             mmio: Runs::new(MMIO_PAGES),
             xenstore_page,
+            outbox: None,
         }
     }
 
     /// System time in ns.
     pub fn now_ns(&self) -> u64 {
         shared::now_ns()
+    }
+
+    /// From now on an event leaves with the next sleep or [`Machine::send_events`], and no
+    /// sooner.
+    pub fn gather_events(&mut self) {
+        self.outbox = Some(Outbox::new());
+    }
+
+    /// Sends the events that were gathered.
+    pub fn send_events(&mut self) {
+        self.outbox.iter_mut().for_each(Outbox::send);
     }
 
     /// Sleeps until one of `ports` is pending or the time has come; `u64::MAX` is never. May
@@ -101,11 +116,16 @@ impl Machine {
             false => deadline_ns,
         };
         let timeout_ns = if deadline_ns == u64::MAX { 0 } else { deadline_ns.max(1) };
-        hypercall::sched_poll(&mut numbers[..count], timeout_ns);
+        let ports = &mut numbers[..count];
+        match &mut self.outbox {
+            Some(outbox) => outbox.sleep(ports, timeout_ns),
+            None => hypercall::sched_poll(ports, timeout_ns),
+        }
     }
 
     /// Ends the domain.
     pub fn shutdown(&mut self, why: Shutdown) -> ! {
+        self.send_events();
         console::flush();
         hypercall::sched_shutdown(match why {
             Shutdown::Poweroff => xen_sys::SHUTDOWN_poweroff,
@@ -261,11 +281,15 @@ impl Hypervisor for Machine {
     }
 
     fn close_port(&mut self, port: Port) {
+        self.send_events();
         events::close(port);
     }
 
     fn notify(&mut self, port: Port) {
-        events::send(port);
+        match &mut self.outbox {
+            Some(outbox) => outbox.put(port),
+            None => events::send(port),
+        }
     }
 
     fn take_pending(&mut self, port: Port) -> bool {

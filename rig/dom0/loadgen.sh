@@ -6,7 +6,7 @@ loadgen_config() {
     shift 3
     printf 'memory=%s\nvcpus=1\ntsc_mode="native"\n' "${LOADGEN_MEMORY:-96}"
     printf 'on_poweroff="destroy"\non_reboot="destroy"\non_crash="preserve"\n'
-    printf 'disk=[%s]\n' "$(printf "'%s'," "$@")"
+    [ $# -eq 0 ] || printf 'disk=[%s]\n' "$(printf "'%s'," "$@")"
 }
 
 # start_bare NAME KERNEL WORDS DISK...: creates it and returns.

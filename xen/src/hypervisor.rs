@@ -133,6 +133,7 @@ pub trait Hypervisor {
     fn bind_interdomain(&mut self, domid: DomId, remote: Port) -> Result<Port, Refusal>;
     fn alloc_unbound(&mut self, domid: DomId) -> Result<Port, Refusal>;
     fn close_port(&mut self, port: Port);
+    /// Tells the other end, at the latest before the next sleep.
     fn notify(&mut self, port: Port);
     /// Atomically reads and clears the pending bit of `port`.
     fn take_pending(&mut self, port: Port) -> bool;

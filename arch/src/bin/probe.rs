@@ -179,6 +179,16 @@ fn check_events(machine: &mut Machine, own: DomId) {
     machine.notify(port);
     machine.poll(&[other], u64::MAX);
     assert!(machine.take_pending(other), "no event after a sleep");
+    machine.gather_events();
+    machine.notify(port);
+    machine.notify(port);
+    assert!(!machine.take_pending(other), "an event that was to wait");
+    machine.poll(&[other], u64::MAX);
+    assert!(machine.take_pending(other), "no event with a sleep");
+    machine.notify(port);
+    machine.send_events();
+    assert!(machine.take_pending(other), "no event without a sleep");
+    machine.notify(other);
     assert!(machine.bind_interdomain(own, Port(3000)).is_err());
     assert!(machine.bind_interdomain(DomId(777), Port(1)).is_err());
     machine.close_port(other);
