@@ -38,13 +38,19 @@ image vhd vpc dynamic "" 1M
 image vhd vpc fixed subformat=fixed 512k
 image vmdk vmdk sparse "" 1M
 image vmdk vmdk zeroed zeroed_grain=on 1M
+qemu-img convert -f qcow2 -O vmdk -o subformat=streamOptimized "$work/p" "$work/c"
+{ cat "$work/c"; printf '\003\000\001\002\010\100\377\007'; } >corpus/image_vmdk/stream
+for sample in open-vmdk vmdkstream; do
+    { bunzip2 -c ../tool/tests/samples/$sample.vmdk.bz2
+        printf '\003\000\001\002\010\100\377\007'; } >corpus/image_vmdk/$sample
+done
 image vdi vdi dynamic "" 1M
 image vdi vdi static static=on 512k
 
 # The zstd target takes the streams themselves.
 mkdir -p corpus/image_zstd
 for level in 1 3 19; do
-    head -c 65536 corpus.sh ../image/src/zstd.rs ../image/src/meta.rs | head -c 65536 >"$work/z"
+    head -c 65536 corpus.sh ../image/src/zstd/mod.rs ../image/src/meta.rs | head -c 65536 >"$work/z"
     zstd -q -f -$level "$work/z" -o corpus/image_zstd/text$level || true
 done
 

@@ -1,5 +1,6 @@
 //! What the image targets share: one image file of any bytes is opened, read, written, flushed,
-//! discarded, checked, made longer and opened again. Nothing may panic, whatever it says; what was
+//! discarded, checked, made longer, opened again and repaired; its snapshots are listed, and it is
+//! gone through as an overlay that is committed. Nothing may panic, whatever it says; what was
 //! written must be read back as long as the image takes writes.
 
 pub mod disks;
@@ -12,7 +13,9 @@ mod sparse;
 pub mod vhdx;
 pub mod zstd;
 
-use platter_image::{Access, CheckParams, Create, CreateParams, Format, Options, Repair};
+use platter_image::{
+    Access, CheckParams, Create, CreateParams, Format, Merge, MergeStep, Options, Repair,
+};
 use platter_tool::Fault;
 use platter_tool::engine::Engine;
 
@@ -24,6 +27,11 @@ const FILE_BYTES_MAX: usize = 12 << 20;
 const GROWN_BYTES_MAX: u64 = 32 << 20;
 /// The step of the script before which an even byte makes the disk longer.
 const GROWTH_AT: usize = 4;
+/// Longest disk that is checked and repaired, sectors.
+const CHECKED_SECTORS_MAX: u64 = 1 << 22;
+/// Steps of a commit that are planned, and snapshots that are looked at.
+const MERGE_STEPS: usize = 64;
+const SNAPSHOTS: u32 = 4;
 /// Bytes of a request.
 const GUEST_BYTES: usize = 4096;
 
@@ -46,10 +54,10 @@ fn exercise(format: &str, file: Pages, parent: Option<(&str, Pages)>, script: &[
     for access in [Access::ReadOnly, Access::ReadWrite] {
         let options =
             Options { format, access, allow_names: true, budget_bytes: 128 << 10, seed: 7 };
-        let Ok(mut engine) = Engine::open(&folder, "top", options) else { continue };
-        let params = CheckParams { repair: Repair::Nothing, budget_bytes: 64 << 10 };
-        if engine.sectors() <= 1 << 22 {
-            let _ = engine.check(params, |_, _| {});
+        let Ok(mut engine) = Engine::open(&folder, "top", options.clone()) else { continue };
+        check(&mut engine, Repair::Nothing);
+        for number in 0..SNAPSHOTS {
+            let _ = engine.drive(|image| image.snapshot(number));
         }
         for (at, &place) in script.iter().enumerate() {
             if at == GROWTH_AT && place.is_multiple_of(2) && access == Access::ReadWrite {
@@ -58,6 +66,33 @@ fn exercise(format: &str, file: Pages, parent: Option<(&str, Pages)>, script: &[
             operate(&mut engine, access, place);
         }
         let _ = engine.close();
+        plan_commit(&folder, Options { access: Access::ReadOnly, ..options.clone() });
+        if access == Access::ReadWrite
+            && let Ok(mut engine) = Engine::open(&folder, "top", options)
+        {
+            check(&mut engine, Repair::All);
+            operate(&mut engine, access, script[0]);
+            let _ = engine.close();
+        }
+    }
+}
+
+fn check(engine: &mut Engine, repair: Repair) {
+    let params = CheckParams { repair, budget_bytes: 64 << 10 };
+    if engine.sectors() <= CHECKED_SECTORS_MAX {
+        let _ = engine.check(params, |_, _| {});
+    }
+}
+
+/// Goes through the image as through an overlay that is committed.
+fn plan_commit(folder: &SparseFolder, options: Options) {
+    let Ok(mut engine) = Engine::open_alone(folder, "top", options) else { return };
+    let mut merge = Merge::new();
+    for _ in 0..MERGE_STEPS {
+        let step = engine.drive(|image| merge.step(image));
+        if !matches!(step, Ok(MergeStep::Copy { .. } | MergeStep::Zero { .. })) {
+            return;
+        }
     }
 }
 

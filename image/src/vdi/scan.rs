@@ -3,8 +3,9 @@
 //!
 //! A power cut may leave blocks that were taken and are not named. Behind the last one in use they
 //! are taken again anyway; before it they are gaps, which a nearly full disk needs, since its file
-//! has no more blocks than the disk. The memory is fixed: the map is read again for each stretch
-//! of blocks that has gaps, which an image without any is spared.
+//! has no more blocks than the disk. The memory is fixed: the first reading of the map counts the
+//! named blocks of each stretch, and it is read again only for those of which some are not named,
+//! while there are places for what is found.
 
 use alloc::boxed::Box;
 
@@ -16,19 +17,21 @@ use crate::types::Step;
 
 /// Blocks that one pass over the map tells apart.
 const STRETCH: u64 = 1 << 16;
+/// Stretches that are counted: 64 TiB in blocks of 1 MiB. Gaps behind them are lost until the image
+/// is converted.
+const STRETCHES: usize = 1 << 10;
 
 pub(super) struct Scan {
     /// The next entry of this pass.
     entry: u64,
     /// Known after the first pass: one more than the highest block in use, and how many entries
-    /// name one.
+    /// name one of each stretch.
     end: u64,
-    named: u64,
+    named: Box<[u32; STRETCHES]>,
+    is_counted: bool,
     /// The blocks that this pass tells apart begin here; a bit for each that is named.
     first: u64,
     seen: Box<[u64; (STRETCH / 64) as usize]>,
-    /// Gaps found so far, in blocks.
-    found: u64,
     /// Made after the first pass.
     space: Option<Space>,
 }
@@ -36,7 +39,8 @@ pub(super) struct Scan {
 impl Scan {
     pub fn new() -> Scan {
         let seen = Box::new([0; (STRETCH / 64) as usize]);
-        Scan { entry: 0, end: 0, named: 0, first: 0, seen, found: 0, space: None }
+        let named = Box::new([0; STRETCHES]);
+        Scan { entry: 0, end: 0, named, is_counted: false, first: 0, seen, space: None }
     }
 
     /// Goes on; `Ok` with the free space when all is known.
@@ -45,14 +49,24 @@ impl Scan {
             self.pass(ctx, map)?;
             let mut space = self.space.take().unwrap_or_else(|| self.space_behind(ctx, map));
             let has_places = self.take_gaps(&mut space, map);
-            self.first += STRETCH;
-            let all = self.found >= self.end.saturating_sub(self.named) || self.first >= self.end;
-            if all || !has_places {
+            let Some(next) = self.next_stretch().filter(|_| has_places) else {
                 return Ok(space);
-            }
-            (self.space, self.entry) = (Some(space), 0);
+            };
+            (self.space, self.entry, self.is_counted) = (Some(space), 0, true);
+            self.first = next;
             self.seen.fill(0);
         }
+    }
+
+    /// The first block of the next stretch that has gaps.
+    fn next_stretch(&self) -> Option<u64> {
+        let stretches = (0..self.end).step_by(STRETCH as usize).zip(&*self.named);
+        let mut later = stretches.filter(|(first, _)| *first > self.first);
+        let (next, _) = later.find(|&(first, &named)| {
+            let blocks = STRETCH.min(self.end - first);
+            u64::from(named) < blocks
+        })?;
+        Some(next)
     }
 
     fn pass(&mut self, ctx: &mut Ctx, map: &BlockMap) -> Step<()> {
@@ -72,9 +86,11 @@ impl Scan {
     }
 
     fn note(&mut self, block: u64) {
-        if self.first == 0 {
+        if !self.is_counted {
             self.end = self.end.max(block + 1);
-            self.named += 1;
+            if let Some(named) = self.named.get_mut((block / STRETCH) as usize) {
+                *named += 1;
+            }
         }
         if let Some(bit) = block.checked_sub(self.first).filter(|bit| *bit < STRETCH) {
             self.seen[(bit / 64) as usize] |= 1 << (bit % 64);
@@ -106,7 +122,6 @@ impl Scan {
             if len > 0 && !space.take_gap(start, len * header.block_bytes) {
                 return false;
             }
-            self.found += len;
             // The one behind a gap is named.
             block += len + 1;
         }

@@ -3,6 +3,8 @@
 
 use super::*;
 use platter_image::Backing;
+use platter_tool::medium::DiskFolder;
+use std::io::Read;
 
 const MIB: usize = 1 << 20;
 const SECTORS: u64 = 20_001;
@@ -224,4 +226,40 @@ fn creating_what_the_format_cannot_hold_is_refused() {
     let backing = Backing { name: "b", format: Format::Raw, identity: None, sectors: 1 };
     let over_raw = CreateParams { backing: Some(backing), ..vdi("a.vdi") };
     assert!(create_fault(&over_raw).contains("over a VDI"));
+}
+
+/// Gaps far apart: each is found, and only stretches with some are looked at once more.
+#[test]
+fn gaps_of_a_long_map_are_found_wherever_they_are() {
+    const BLOCKS: usize = 3 << 16;
+    let scratch = Scratch::new("vdi-long");
+    let sectors = (BLOCKS as u64 + 8) * 8;
+    let base = CreateParams { cluster_bytes: 4096, name: "a.vdi", ..params(Format::Vdi, sectors) };
+    let folder = RamFolder::new();
+    create(&folder, &base);
+    let mut bytes = folder.bytes("a.vdi").unwrap();
+    let (map, data) = (u32_le(&bytes, 0x154) as usize, u32_le(&bytes, 0x158) as usize);
+    // Backwards, with nothing in 5, 70,000 and 190,000.
+    let gaps = [5, 70_000, 190_000];
+    for block in (0..BLOCKS).filter(|block| !gaps.contains(block)) {
+        put(&mut bytes, map + (BLOCKS - 1 - block) * 4, &(block as u32).to_le_bytes());
+    }
+    put(&mut bytes, 0x184, &(BLOCKS as u32).to_le_bytes());
+    scratch.put("a.vdi", &bytes);
+    let path = scratch.0.join("a.vdi");
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.set_len((data + BLOCKS * 4096) as u64).unwrap();
+    let disk = DiskFolder::new(&scratch.0);
+    let mut engine = Engine::open(&disk, "a.vdi", rw(Format::Vdi)).unwrap();
+    for gap in gaps {
+        engine.write((BLOCKS - 1 - gap) as u64 * 8, &[9; 512]).unwrap();
+    }
+    engine.write(BLOCKS as u64 * 8, &[9; 512]).unwrap();
+    engine.close().unwrap();
+    let mut now = vec![0; data];
+    std::fs::File::open(&path).unwrap().read_exact(&mut now).unwrap();
+    let mut places = gaps.map(|gap| u32_le(&now, map + (BLOCKS - 1 - gap) * 4) as usize);
+    places.sort_unstable();
+    assert_eq!(places, gaps);
+    assert_eq!(u32_le(&now, map + BLOCKS * 4) as usize, BLOCKS);
 }
