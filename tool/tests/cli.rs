@@ -187,7 +187,16 @@ fn an_overlay_hides_its_base_until_it_is_committed() {
         assert_eq!(said.contains("delete it"), useless, "{format}: {said}");
         if !useless {
             folder.good(&["compare", "-q", &base, &over]);
+            continue;
         }
+        // As after a commit that was stopped: the base has changed where the overlay has data.
+        folder.good(&["bench", "-w", "-c", "40", "--random", "5", "--pattern", "3", &base]);
+        let output = folder.run(&["commit", &over]);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && error.contains("--again"), "{error}");
+        folder.good(&["commit", "--again", &over]);
+        folder.good(&["compare", "-q", &base, "over.raw"]);
+        folder.good(&["check", "-q", &base]);
     }
 }
 

@@ -1,6 +1,7 @@
 //! `platter commit`: what an overlay holds goes into its base, by the engine's own plan. The
 //! overlay stays as it is; where a child knows its parent by its content (VHDX, VMDK), it is of
-//! no more use and that is said.
+//! no more use and that is said. Such a chain cannot be opened after a commit that was stopped,
+//! for its base has changed: `--again` takes the base by its name alone.
 //!
 //! Order guarded: the overlay is read alone and never as part of a chain, so that no stale table
 //! of the base is ever used.
@@ -8,12 +9,13 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use platter_image::{Access, Merge, MergeStep, SECTOR_BYTES, SectorRange};
+use platter_image::{Access, Format, Merge, MergeStep, SECTOR_BYTES, SectorRange};
 
 use super::common::{self, Failure, OpenFlags, Outcome, OutputFlags};
 use crate::engine::Engine;
 use crate::fault::Fault;
 use crate::flow::is_zero;
+use crate::medium::{DiskFolder, Folder};
 
 /// Write what an overlay holds into its base
 #[derive(Args)]
@@ -24,6 +26,9 @@ pub struct Commit {
     /// Print nothing
     #[arg(short)]
     quiet: bool,
+    /// Go on with a commit that was stopped: the base has changed since, and nothing else wrote to it
+    #[arg(long)]
+    again: bool,
     #[command(flatten)]
     output: OutputFlags,
     #[command(flatten)]
@@ -33,21 +38,16 @@ pub struct Commit {
 
 impl Commit {
     pub fn run(self) -> Outcome {
-        let opened =
-            common::open(&self.file, self.format.as_deref(), Access::ReadOnly, &self.open)?;
-        let mut chain = opened.engine;
-        let layers = chain.image().info();
-        let Some(below) = layers.get(1) else {
-            let message = format!("{}: it has no base to commit to", self.file.display());
-            return Err(Failure::new(message));
+        let format = common::format_of_image(&self.file, self.format.as_deref())?;
+        let (base_path, base_format) = match self.again {
+            true => self.named_base(format)?,
+            false => self.base(format)?,
         };
-        let base_path = self.file.with_file_name(chain.path(below.file));
-        let base_format = below.format.name();
-        drop(chain);
-        let base = common::open(&base_path, Some(base_format), Access::ReadWrite, &self.open)?;
+        let base_format = Some(base_format.name());
+        let base = common::open(&base_path, base_format, Access::ReadWrite, &self.open)?;
         let mut base = base.engine;
         let known_as = base.image().identity();
-        let mut top = common::open_alone(&self.file, opened.format, &self.open)?;
+        let mut top = common::open_alone(&self.file, format, &self.open)?;
         let told = |fault| common::in_folder(&base_path, fault);
         let sectors = top.sectors();
         if base.sectors() < sectors {
@@ -87,6 +87,43 @@ impl Commit {
         let bytes = common::disk_bytes(&mut base);
         common::say_done(&self.output, self.quiet, &text, &base_path, bytes);
         Ok(0)
+    }
+
+    /// The base that the chain is opened with.
+    fn base(&self, format: Format) -> Result<(PathBuf, Format), Failure> {
+        let opened = common::open(&self.file, Some(format.name()), Access::ReadOnly, &self.open);
+        let mut chain = opened.map_err(|failure| self.hint(format, failure))?.engine;
+        let layers = chain.image().info();
+        let below = layers.get(1).ok_or_else(|| self.no_base())?;
+        Ok((self.file.with_file_name(chain.path(below.file)), below.format))
+    }
+
+    /// The base by its name, whatever state it is in.
+    fn named_base(&self, format: Format) -> Result<(PathBuf, Format), Failure> {
+        let mut top = common::open_alone(&self.file, format, &self.open)?;
+        let layers = top.image().info();
+        let (name, format) = layers[0].backing.clone().ok_or_else(|| self.no_base())?;
+        let told = |error| Failure::from(Fault::io(&name, "open", error));
+        let (folder, _) = DiskFolder::of(&self.file).map_err(told)?;
+        folder.open_named(&name, Access::ReadOnly).map_err(told)?;
+        let format = format.or_else(|| Format::by_suffix(&name));
+        let path = common::beside(&self.file, &name);
+        let why = || Failure::new(format!("{}: its base's format is not known", path.display()));
+        Ok((path.clone(), format.ok_or_else(why)?))
+    }
+
+    fn no_base(&self) -> Failure {
+        Failure::new(format!("{}: it has no base to commit to", self.file.display()))
+    }
+
+    /// Where children know their parents by content, a commit that was stopped is the likely reason
+    /// for a chain that does not open.
+    fn hint(&self, format: Format, failure: Failure) -> Failure {
+        if !matches!(format, Format::Vhdx | Format::Vmdk) {
+            return failure;
+        }
+        let message = failure.message;
+        Failure { message: format!("{message}; go on with a stopped commit by --again"), ..failure }
     }
 }
 
