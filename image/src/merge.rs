@@ -3,9 +3,10 @@
 //! The caller opens the overlay alone ([`Image::begin_alone`](crate::Image::begin_alone)) and the
 //! image below it for writing, grows the latter if it is shorter, and carries out each step on
 //! it as any guest's write or zeroing. Nothing is lost if it stops in between: until the overlay
-//! is dropped it hides what was committed, with the same contents. (Where a child knows its parent's
-//! state, VHDX and VMDK, the chain opens no more: the commit must be gone through again.) Only after the last step and
-//! a flush of the image below may the overlay be emptied or removed.
+//! is dropped it hides what was committed, with the same contents. (Where a child knows its
+//! parent's state, VHDX and VMDK, the chain opens no more: the commit must be gone through
+//! again.) Only after the last step and a flush of the image below may the overlay be emptied or
+//! removed.
 
 use crate::image::Image;
 use crate::types::{Place, SectorRange, Step};

@@ -26,7 +26,7 @@ pub struct Commit {
     /// Print nothing
     #[arg(short)]
     quiet: bool,
-    /// Go on with a commit that was stopped: the base has changed since, and nothing else wrote to it
+    /// Go on with a commit that was stopped: the base has changed, and nothing else wrote to it
     #[arg(long)]
     again: bool,
     #[command(flatten)]
