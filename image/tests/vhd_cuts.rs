@@ -1,5 +1,5 @@
-//! Power cuts in differencing VHD and VHDX, which QEMU cannot make and so the tool's image tests
-//! do not cover: a workload is recorded, the power is cut after any of its writes, the writes
+//! Power cuts in differencing VHD, VHDX and VDI, which QEMU cannot make and so the tool's image tests
+//! do not cover: a workload, with growth of the disk in it, is recorded, the power is cut after any of its writes, the writes
 //! since the last sync kept, lost, or any mixture, torn at 512 bytes; the image must open, hold
 //! what was flushed, and elsewhere hold what was there or what was written.
 //!
@@ -14,9 +14,13 @@ use platter_image::{Backing, CheckParams, CreateParams, Format, Options, Repair}
 use platter_tool::engine::Engine;
 use platter_tool::medium::{Event, RamFolder, apply};
 
-/// Values that each sector may have: what the last flush made durable, and all since.
+/// Values that each sector may have, and the sizes of the disk: what the last flush made durable, and
+/// all since.
 #[derive(Clone)]
-struct Model(Vec<BTreeSet<u8>>);
+struct Model {
+    sectors: Vec<BTreeSet<u8>>,
+    sizes: BTreeSet<u64>,
+}
 
 struct Op {
     /// Events recorded when it was done.
@@ -28,7 +32,15 @@ struct Op {
 enum Change {
     Write { start: u64, count: u64, byte: u8 },
     Zero { start: u64, count: u64 },
+    Grow { sectors: u64 },
     Flush,
+}
+
+impl Change {
+    /// Is all before it durable once it is done?
+    fn syncs(self) -> bool {
+        matches!(self, Change::Flush | Change::Grow { .. })
+    }
 }
 
 impl Model {
@@ -36,9 +48,16 @@ impl Model {
         let (start, count, byte) = match change {
             Change::Write { start, count, byte } => (start, count, byte),
             Change::Zero { start, count } => (start, count, 0),
+            Change::Grow { sectors } => {
+                if done {
+                    self.sizes.clear();
+                }
+                self.sizes.insert(sectors);
+                return;
+            }
             Change::Flush => return,
         };
-        for set in &mut self.0[start as usize..(start + count) as usize] {
+        for set in &mut self.sectors[start as usize..(start + count) as usize] {
             if done {
                 set.clear();
             }
@@ -49,9 +68,15 @@ impl Model {
 
 /// Values allowed after a cut behind event `cut`.
 fn allowed(start: &[u8], ops: &[Op], cut: usize) -> Model {
-    let mut model = Model(start.iter().map(|&b| BTreeSet::from([b])).collect());
+    let size = ops.iter().map(|op| match op.change {
+        Change::Grow { sectors } => sectors as usize,
+        _ => start.len(),
+    });
+    let mut sectors: Vec<_> = start.iter().map(|&b| BTreeSet::from([b])).collect();
+    sectors.resize(size.max().unwrap_or(0), BTreeSet::from([0]));
+    let mut model = Model { sectors, sizes: BTreeSet::from([start.len() as u64]) };
     let finished = ops.iter().filter(|op| op.done <= cut).count();
-    let last_flush = ops[..finished].iter().rposition(|op| matches!(op.change, Change::Flush));
+    let last_flush = ops[..finished].iter().rposition(|op| op.change.syncs());
     let durable = last_flush.map_or(0, |at| at + 1);
     ops[..durable].iter().for_each(|op| model.apply(op.change, true));
     // The operation that the cut interrupts may show too.
@@ -61,7 +86,7 @@ fn allowed(start: &[u8], ops: &[Op], cut: usize) -> Model {
 }
 
 fn workload(engine: &mut Engine, folder: &RamFolder, rng: &mut Rng, unit: u64) -> Vec<Op> {
-    let sectors = engine.sectors();
+    let mut sectors = engine.sectors();
     let mut ops = Vec::new();
     for n in 0..40 {
         let start = match rng.below(3) {
@@ -71,9 +96,10 @@ fn workload(engine: &mut Engine, folder: &RamFolder, rng: &mut Rng, unit: u64) -
         };
         let most = sectors - start;
         let count = [1, 7, 8, 64, 300, unit][rng.below(6) as usize].min(most);
-        let change = match rng.below(12) {
-            0..7 => Change::Write { start, count, byte: n as u8 + 10 },
-            7..9 => Change::Zero { start, count },
+        let change = match rng.below(24) {
+            0..14 => Change::Write { start, count, byte: n as u8 + 10 },
+            14..18 => Change::Zero { start, count },
+            18 => Change::Grow { sectors: sectors + 8 * (1 + rng.below(700)) },
             _ => Change::Flush,
         };
         match change {
@@ -81,6 +107,10 @@ fn workload(engine: &mut Engine, folder: &RamFolder, rng: &mut Rng, unit: u64) -
                 engine.write(start, &vec![byte; count as usize * 512]).unwrap()
             }
             Change::Zero { .. } => engine.write_zeroes(start, count).unwrap(),
+            Change::Grow { sectors: more } => {
+                engine.resize(more).unwrap();
+                sectors = more;
+            }
             Change::Flush => engine.flush().unwrap(),
         }
         ops.push(Op { done: folder.events_len(), change });
@@ -111,7 +141,11 @@ fn cut(durable: &[Vec<u8>], pending: &[Event], rng: &mut Rng) -> Vec<Vec<u8>> {
 }
 
 fn try_seed(format: Format, logical: &str, seed: u64) {
-    let cluster_bytes = if format == Format::Vhdx { 1 << 20 } else { 512 << 10 };
+    let cluster_bytes = match format {
+        Format::Vhdx => 1 << 20,
+        Format::Vdi => 64 << 10,
+        _ => 512 << 10,
+    };
     try_blocks(format, logical, cluster_bytes, seed);
 }
 
@@ -122,8 +156,8 @@ fn try_blocks(format: Format, logical: &str, cluster_bytes: u64, seed: u64) {
     let options = if format == Format::Vhdx { &options[..] } else { &[] };
     let sectors = 5 * 4096 + 40;
     let folder = RamFolder::new();
-    let base = CreateParams { cluster_bytes, options, ..params(format, sectors) };
-    folder.put(&parent, made(&base));
+    let base = CreateParams { cluster_bytes, options, name: &top, ..params(format, sectors) };
+    folder.put(&parent, made(&CreateParams { name: &parent, ..base }));
     let mut rng = Rng(seed);
     let mut start = vec![0; sectors as usize];
     let mut engine = open(&folder, &parent, rw(format));
@@ -174,7 +208,8 @@ fn judge(world: &RamFolder, top: &str, options: &Options, model: &Model, when: &
         .unwrap_or_else(|fault| panic!("{when}: does not open: {fault}"));
     for _ in 0..2 {
         let disk = read_all(&mut engine);
-        for (n, (sector, set)) in disk.chunks(512).zip(&model.0).enumerate() {
+        assert!(model.sizes.contains(&engine.sectors()), "{when}: of {} sectors", engine.sectors());
+        for (n, (sector, set)) in disk.chunks(512).zip(&model.sectors).enumerate() {
             let alike = sector.iter().all(|&b| b == sector[0]);
             assert!(alike && set.contains(&sector[0]), "{when}: sector {n} is {}", sector[0]);
         }
@@ -339,6 +374,11 @@ fn a_differencing_vhd_of_large_blocks_survives() {
 #[test]
 fn a_differencing_vhdx_survives() {
     seeds().for_each(|seed| try_seed(Format::Vhdx, "512", seed));
+}
+
+#[test]
+fn a_differencing_vdi_survives() {
+    seeds().for_each(|seed| try_seed(Format::Vdi, "512", seed));
 }
 
 #[test]
