@@ -1,7 +1,8 @@
-//! Power cuts in differencing VHD, VHDX and VDI, which QEMU cannot make and so the tool's image tests
-//! do not cover: a workload, with growth of the disk in it, is recorded, the power is cut after any of its writes, the writes
-//! since the last sync kept, lost, or any mixture, torn at 512 bytes; the image must open, hold
-//! what was flushed, and elsewhere hold what was there or what was written.
+//! Power cuts in differencing VHD, VHDX and VDI, which QEMU cannot make and so the tool's image
+//! tests do not cover: a workload, with growth of the disk in it, is recorded, the power is cut
+//! after any of its writes, the writes since the last sync kept, lost, or any mixture, torn at 512
+//! bytes; the image must open, hold what was flushed, and elsewhere hold what was there or what
+//! was written.
 //!
 //! Would miss: several writes in flight at once.
 
@@ -14,8 +15,8 @@ use platter_image::{Backing, CheckParams, CreateParams, Format, Options, Repair}
 use platter_tool::engine::Engine;
 use platter_tool::medium::{Event, RamFolder, apply};
 
-/// Values that each sector may have, and the sizes of the disk: what the last flush made durable, and
-/// all since.
+/// Values that each sector may have, and the sizes of the disk: what the last flush made durable,
+/// and all since.
 #[derive(Clone)]
 struct Model {
     sectors: Vec<BTreeSet<u8>>,
