@@ -118,6 +118,8 @@ pub(crate) struct Ctx<'a> {
     pub files: &'a mut Files,
     /// Freshness for identifiers, from the caller.
     pub seed: u64,
+    /// The image is opened to be checked: what a repair could make anew may be missing.
+    pub for_check: bool,
 }
 
 impl Ctx<'_> {

@@ -79,7 +79,12 @@ enum Located {
 /// What layers work with, borrowed field by field so that the layers themselves stay free.
 macro_rules! ctx {
     ($image:expr) => {
-        Ctx { meta: &mut $image.meta, files: &mut $image.files, seed: $image.options.seed }
+        Ctx {
+            meta: &mut $image.meta,
+            files: &mut $image.files,
+            seed: $image.options.seed,
+            for_check: $image.for_check,
+        }
     };
 }
 
@@ -94,6 +99,8 @@ pub struct Image {
     origins: Vec<(FileNo, Format, Option<Parent>)>,
     /// Only the top file is opened: what lies below it reads as zeros, nothing is written.
     alone: bool,
+    /// The top file is opened to be checked: never to be read by a guest.
+    for_check: bool,
     /// The layer to open next: its file and format; `None` when the chain is complete.
     next: Option<(FileNo, Format)>,
     /// Only its suffix says that the next one is raw.
@@ -120,6 +127,7 @@ impl Image {
             layers: Vec::new(),
             origins: Vec::new(),
             alone: false,
+            for_check: false,
             next: Some((FileNo(0), options.format)),
             is_raw_by_suffix: false,
             plans: [None; PLANS_MAX],
@@ -138,6 +146,12 @@ impl Image {
     pub fn begin_alone(name: &str, info: FileInfo, options: Options) -> Image {
         let options = Options { access: Access::ReadOnly, ..options };
         Image { alone: true, ..Image::begin(name, info, options) }
+    }
+
+    /// Like [`Image::begin`], for a check and nothing else: what a repair could make anew may be
+    /// missing in the top file.
+    pub fn begin_check(name: &str, info: FileInfo, options: Options) -> Image {
+        Image { for_check: true, ..Image::begin(name, info, options) }
     }
 
     /// Opens the next part. `Stop` is handled as for any planner; a fault ends the attempt.
@@ -180,7 +194,9 @@ impl Image {
         if self.is_raw_by_suffix {
             self.check_raw(file)?;
         }
-        let opened = AnyLayer::open(&mut ctx!(self), format, file, access)?;
+        let mut ctx = ctx!(self);
+        ctx.for_check &= self.layers.is_empty();
+        let opened = AnyLayer::open(&mut ctx, format, file, access)?;
         self.check_parent(file, &opened.layer)?;
         self.layers.push(opened.layer);
         self.origins.push((file, format, opened.parent));

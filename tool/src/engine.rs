@@ -163,6 +163,15 @@ impl Engine {
         Engine::open_by(folder, path, options, Image::begin_alone)
     }
 
+    /// Opens `path` to check it: what a repair could make anew may be missing.
+    pub fn open_to_check(
+        folder: &dyn Folder,
+        path: &str,
+        options: Options,
+    ) -> Result<Engine, Fault> {
+        Engine::open_by(folder, path, options, Image::begin_check)
+    }
+
     fn open_by(
         folder: &dyn Folder,
         path: &str,

@@ -386,6 +386,9 @@ fn sum_vhd(bytes: &mut [u8]) {
     header[36..40].copy_from_slice(&(!sum).to_be_bytes());
 }
 
+/// Of them, what a repair makes anew.
+const REBUILT: [&str; 2] = ["refcounts beyond", "refcount table"];
+
 #[test]
 fn hostile_headers_get_one_sentence_and_stay_as_they_are() {
     let folder = Folder::new("hostile");
@@ -409,6 +412,11 @@ fn hostile_headers_get_one_sentence_and_stay_as_they_are() {
             vec!["bench", "-w", "-c", "1", &image],
             vec!["resize", &image, "+1M"],
         ] {
+            // Refcounts can be made anew: a check says what is wrong, and exits as for that.
+            if args[0] == "check" && REBUILT.contains(name) {
+                assert_eq!(folder.run(&args).status.code(), Some(2), "{name}");
+                continue;
+            }
             print!("  {}", folder.refused(&args, &image));
         }
         let same = fs::read(folder.path(&image)).unwrap() == bytes;

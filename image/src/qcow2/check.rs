@@ -3,7 +3,9 @@
 //!
 //! Order guarded by the metadata cache as for writes: a repaired count is durable before a
 //! repaired flag. Counts are lowered only if all tables could be read: what a broken table
-//! refers to is unknown.
+//! refers to is unknown. Counts are changed where they stand only if the refcount table and its
+//! blocks are sound: what they name otherwise may be anything, a guest's data too. Then they are
+//! made anew elsewhere (`rebuild`) or left alone.
 
 use alloc::boxed::Box;
 use alloc::vec;
@@ -29,6 +31,9 @@ const L1_AT_ONCE: u64 = 512;
 const BITMAP_RESERVED: u64 = 0xff00_0000_0000_01fe;
 /// A count that is no longer exact.
 const SATURATED: u16 = u16::MAX;
+/// The refcount table, and what it names.
+const REFTABLE: &str = "the refcount table";
+const REFTABLE_ENTRY: &str = "a refcount table entry";
 
 /// An L1 table being walked.
 #[derive(Clone, Copy, Debug)]
@@ -40,6 +45,19 @@ struct Walk {
     at: u64,
     /// Bytes done of the L2 table of entry `at`, with its offset.
     inside: Option<(u64, u64)>,
+}
+
+/// What the windows are gone through for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Pass {
+    /// All at once: nothing is to be mended, or there is only one window.
+    Whole,
+    /// Before anything is mended: are the refcount table and its blocks sound?
+    Look,
+    /// Counts are compared and mended, after a look.
+    Mend,
+    /// Counts are put into a new refcount table.
+    Rebuild,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -63,6 +81,9 @@ enum Stage {
     Blocks(u64),
     /// The next cluster to compare.
     Compare(u64),
+    /// The header is to name the new refcount table; it does, and that is to be durable.
+    Switch,
+    Switched,
     /// The flags of the active tables.
     Flags(Walk),
     /// The marks in the header.
@@ -71,56 +92,87 @@ enum Stage {
 
 /// A check under way.
 pub(super) struct Checker {
-    params: CheckParams,
-    report: CheckReport,
+    pub params: CheckParams,
+    pub report: CheckReport,
     stage: Stage,
+    pub pass: Pass,
     /// First cluster of the window, and references to each cluster of it.
-    window: u64,
+    pub window: u64,
     counts: Vec<u16>,
     /// Clusters that the file holds.
-    limit: u64,
+    pub limit: u64,
     /// L2 tables and blocks met in this window: more than clusters is a loop of claims.
     tables: u64,
     /// A table could not be understood.
-    broken: bool,
+    pub broken: bool,
+    /// Breaks of the refcount table and its blocks.
+    pub structure: u64,
+    /// A cluster has more references than could be counted.
+    pub uncountable: bool,
+    /// The refcount table may be replaced.
+    pub replaces: bool,
     /// A snapshot being walked, and its successor.
     after: Option<(u32, u64)>,
 }
 
 impl Checker {
-    fn first_window(&self) -> bool {
-        self.window == 0
+    /// Each window of each pass meets the same tables: what is found in them is told once.
+    fn first_time(&self) -> bool {
+        self.window == 0 && matches!(self.pass, Pass::Whole | Pass::Look)
     }
 
-    /// A break of the format, told once although each window meets it.
+    /// A break of the format, told once.
     fn corrupt(&mut self, problem: ImageFault) {
         self.broken = true;
-        if self.first_window() {
+        if self.first_time() {
             self.report.corrupt(problem);
         }
+    }
+
+    /// A break of the refcount table or of its blocks.
+    fn corrupt_structure(&mut self, problem: ImageFault) {
+        self.structure += 1;
+        self.report.corrupt(problem);
+    }
+
+    /// First cluster after the window.
+    fn window_end(&self) -> u64 {
+        (self.window + self.counts.len() as u64).min(self.limit)
     }
 
     fn progress(&self) -> CheckProgress {
         let windows = self.limit.div_ceil(self.counts.len() as u64).max(1);
         let done = self.window / self.counts.len() as u64;
-        CheckProgress::More { done, total: windows + 1 }
+        match self.pass {
+            Pass::Whole => CheckProgress::More { done, total: windows + 1 },
+            Pass::Look => CheckProgress::More { done, total: 2 * windows + 1 },
+            _ => CheckProgress::More { done: windows + done, total: 2 * windows + 1 },
+        }
     }
 }
 
 impl Qcow2 {
-    pub(super) fn begin_check(&mut self, ctx: &mut Ctx, params: CheckParams) {
+    /// `replaces`: the refcount table may be made anew if it is broken.
+    pub(super) fn begin_check(&mut self, ctx: &mut Ctx, params: CheckParams, replaces: bool) {
         let limit = ctx.files.size(self.file).div_ceil(self.cluster_bytes());
         let room = (params.budget_bytes / 2).max(4096) as u64;
         let clusters = self.header.size_bytes.div_ceil(self.cluster_bytes());
+        let mends = params.repair != Repair::Nothing;
+        let mut report = CheckReport { clusters, ..CheckReport::default() };
+        self.header.lost.into_iter().for_each(|lost| report.corrupt(lost));
         self.checker = Some(Box::new(Checker {
             params,
-            report: CheckReport { clusters, ..CheckReport::default() },
+            report,
             stage: Stage::Start,
+            pass: if mends && room < limit { Pass::Look } else { Pass::Whole },
             window: 0,
             counts: vec![0; room.min(limit.max(1)) as usize],
             limit,
             tables: 0,
             broken: false,
+            structure: self.header.lost.is_some().into(),
+            uncountable: false,
+            replaces,
             after: None,
         }));
     }
@@ -161,6 +213,9 @@ impl Qcow2 {
             }
             Stage::Blocks(at) => self.check_blocks(ctx, c, at).map(Some),
             Stage::Compare(cluster) => self.compare(ctx, c, cluster).map(Some),
+            Stage::Switch => self.switch_tables(ctx, c).map(|()| Some(Stage::Switched)),
+            Stage::Switched if ctx.meta.is_dirty() => Err(Stop::NeedFlush),
+            Stage::Switched => Ok(Some(Stage::Flags(self.active()))),
             Stage::Flags(walk) => self.check_flags(ctx, c, walk).map(Some),
             Stage::Marks => self.clear_marks(ctx, c).map(|()| None),
         }
@@ -168,20 +223,25 @@ impl Qcow2 {
 
     /// Counts one reference to each cluster of a stretch.
     fn refer(&self, c: &mut Checker, field: &'static str, at: u64, offset: u64, bytes: u64) {
+        if !self.count(c, offset, bytes) {
+            c.corrupt(ImageFault::corrupt(self.file, field, at, offset));
+        }
+    }
+
+    /// The same, and does it lie in the file?
+    fn count(&self, c: &mut Checker, offset: u64, bytes: u64) -> bool {
         if bytes == 0 {
-            return;
+            return true;
         }
         let bits = self.kind.cluster_bits;
         let (first, last) = (offset >> bits, offset.saturating_add(bytes - 1) >> bits);
-        if last >= c.limit {
-            c.corrupt(ImageFault::corrupt(self.file, field, at, offset));
-        }
         c.report.end_bytes = c.report.end_bytes.max((last.min(c.limit) + 1) << bits);
         let end = c.window + c.counts.len() as u64;
         for cluster in first.max(c.window)..(last + 1).min(end) {
             let count = &mut c.counts[(cluster - c.window) as usize];
             *count = count.saturating_add(1);
         }
+        last < c.limit
     }
 
     fn active(&self) -> Walk {
@@ -196,25 +256,32 @@ impl Qcow2 {
 
     fn start_window(&mut self, ctx: &mut Ctx, c: &mut Checker) -> Step<Stage> {
         self.measure_snapshots(ctx)?;
-        let bits = self.kind.cluster_bits;
         c.counts.fill(0);
         c.tables = 0;
         let header = &self.header;
         let tables = [
             ("the header", 0, self.cluster_bytes()),
             ("the L1 table", header.l1_offset, u64::from(header.l1_entries) * 8),
-            (
-                "the refcount table",
-                header.reftable_offset,
-                u64::from(header.reftable_clusters) << bits,
-            ),
             ("the snapshot table", header.snapshots_offset, self.snapshot_table_bytes),
             ("the bitmap directory", self.bitmap_directory.offset, self.bitmap_directory.bytes),
         ];
         for (field, offset, bytes) in tables {
             self.refer(c, field, 0, offset, bytes);
         }
-        Ok(Stage::Tables(0))
+        Ok(Stage::Walk(self.active()))
+    }
+
+    /// All that refers to clusters is counted but the refcount table and its blocks.
+    fn after_references(&self, c: &mut Checker) -> Stage {
+        let max = self.count_max().min(u64::from(SATURATED) - 1);
+        c.uncountable |= c.counts.iter().any(|&count| u64::from(count) > max);
+        let (offset, bits) = (self.header.reftable_offset, self.kind.cluster_bits);
+        let bytes = u64::from(self.header.reftable_clusters) << bits;
+        if !self.count(c, offset, bytes) && c.first_time() {
+            c.corrupt_structure(ImageFault::corrupt(self.file, REFTABLE, 48, offset));
+        }
+        // The blocks of a new table count themselves.
+        if c.pass == Pass::Rebuild { Stage::Compare(c.window) } else { Stage::Tables(0) }
     }
 
     fn count_tables(&mut self, ctx: &mut Ctx, c: &mut Checker, mut at: u64) -> Step<Stage> {
@@ -229,12 +296,10 @@ impl Qcow2 {
                 continue;
             }
             c.tables += 1;
-            if !word.is_multiple_of(self.cluster_bytes()) || c.tables > c.limit {
-                let what = "a refcount table entry";
-                c.corrupt(ImageFault::corrupt(self.file, what, place, word));
-                continue;
+            let good = word.is_multiple_of(self.cluster_bytes()) && c.tables <= c.limit;
+            if !(good && self.count(c, word, self.cluster_bytes())) && c.first_time() {
+                c.corrupt_structure(ImageFault::corrupt(self.file, REFTABLE_ENTRY, place, word));
             }
-            self.refer(c, "a refcount table entry", place, word, self.cluster_bytes());
             // A step may stop at the next entry's block: what is counted stays counted.
             c.stage = Stage::Tables(at);
         }
@@ -242,7 +307,31 @@ impl Qcow2 {
             return Ok(Stage::Tables(at));
         }
         c.tables = 0;
-        Ok(Stage::Walk(self.active()))
+        Ok(match c.pass {
+            Pass::Whole | Pass::Look => self.check_table_users(c),
+            Pass::Mend | Pass::Rebuild => Stage::Compare(c.window),
+        })
+    }
+
+    /// Has the refcount table its clusters for itself, and a place for all counts?
+    fn check_table_users(&self, c: &mut Checker) -> Stage {
+        let first = self.header.reftable_offset >> self.kind.cluster_bits;
+        let own = first..first + u64::from(self.header.reftable_clusters);
+        let in_window = own.start.max(c.window)..own.end.min(c.window_end());
+        let mut users = in_window.map(|cluster| c.counts[(cluster - c.window) as usize]);
+        if users.any(|count| count > 1) {
+            let what = "a refcount table with another user";
+            let offset = self.header.reftable_offset;
+            c.corrupt_structure(ImageFault::corrupt(self.file, what, 48, offset));
+        }
+        let covered = self.covered_clusters().clamp(c.window, c.window_end());
+        let beyond = &c.counts[(covered - c.window) as usize..(c.window_end() - c.window) as usize];
+        if let (Some(at), None) = (beyond.iter().position(|&count| count > 0), self.header.lost) {
+            let what = "a refcount table too small for the file";
+            let offset = (covered + at as u64) << self.kind.cluster_bits;
+            c.corrupt_structure(ImageFault::corrupt(self.file, what, 56, offset));
+        }
+        Stage::Blocks(0)
     }
 
     fn walk(&mut self, ctx: &mut Ctx, c: &mut Checker, mut walk: Walk) -> Step<Stage> {
@@ -272,7 +361,7 @@ impl Qcow2 {
                 self.refer(c, "an L1 entry", place, offset, self.cluster_bytes());
                 walk.inside = Some((offset, 0));
                 return Ok(Stage::Walk(walk));
-            } else if word & COPIED != 0 && c.first_window() {
+            } else if word & COPIED != 0 && c.first_time() {
                 // No table is not a table: QEMU's check goes to one at byte 0 then.
                 let fix = c.params.repair == Repair::All;
                 if fix {
@@ -333,7 +422,7 @@ impl Qcow2 {
             let what = "a compressed cluster's subclusters";
             c.corrupt(ImageFault::corrupt(self.file, what, at, entry.bitmap));
         }
-        let first = c.first_window() && active;
+        let first = c.first_time() && active;
         match self.kind.cluster(entry, guest) {
             Err(bad) => c.corrupt(ImageFault::corrupt(self.file, bad.0, at, word)),
             Ok(Cluster::Absent | Cluster::Zero { host: None, .. }) => {}
@@ -377,7 +466,7 @@ impl Qcow2 {
     fn count_bitmap(&mut self, ctx: &mut Ctx, c: &mut Checker, n: u32, offset: u64) -> Step<Stage> {
         let end = self.bitmap_directory.offset + self.bitmap_directory.bytes;
         if n >= self.bitmaps && offset == end {
-            return Ok(Stage::Blocks(0));
+            return Ok(self.after_references(c));
         }
         let mut b = [0; 24];
         let inside = n < self.bitmaps && offset + 24 <= end;
@@ -387,7 +476,7 @@ impl Qcow2 {
         let Some((bytes, table, entries)) = self.bitmap_entry(&b) else {
             // Where the next one would stand is unknown then. QEMU does not open such an image.
             c.corrupt(ImageFault::corrupt(self.file, "the bitmap directory", offset, n.into()));
-            return Ok(Stage::Blocks(0));
+            return Ok(self.after_references(c));
         };
         let next = (n + 1, offset + bytes);
         let size = ctx.files.size(self.file);
@@ -467,18 +556,33 @@ impl Qcow2 {
                 && word.is_multiple_of(self.cluster_bytes())
                 && count.is_some_and(|&n| n > 1)
             {
-                c.broken = true;
                 let what = "a refcount block with another user";
-                c.report.corrupt(ImageFault::corrupt(self.file, what, place, word));
+                c.corrupt_structure(ImageFault::corrupt(self.file, what, place, word));
             }
             // A step may stop at the next entry: what is told stays told.
             c.stage = Stage::Blocks(at + 1);
         }
-        Ok(if end < entries { Stage::Blocks(end) } else { Stage::Compare(c.window) })
+        Ok(if end < entries { Stage::Blocks(end) } else { self.after_look(ctx, c) })
+    }
+
+    /// The refcount table and its blocks were looked at, in this window.
+    fn after_look(&mut self, ctx: &mut Ctx, c: &mut Checker) -> Stage {
+        if c.pass == Pass::Look && c.window_end() < c.limit {
+            c.window = c.window_end();
+            return Stage::Start;
+        }
+        if self.begin_rebuild(ctx, c) {
+            (c.pass, c.window) = (Pass::Rebuild, 0);
+        } else if c.pass == Pass::Look {
+            (c.pass, c.window) = (Pass::Mend, 0);
+        } else {
+            return Stage::Compare(c.window);
+        }
+        Stage::Start
     }
 
     fn compare(&mut self, ctx: &mut Ctx, c: &mut Checker, mut cluster: u64) -> Step<Stage> {
-        let end = (c.window + c.counts.len() as u64).min(c.limit);
+        let end = c.window_end();
         let stop = end.min(cluster + COMPARE_AT_ONCE);
         while cluster < stop {
             self.compare_one(ctx, c, cluster)?;
@@ -492,7 +596,7 @@ impl Qcow2 {
             c.window = end;
             return Ok(Stage::Start);
         }
-        Ok(Stage::Flags(self.active()))
+        Ok(if c.pass == Pass::Rebuild { Stage::Switch } else { Stage::Flags(self.active()) })
     }
 
     fn compare_one(&mut self, ctx: &mut Ctx, c: &mut Checker, cluster: u64) -> Step<()> {
@@ -509,9 +613,13 @@ impl Qcow2 {
         let offset = cluster << self.kind.cluster_bits;
         let file = self.file;
         let problem = |what| ImageFault::corrupt(file, what, offset, stored);
+        if c.pass == Pass::Rebuild {
+            self.make_countable(ctx, cluster)?;
+            return self.set_refcount(ctx, cluster, wanted);
+        }
         if stored < wanted {
-            let fits = wanted <= self.count_max();
-            let fix = c.params.repair == Repair::All && fits && has_place;
+            let fits = wanted <= self.count_max() && has_place && c.structure == 0;
+            let fix = c.params.repair == Repair::All && fits;
             if fix {
                 self.make_countable(ctx, cluster)?;
                 self.set_refcount(ctx, cluster, wanted)?;
@@ -520,7 +628,7 @@ impl Qcow2 {
             c.report.corruptions_fixed += u64::from(fix);
             return Ok(());
         }
-        let fix = c.params.repair != Repair::Nothing && !c.broken;
+        let fix = c.params.repair != Repair::Nothing && !c.broken && c.structure == 0;
         if fix {
             self.set_refcount(ctx, cluster, wanted)?;
             if wanted == 0 {
@@ -539,11 +647,7 @@ impl Qcow2 {
         if self.refcount_block(ctx, cluster)?.is_some() {
             return Ok(());
         }
-        if cluster >= self.covered_clusters() {
-            // Rare enough to be left to other tools: a table too small for its own file.
-            let what = "a refcount table too small for the file";
-            return Err(ImageFault::unsupported(self.file, what, cluster).into());
-        }
+        assert!(cluster < self.covered_clusters(), "the table was looked at");
         let end = self.writer().space.end();
         if end < self.covered_clusters() && self.refcount_block(ctx, end)?.is_none() {
             // The new block counts itself; it is the one wanted, or the next try finds it.
@@ -624,7 +728,8 @@ impl Qcow2 {
         if (count == 1) == (word & COPIED != 0) {
             return Ok(());
         }
-        let fix = c.params.repair == Repair::All;
+        // With counts that cannot be trusted neither can be what follows from them.
+        let fix = c.params.repair == Repair::All && c.structure == 0;
         if fix {
             ctx.meta.set(self.file, at, &(word ^ COPIED).to_be_bytes(), phase)?;
         }
@@ -657,7 +762,7 @@ impl Qcow2 {
         }
         if self.checker.is_none() {
             let params = CheckParams { repair: Repair::All, budget_bytes: REBUILD_BYTES };
-            self.begin_check(ctx, params);
+            self.begin_check(ctx, params, false);
         }
         while let CheckProgress::More { .. } = self.step_check(ctx)? {}
         // Not sound: it stays dirty, and writes are refused.

@@ -121,6 +121,7 @@ pub(super) fn header(
         refcount_order: refcount_bits.trailing_zeros(),
         header_bytes: if version == 3 { V3_BYTES_NEW } else { V2_BYTES as u32 },
         zstd,
+        lost: None,
     };
     Ok((header, metadata))
 }

@@ -81,6 +81,9 @@ pub struct Header {
     pub refcount_order: u32,
     pub header_bytes: u32,
     pub zstd: bool,
+    /// Where the refcount table should be there is none: why. Its place and length are 0 then;
+    /// only a check goes on.
+    pub lost: Option<ImageFault>,
 }
 
 /// What the extensions say.
@@ -136,11 +139,19 @@ impl Header {
             refcount_order: if v3 { u32_at(b, 96) } else { 4 },
             header_bytes: if v3 { u32_at(b, 100) } else { V2_BYTES as u32 },
             zstd: false,
+            lost: None,
         };
         header.check_geometry(file)?;
         header.check_features(file, b)?;
         header.check_tables(file, file_bytes)?;
-        Ok(Header { zstd: header.compression(file, b)?, ..header })
+        let zstd = header.compression(file, b)?;
+        Ok(match header.check_reftable(file, file_bytes) {
+            Ok(()) => Header { zstd, ..header },
+            Err(why) => {
+                let (reftable_offset, reftable_clusters) = (0, 0);
+                Header { zstd, lost: Some(why), reftable_offset, reftable_clusters, ..header }
+            }
+        })
     }
 
     fn check_geometry(&self, file: FileNo) -> Result<(), ImageFault> {
@@ -232,18 +243,38 @@ impl Header {
         }
     }
 
-    /// Tables lie on cluster boundaries, start inside the file and are not too large.
+    /// A table lies on a cluster boundary, starts inside the file and is not too large.
+    fn check_table(
+        &self,
+        (file, file_bytes): (FileNo, u64),
+        (field, at): (&'static str, u64),
+        offset: u64,
+        bytes: u64,
+        max: u64,
+    ) -> Result<(), ImageFault> {
+        if bytes > max {
+            return Err(ImageFault::limit(file, field, bytes, max));
+        }
+        let end = offset.checked_add(bytes).filter(|&end| end <= i64::MAX as u64);
+        let aligned = offset.is_multiple_of(self.cluster_bytes());
+        if end.is_none() || !aligned || offset == 0 || offset >= file_bytes {
+            return Err(ImageFault::corrupt(file, field, at, offset));
+        }
+        Ok(())
+    }
+
+    fn check_reftable(&self, file: FileNo, file_bytes: u64) -> Result<(), ImageFault> {
+        let bytes = u64::from(self.reftable_clusters) << self.cluster_bits;
+        if bytes == 0 {
+            return Err(ImageFault::corrupt(file, "refcount_table_clusters", 56, 0));
+        }
+        let (offset, max) = (self.reftable_offset, REFTABLE_BYTES_MAX);
+        self.check_table((file, file_bytes), ("the refcount table", 48), offset, bytes, max)
+    }
+
     fn check_tables(&self, file: FileNo, file_bytes: u64) -> Result<(), ImageFault> {
-        let table = |field, at, offset: u64, bytes: u64, max| {
-            if bytes > max {
-                return Err(ImageFault::limit(file, field, bytes, max));
-            }
-            let end = offset.checked_add(bytes).filter(|&end| end <= i64::MAX as u64);
-            let aligned = offset.is_multiple_of(self.cluster_bytes());
-            if end.is_none() || !aligned || offset == 0 || offset >= file_bytes {
-                return Err(ImageFault::corrupt(file, field, at, offset));
-            }
-            Ok(())
+        let table = |field, at, offset, bytes, max| {
+            self.check_table((file, file_bytes), (field, at), offset, bytes, max)
         };
         let l1_bytes = u64::from(self.l1_entries) * 8;
         let needed = self.size_bytes.div_ceil(self.cluster_bytes() << self.l2_bits());
@@ -251,11 +282,6 @@ impl Header {
             return Err(ImageFault::corrupt(file, "l1_size", 36, self.l1_entries.into()));
         }
         table("the L1 table", 40, self.l1_offset, l1_bytes, L1_BYTES_MAX)?;
-        let bytes = u64::from(self.reftable_clusters) << self.cluster_bits;
-        if bytes == 0 {
-            return Err(ImageFault::corrupt(file, "refcount_table_clusters", 56, 0));
-        }
-        table("the refcount table", 48, self.reftable_offset, bytes, REFTABLE_BYTES_MAX)?;
         if self.snapshots > SNAPSHOTS_MAX {
             let (value, max) = (self.snapshots.into(), SNAPSHOTS_MAX.into());
             return Err(ImageFault::limit(file, "nb_snapshots", value, max));
@@ -486,6 +512,7 @@ mod tests {
             refcount_order: 3,
             header_bytes: 112,
             zstd: true,
+            lost: None,
         };
         assert_eq!(header, expected);
         assert_eq!(header.emit(), V3[..112]);

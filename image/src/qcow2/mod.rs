@@ -14,6 +14,7 @@ mod entry;
 mod header;
 mod map;
 mod overlap;
+mod rebuild;
 mod refcount;
 mod resize;
 mod snapshot;
@@ -66,6 +67,9 @@ impl Qcow2 {
         let mut bytes = [0; HEADER_BYTES_MAX];
         ctx.read(file, 0, &mut bytes)?;
         let header = Header::parse(file, &bytes, ctx.files.size(file))?;
+        if let (Some(lost), false) = (header.lost, ctx.for_check) {
+            return Err(lost.into());
+        }
         let extensions = header.extensions(file, &bytes)?;
         let data = match (&extensions.data_file, header.data_file()) {
             (_, false) => file,
@@ -178,7 +182,7 @@ impl Layer for Qcow2 {
     }
 
     fn check_begin(&mut self, ctx: &mut Ctx, params: CheckParams) -> Result<(), ImageFault> {
-        self.begin_check(ctx, params);
+        self.begin_check(ctx, params, true);
         Ok(())
     }
 

@@ -207,6 +207,9 @@ impl Qcow2 {
         if self.header.incompatible & INCOMPATIBLE_DIRTY != 0 {
             return Err(read_only(self.file, "the image is marked dirty; repair it").into());
         }
+        if let Some(lost) = self.header.lost {
+            return Err(lost.into());
+        }
         Ok(())
     }
 

@@ -44,7 +44,7 @@ impl Check {
             Some(What::Leaks) => (Access::ReadWrite, Repair::Leaks),
             Some(What::All) => (Access::ReadWrite, Repair::All),
         };
-        let opened = common::open(&self.file, self.format.as_deref(), access, &self.open)?;
+        let opened = common::open_to_check(&self.file, self.format.as_deref(), access, &self.open)?;
         if opened.format == Format::Raw {
             let message = format!("{}: a raw disk has no tables to check", self.file.display());
             return Err(Failure::new(message).with_code(63));

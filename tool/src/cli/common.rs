@@ -159,6 +159,16 @@ pub fn open(
     open_by(path, named, access, flags, Engine::open)
 }
 
+/// Opens a chain to check its top.
+pub fn open_to_check(
+    path: &Path,
+    named: Option<&str>,
+    access: Access,
+    flags: &OpenFlags,
+) -> Result<Opened, Failure> {
+    open_by(path, named, access, flags, Engine::open_to_check)
+}
+
 /// Opens the top of a chain alone, read-only.
 pub fn open_alone(path: &Path, format: Format, flags: &OpenFlags) -> Result<Engine, Failure> {
     let opened = open_by(path, Some(format.name()), Access::ReadOnly, flags, Engine::open_alone)?;
