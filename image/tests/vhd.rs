@@ -307,6 +307,54 @@ fn an_image_of_xenserver_keeps_its_batmap_and_its_clear_bits() {
     assert!(read_all(&mut engine) == model);
 }
 
+/// On a logical volume: the first blocks go behind the batmap and the locators too.
+#[test]
+fn a_file_that_cannot_grow_keeps_all_that_is_not_a_block() {
+    let folder = RamFolder::new();
+    folder.put("p.vhd", dynamic(5 * 4096));
+    for kind in ["dynamic", "differencing"] {
+        let mut bytes = xenserver()[..3072].to_vec();
+        bytes[1536..2048].fill(0xff);
+        bytes[2560] = 0;
+        let mut footer = bytes[..512].to_vec();
+        if kind == "differencing" {
+            put32(&mut footer, 60, 4);
+            let parent = identity(&folder, "p.vhd").unwrap();
+            edit_header(&mut bytes, |header| header[40..56].copy_from_slice(&parent.to_be_bytes()));
+            for (n, code) in [b"MacX", b"W2ku", b"W2ru"].into_iter().enumerate() {
+                let (at, path) = (576 + n * 24, bytes.len());
+                let data = match n {
+                    0 => b"file://./p.vhd".to_vec(),
+                    _ => "./p.vhd".encode_utf16().flat_map(u16::to_le_bytes).collect(),
+                };
+                edit_header(&mut bytes, |header| {
+                    header[at..at + 4].copy_from_slice(code);
+                    put32(header, at + 4, 512);
+                    put32(header, at + 8, data.len() as u32);
+                    put64(header, at + 16, path as u64);
+                });
+                bytes.extend(&data);
+                bytes.resize(path + 512, 0);
+            }
+        }
+        footer[68] ^= 1;
+        seal(&mut footer, 64);
+        bytes[..512].copy_from_slice(&footer);
+        let fixed = bytes.clone();
+        bytes.resize(6 * BLOCK, 0x77);
+        bytes.extend(footer);
+        folder.put("x.vhd", bytes);
+        folder.fix(true);
+        let mut engine = open(&folder, "x.vhd", rw(Format::Vhd));
+        let mut model = vec![0; 5 * BLOCK];
+        scribble(&mut engine, &mut model, &mut Rng(5), 20, 100);
+        engine.close().unwrap();
+        assert!(read_all(&mut open(&folder, "x.vhd", ro(Format::Vhd))) == model);
+        let now = folder.bytes("x.vhd").unwrap();
+        assert!(now[..1536] == fixed[..1536] && now[2048..fixed.len()] == fixed[2048..], "{kind}");
+    }
+}
+
 #[test]
 fn growing_survives_a_power_cut_at_any_write() {
     for (subformat, from, to) in

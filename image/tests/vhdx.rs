@@ -550,6 +550,47 @@ fn an_empty_metadata_item_is_none() {
     assert_eq!(open(&folder, "a.vhdx", rw(Format::Vhdx)).sectors(), 9000);
 }
 
+/// A region that is not known and not required belongs to somebody: no block goes there.
+#[test]
+fn regions_of_others_are_kept() {
+    let image = |count: usize, offset: u64| {
+        let mut bytes = new(20_000, 1 << 20, &[]);
+        bytes.resize(10 * MIB, 0);
+        for at in REGIONS {
+            let table = &mut bytes[at..at + 65536];
+            put(table, 8, &(2 + count as u32).to_le_bytes());
+            for n in 0..count {
+                let entry = 16 + (2 + n) * 32;
+                table[entry..entry + 16].fill(0xee);
+                put(table, entry + 16, &offset.to_le_bytes());
+                put(table, entry + 24, &(2 * MIB as u32).to_le_bytes());
+            }
+            seal(table, 4);
+        }
+        bytes[5 * MIB..7 * MIB].fill(0x77);
+        bytes
+    };
+    for fixed in [false, true] {
+        let folder = RamFolder::new();
+        let mut bytes = image(1, 5 * MIB as u64);
+        bytes.resize(if fixed { 40 * MIB } else { 10 * MIB }, 0);
+        folder.put("a.vhdx", bytes);
+        folder.fix(fixed);
+        let mut engine = open(&folder, "a.vhdx", rw(Format::Vhdx));
+        let mut model = vec![0; 20_000 * 512];
+        scribble(&mut engine, &mut model, &mut Rng(5), 40, 300);
+        engine.close().unwrap();
+        assert!(read_all(&mut open(&folder, "a.vhdx", ro(Format::Vhdx))) == model);
+        let now = folder.bytes("a.vhdx").unwrap();
+        assert!(now[5 * MIB..7 * MIB].iter().all(|&b| b == 0x77), "{fixed}");
+    }
+    let folder = RamFolder::new();
+    folder.put("a.vhdx", image(1, !0));
+    open(&folder, "a.vhdx", rw(Format::Vhdx)).write(0, &[1; 512]).unwrap();
+    let many = refused(image(9, 5 * MIB as u64), "a.vhdx", rw(Format::Vhdx));
+    assert!(many.contains("VHDX regions of others is 9, the limit is 8"), "{many}");
+}
+
 /// A log may zero some of a BAT, not a file of any length.
 #[test]
 fn a_log_zeroes_no_more_than_tables_can_need() {

@@ -135,7 +135,10 @@ impl Vhd {
     }
 
     /// What lies in the file and is no block, by place.
-    fn fixed_stretches(&self, ctx: &mut Ctx) -> Step<heapless::Vec<(u64, u64), FIXED_MAX>> {
+    pub(super) fn fixed_stretches(
+        &self,
+        ctx: &mut Ctx,
+    ) -> Step<heapless::Vec<(u64, u64), FIXED_MAX>> {
         let mut bytes = [0; HEADER_BYTES];
         ctx.read(self.file, self.header_offset, &mut bytes)?;
         let header = Header::parse(self.file, self.header_offset, &bytes, self.sectors)?;

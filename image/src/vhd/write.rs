@@ -240,6 +240,12 @@ impl Vhd {
     }
 
     fn scan_bat(&self, ctx: &mut Ctx, writer: &mut Writer) -> Step<()> {
+        if writer.scanned == 0 {
+            // Among it the batmap and the locators, which may lie behind the BAT.
+            let fixed = self.fixed_stretches(ctx)?;
+            let end = fixed.iter().map(|&(_, end)| end).max().unwrap_or(0);
+            writer.next = writer.next.max(end * SECTOR_BYTES);
+        }
         while writer.scanned < self.entries as u64 {
             let entry = ctx.meta.get_u32_be(self.file, self.entry_offset(writer.scanned))?;
             if entry != BAT_UNUSED {

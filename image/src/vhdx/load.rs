@@ -27,6 +27,9 @@ const KEYS_MAX: u16 = 64;
 /// Longest path taken, bytes of UTF-16.
 const PATH_BYTES_MAX: u16 = 2046;
 
+/// Regions of others that are kept (ours; no writer is known that has any).
+pub(super) const OTHERS_MAX: usize = 8;
+
 /// A stretch of the file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(super) struct Region {
@@ -226,7 +229,7 @@ impl Vhdx {
         Err(ImageFault::corrupt(self.file, "VHDX region tables, neither holds", offset, 0).into())
     }
 
-    fn region(&self, ctx: &mut Ctx, load: &mut Load, table: u64, n: u32) -> Step<()> {
+    fn region(&mut self, ctx: &mut Ctx, load: &mut Load, table: u64, n: u32) -> Step<()> {
         let at = table + REGION_HEAD_BYTES + n as u64 * ENTRY_BYTES;
         let mut b = [0; ENTRY_BYTES as usize];
         self.get_across(ctx, at, &mut b)?;
@@ -235,7 +238,16 @@ impl Vhdx {
             BAT_REGION => &mut load.bat,
             METADATA_REGION => &mut load.metadata,
             other if u32_at(&b, 28) & 1 != 0 => return Err(self.unknown("region", other)),
-            _ => return Ok(()),
+            _ => {
+                // What does not lie in the file is no place of anything.
+                let end = region.offset.saturating_add(region.length);
+                if end > ctx.files.size(self.file) {
+                    return Ok(());
+                }
+                let (field, max) = ("VHDX regions of others", OTHERS_MAX as u64);
+                let many = |_| ImageFault::limit(self.file, field, max + 1, max);
+                return Ok(self.others.push(region).map_err(many)?);
+            }
         };
         let aligned = region.offset.is_multiple_of(MIB) && region.length.is_multiple_of(MIB);
         let end = region.offset.checked_add(region.length);

@@ -92,7 +92,9 @@ impl Vhdx {
     }
 
     pub(super) fn in_metadata(&self, offset: u64, len: u64) -> bool {
-        offset < MIB || [self.log, self.bat, self.metadata].iter().any(|r| r.touches(offset, len))
+        let known = [self.log, self.bat, self.metadata];
+        let mut regions = known.iter().chain(&self.others);
+        offset < MIB || regions.any(|region| region.touches(offset, len))
     }
 
     /// Byte of the sector bitmap block for this payload block, `None` if it is not there.

@@ -30,7 +30,7 @@ use crate::types::{DiscardPlan, FileNo, ResizePlan, SECTOR_BYTES, SectorRange, S
 use check::Check;
 pub(crate) use create::create;
 use header::{Metadata, guid_number};
-use load::{Load, Region};
+use load::{Load, OTHERS_MAX, Region};
 use replay::Overlay;
 use write::Writer;
 
@@ -39,6 +39,8 @@ pub(crate) struct Vhdx {
     log: Region,
     bat: Region,
     metadata: Region,
+    /// Regions of others: they are kept.
+    others: heapless::Vec<Region, OTHERS_MAX>,
     data_write_guid: u128,
     /// parent_linkage and parent_linkage2.
     linkage: [u128; 2],
@@ -89,6 +91,7 @@ impl Vhdx {
             log,
             bat: Region::default(),
             metadata: Region::default(),
+            others: heapless::Vec::new(),
             data_write_guid: guid_number(header.data_write_guid),
             linkage: [0; 2],
             geometry: Geometry {

@@ -242,8 +242,10 @@ impl Vhdx {
     /// Looks at the BAT entries of `blocks` blocks, and for free places in `mib` of the file.
     fn scan_bat(&self, ctx: &mut Ctx, writer: &mut Writer, mib: u64, blocks: u64) -> Step<()> {
         if writer.used.is_none() {
-            let end = |r: Region| r.offset + r.length;
-            writer.next = end(self.log).max(end(self.bat)).max(end(self.metadata));
+            let end = |r: &Region| r.offset + r.length;
+            let known = [self.log, self.bat, self.metadata];
+            let regions = known.iter().chain(&self.others);
+            writer.next = regions.map(end).max().expect("there are three at least");
             writer.used = Some(vec![0; mib.div_ceil(64) as usize]);
         }
         let ratio = self.geometry.chunk_ratio;
