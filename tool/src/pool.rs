@@ -9,6 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 
 use platter_image::Decoders;
+use zstd::bulk::Compressor;
 
 /// What a thread has for itself, to be used again by each job.
 #[derive(Default)]
@@ -17,6 +18,7 @@ pub struct Desk {
     /// A packed cluster, and one of which only a part is wanted.
     packed: Vec<u8>,
     unpacked: Vec<u8>,
+    encoder: Option<Compressor<'static>>,
 }
 
 impl Desk {
@@ -25,6 +27,13 @@ impl Desk {
     pub fn unpacking(&mut self) -> (&mut Decoders, &mut Vec<u8>, &mut Vec<u8>) {
         let decoders = self.decoders.get_or_insert_default();
         (decoders, &mut self.packed, &mut self.unpacked)
+    }
+
+    /// A zstd encoder: its tables are a megabyte or two, which are made once.
+    pub fn packing(&mut self) -> &mut Compressor<'static> {
+        let level = zstd::DEFAULT_COMPRESSION_LEVEL;
+        let made = || Compressor::new(level).expect("there is memory for the tables");
+        self.encoder.get_or_insert_with(made)
     }
 }
 

@@ -3,7 +3,7 @@
 //! after its clusters, then the L1 table, the refcount table and the refcount blocks.
 //!
 //! Order guarded: the header is given last, when all that it names has its place; until it is
-//! written the file is no qcow2. The caller compresses (raw deflate) and writes; here is only
+//! written the file is no qcow2. The caller compresses and writes; here is only
 //! where what goes. Memory: one L2 table, the L1 table, and 2 bytes for each cluster of the file.
 
 use alloc::vec::Vec;
@@ -45,8 +45,8 @@ impl Qcow2Stream {
             let why = "a compressed image has no backing file, data file or preallocation";
             return Err(CreateFault::new(why));
         }
-        if header.zstd || header.extended_l2() || header.refcount_order != REFCOUNT_ORDER {
-            let why = "clusters are compressed by zlib, without extended_l2, with refcount_bits=16";
+        if header.extended_l2() || header.refcount_order != REFCOUNT_ORDER {
+            let why = "a compressed image is made without extended_l2, with refcount_bits=16";
             return Err(CreateFault::new(why));
         }
         let (bits, l2_bits) = (header.cluster_bits, header.l2_bits());
@@ -67,6 +67,11 @@ impl Qcow2Stream {
         })
     }
 
+    /// Clusters are packed by zstd, else by raw deflate.
+    pub fn is_zstd(&self) -> bool {
+        self.header.zstd
+    }
+
     /// Bytes of a cluster; the last one of a disk is filled up with zeros.
     pub fn cluster_bytes(&self) -> usize {
         1 << self.header.cluster_bits
@@ -80,8 +85,8 @@ impl Qcow2Stream {
         self.given()
     }
 
-    /// Cluster number `cluster`, above all before it: raw deflate if `packed`, which is shorter
-    /// than a cluster, else all its bytes. Clusters left out are zeros.
+    /// Cluster number `cluster`, above all before it: if `packed`, compressed and shorter than a
+    /// cluster, else all its bytes. Clusters left out are zeros.
     pub fn cluster(&mut self, cluster: u64, bytes: &[u8], packed: bool) -> &[u8] {
         let clusters = self.header.size_bytes.div_ceil(self.cluster_bytes() as u64);
         assert!(cluster >= self.next_cluster && cluster < clusters, "they come in ascending order");

@@ -14,7 +14,7 @@ use super::common::Failure;
 use crate::create::claim;
 use crate::engine::Engine;
 use crate::flow::{Flow, Piece, is_zero};
-use crate::pool::Pool;
+use crate::pool::{Desk, Pool};
 
 /// The level at which zlib is usually run.
 const LEVEL: u32 = 6;
@@ -107,9 +107,20 @@ impl Layout {
     }
 
     /// How a cluster is packed, on any thread.
-    fn packer(&self) -> fn(Vec<u8>) -> Packed {
+    fn packer(&self) -> fn(&mut Desk, Vec<u8>) -> Packed {
         match self {
-            Layout::Qcow2(_) => |bytes| {
+            Layout::Qcow2(stream) if stream.is_zstd() => |desk, bytes| {
+                let mut packed = vec![0; bytes.len() - 1];
+                // It fails where there is no room, for nothing is gained then.
+                match desk.packing().compress_to_buffer(&bytes, &mut packed[..]) {
+                    Ok(len) => {
+                        packed.truncate(len);
+                        Packed { bytes: packed, is_packed: true }
+                    }
+                    Err(_) => Packed { bytes, is_packed: false },
+                }
+            },
+            Layout::Qcow2(_) => |_, bytes| {
                 let raw = Compress::new_with_window_bits(
                     Compression::new(LEVEL),
                     false,
@@ -120,7 +131,7 @@ impl Layout {
                     None => Packed { bytes, is_packed: false },
                 }
             },
-            Layout::Vmdk(_) => |bytes| {
+            Layout::Vmdk(_) => |_, bytes| {
                 let zlib =
                     Compress::new_with_window_bits(Compression::new(LEVEL), true, VMDK_WINDOW_BITS);
                 let packed = deflate(zlib, &bytes, bytes.len() * 2);
@@ -162,7 +173,7 @@ impl<P: FnMut(&[u8]) -> Result<(), Failure>> Packer<'_, P> {
         cluster.fill(0);
         self.order.push_back(number);
         let pack = self.layout.packer();
-        self.pool.submit(move |_| (number, pack(bytes)));
+        self.pool.submit(move |desk| (number, pack(desk, bytes)));
         Ok(())
     }
 
