@@ -39,7 +39,8 @@ pub struct Commit {
 impl Commit {
     pub fn run(self) -> Outcome {
         let format = common::format_of_image(&self.file, self.format.as_deref())?;
-        let (base_path, base_format) = match self.again {
+        // Any other chain opens as before, and is looked at as a whole.
+        let (base_path, base_format) = match self.again && knows_state(format) {
             true => self.named_base(format)?,
             false => self.base(format)?,
         };
@@ -119,12 +120,17 @@ impl Commit {
     /// Where children know their parents by content, a commit that was stopped is the likely reason
     /// for a chain that does not open.
     fn hint(&self, format: Format, failure: Failure) -> Failure {
-        if !matches!(format, Format::Vhdx | Format::Vmdk) {
+        if !knows_state(format) {
             return failure;
         }
         let message = failure.message;
         Failure { message: format!("{message}; go on with a stopped commit by --again"), ..failure }
     }
+}
+
+/// Does a child of this format know its parent by the state that it was made on?
+fn knows_state(format: Format) -> bool {
+    matches!(format, Format::Vhdx | Format::Vmdk)
 }
 
 fn read(engine: &mut Engine, range: SectorRange) -> Result<Vec<u8>, Fault> {
