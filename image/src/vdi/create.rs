@@ -1,13 +1,15 @@
 //! A new VDI: header, a map of free entries (static: in order), room for the map to grow.
 
 use super::header::parent_comment;
-use super::header::{BLOCK_BYTES_MAX, BLOCK_BYTES_MIN, BLOCKS_MAX, HEADER_BYTES, Header, Kind};
+use super::header::{BLOCK_BYTES_MAX, BLOCKS_MAX, HEADER_BYTES, Header, Kind};
 use crate::create::{Content, Create, CreateFault, CreateParams, Entry, Wanted, random};
 use crate::format::Format;
 use crate::types::SECTOR_BYTES;
 
 /// What VirtualBox and QEMU take (QEMU opens no other).
 const BLOCK_BYTES: u64 = 1 << 20;
+/// Smallest blocks that are made: whole blocks of a store.
+const BLOCK_BYTES_LEAST: u64 = 4 << 10;
 /// The data starts at a multiple of this, so that the map of a small disk has room to grow.
 const DATA_ALIGN: u64 = 1 << 20;
 
@@ -19,7 +21,7 @@ pub(crate) fn create(params: &CreateParams) -> Result<Create, CreateFault> {
     let reserve = wanted.preallocation(fixed, true)?;
     wanted.finish()?;
     let block_bytes = if params.cluster_bytes == 0 { BLOCK_BYTES } else { params.cluster_bytes };
-    if !(u64::from(BLOCK_BYTES_MIN)..=u64::from(BLOCK_BYTES_MAX)).contains(&block_bytes) {
+    if !(BLOCK_BYTES_LEAST..=BLOCK_BYTES_MAX.into()).contains(&block_bytes) {
         return Err(CreateFault::new("the block size of a VDI is 4 KiB to 256 MiB"));
     }
     let blocks = params.sectors.div_ceil(block_bytes / SECTOR_BYTES);

@@ -12,9 +12,9 @@ const VERSION_1_1: u32 = 0x0001_0001;
 const FIELDS_BYTES: u32 = 0x180;
 /// Most blocks: their map must be below 4 GiB (QEMU's limit).
 pub(super) const BLOCKS_MAX: u32 = 0x3fff_ffff;
-/// Block sizes served, powers of two: 1 MiB is usual, VirtualBox allows others (the range is
+/// Block sizes served, powers of two: 1 MiB is usual, VirtualBox allows others (the largest is
 /// ours: no larger than a VHDX block).
-pub(super) const BLOCK_BYTES_MIN: u32 = 4 << 10;
+const BLOCK_BYTES_MIN: u32 = 512;
 pub(super) const BLOCK_BYTES_MAX: u32 = 256 << 20;
 /// What stands before the name of the parent in the comment of an image made by platter.
 const PARENT_MARK: &[u8] = b"parent=";

@@ -46,6 +46,39 @@ fn what_is_created_and_written_reads_the_same_to_qemu_and_dissect() {
     }
 }
 
+/// VirtualBox makes blocks of 1 MiB and takes any power of two of whole sectors.
+#[test]
+fn blocks_of_any_power_of_two_are_written_and_grow() {
+    for shift in [9, 10, 11, 12, 15, 17, 21, 25, 28] {
+        let folder = RamFolder::new();
+        create(&folder, &vdi("a.vdi"));
+        let mut bytes = folder.bytes("a.vdi").unwrap();
+        let blocks = (SECTORS * 512).div_ceil(1 << shift) as u32;
+        // Map and data lie close together, in no whole cache blocks.
+        let data = (1024 + blocks as usize * 4).next_multiple_of(512);
+        bytes.truncate(512);
+        bytes.resize(data, 0);
+        bytes[1024..1024 + blocks as usize * 4].fill(0xff);
+        for (at, value) in [(0x154, 1024), (0x158, data as u32), (0x178, 1 << shift)] {
+            put(&mut bytes, at, &(value as u32).to_le_bytes());
+        }
+        put(&mut bytes, 0x180, &blocks.to_le_bytes());
+        folder.put("a.vdi", bytes);
+        let mut model = vec![0; SECTORS as usize * 512];
+        scribble_on(&folder, "a.vdi", Format::Vdi, &mut model, shift);
+        let mut engine = open(&folder, "a.vdi", rw(Format::Vdi));
+        engine.resize(SECTORS + 70_000).unwrap();
+        engine.write(SECTORS + 69_999, &[9; 512]).unwrap();
+        engine.close().unwrap();
+        model.resize(model.len() + 70_000 * 512, 0);
+        model[(SECTORS as usize + 69_999) * 512..].fill(9);
+        let mut engine = open(&folder, "a.vdi", ro(Format::Vdi));
+        assert!(read_all(&mut engine) == model, "blocks of 2^{shift}");
+        let report = check_all(&mut engine);
+        assert!(report.is_sound() && report.leaks == 0, "2^{shift}: {report:#?}");
+    }
+}
+
 #[test]
 fn a_chain_goes_by_uuid() {
     let scratch = Scratch::new("vdi-chain");
