@@ -60,7 +60,7 @@ fn blocks_of_any_power_of_two_are_written_and_grow() {
         bytes.resize(data, 0);
         bytes[1024..1024 + blocks as usize * 4].fill(0xff);
         for (at, value) in [(0x154, 1024), (0x158, data as u32), (0x178, 1 << shift)] {
-            put(&mut bytes, at, &(value as u32).to_le_bytes());
+            put(&mut bytes, at, &value.to_le_bytes());
         }
         put(&mut bytes, 0x180, &blocks.to_le_bytes());
         folder.put("a.vdi", bytes);
