@@ -36,7 +36,9 @@ const GRAIN_SECTORS_MAX: u64 = 0x20_0000;
 const PACKED_GRAIN_SECTORS_MAX: u64 = 4096;
 /// Smallest grain of a hosted extent (specification).
 const HOSTED_GRAIN_SECTORS_MIN: u64 = 8;
-/// Entries of a grain table: hosted at most (QEMU), ESX always.
+/// Entries of a grain table: hosted at least (a sector of them: VMware's open-vmdk) and at most
+/// (QEMU), ESX always.
+const HOSTED_ENTRIES_MIN: u32 = 128;
 const HOSTED_ENTRIES_MAX: u32 = 512;
 const COWD_ENTRIES: u64 = 4096;
 /// Most entries of a grain directory (QEMU's limit).
@@ -181,7 +183,8 @@ fn hosted(file: FileNo, at: u64, bytes: &[u8; HEADER_BYTES]) -> Result<Sparse, I
         return Err(ImageFault::unsupported(file, field, algorithm.into()));
     }
     let entries = u32_at(bytes, 44);
-    if !entries.is_power_of_two() || entries > HOSTED_ENTRIES_MAX {
+    let known = HOSTED_ENTRIES_MIN..=HOSTED_ENTRIES_MAX;
+    if !entries.is_power_of_two() || !known.contains(&entries) {
         return corrupt("numGTEsPerGT", 44, entries.into());
     }
     let grain_sectors = u64_at(bytes, 20);
@@ -351,7 +354,7 @@ mod tests {
 
     #[test]
     fn hostile_fields_are_refused() {
-        let edits: [(usize, &[u8]); 15] = [
+        let edits: [(usize, &[u8]); 16] = [
             (0, b"XXXX"),
             (4, &[4, 0, 0, 0]),
             (8, &[7, 0, 4, 0]),
@@ -362,6 +365,7 @@ mod tests {
             (20, &[0xff; 8]),
             (20, &[0, 0, 0x40, 0, 0, 0, 0, 0]),
             (44, &[0; 4]),
+            (44, &[64, 0, 0, 0]),
             (44, &[0, 4, 0, 0]),
             (48, &[0xff; 8]),
             (56, &[0; 8]),

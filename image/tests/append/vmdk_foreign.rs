@@ -359,6 +359,43 @@ fn esx_snapshots_lie_over_a_flat_base() {
     assert!(read_all(&mut open(&folder, "t.vmdk", ro(Format::Vmdk))) == want);
 }
 
+/// Tables of 128 and 256 entries, which nobody is known to make: written, grown, with tables that
+/// are still to be made.
+#[test]
+fn shorter_grain_tables_are_written_and_grow() {
+    let scratch = Scratch::new("vmdk-short");
+    for entries in [128u32, 256] {
+        let folder = RamFolder::new();
+        let sectors = 40_000;
+        create(&folder, &CreateParams { name: "a.vmdk", ..params(Format::Vmdk, sectors) });
+        let mut bytes = folder.bytes("a.vmdk").unwrap();
+        put(&mut bytes, 44, &entries.to_le_bytes());
+        // Both directories empty: what the old ones named is nobody's.
+        for at in [48, 56] {
+            let directory = u64_le(&bytes, at) as usize * 512;
+            bytes[directory..directory + 512].fill(0);
+        }
+        folder.put("a.vmdk", bytes);
+        let mut model = vec![0; sectors as usize * 512];
+        scribble_on(&folder, "a.vmdk", Format::Vmdk, &mut model, 3);
+        let mut engine = open(&folder, "a.vmdk", rw(Format::Vmdk));
+        engine.resize(100_000).unwrap();
+        for sector in [40_000, 66_000, 70_000, 99_999] {
+            engine.write(sector, &[7; 512]).unwrap();
+        }
+        engine.close().unwrap();
+        model.resize(100_000 * 512, 0);
+        for sector in [40_000, 66_000, 70_000, 99_999] {
+            model[sector * 512..][..512].fill(7);
+        }
+        let mut engine = open(&folder, "a.vmdk", ro(Format::Vmdk));
+        assert!(read_all(&mut engine) == model);
+        assert!(check_all(&mut engine).is_sound());
+        copy_out(&folder, &scratch);
+        assert!(scratch.by_qemu("vmdk", "a.vmdk") == model, "QEMU reads {entries}");
+    }
+}
+
 /// Some leave much room for an embedded descriptor; what it says ends at the first NUL.
 #[test]
 fn much_room_for_a_descriptor_is_no_long_descriptor() {
