@@ -307,6 +307,42 @@ fn an_image_of_xenserver_keeps_its_batmap_and_its_clear_bits() {
     assert!(read_all(&mut engine) == model);
 }
 
+/// With these the data of a block shares a cache block with the bitmaps of its neighbours. (Others
+/// do not read them: QEMU expects no bitmap before the data, libvhdi more of one.)
+#[test]
+fn blocks_below_4_kib_are_written_and_grow() {
+    let sectors = 3001;
+    for (block, kind) in [(512, 3), (1024, 3), (2048, 3), (512, 4), (2048, 4)] {
+        let folder = RamFolder::new();
+        folder.put("p.vhd", dynamic(sectors));
+        let of = identity(&folder, "p.vhd");
+        let mut bytes = match kind {
+            3 => dynamic(sectors),
+            _ => child(sectors, "p.vhd", Format::Vhd, of),
+        };
+        let footer = bytes.split_off(bytes.len() - 512);
+        let (table, entries) = (bytes.len(), sectors.div_ceil(block / 512));
+        bytes.resize(table + (entries as usize * 4).next_multiple_of(512), 0xff);
+        edit_header(&mut bytes, |header| {
+            put64(header, 16, table as u64);
+            put32(header, 28, entries as u32);
+            put32(header, 32, block as u32);
+        });
+        bytes.extend(footer);
+        folder.put("a.vhd", bytes);
+        let mut model = vec![0; sectors as usize * 512];
+        let mut engine = open(&folder, "a.vhd", rw(Format::Vhd));
+        scribble(&mut engine, &mut model, &mut Rng(block), 60, 90);
+        engine.resize(sectors + 500).unwrap();
+        model.resize(model.len() + 500 * 512, 0);
+        scribble(&mut engine, &mut model, &mut Rng(block), 60, 90);
+        engine.close().unwrap();
+        let mut engine = open(&folder, "a.vhd", ro(Format::Vhd));
+        assert!(read_all(&mut engine) == model, "blocks of {block}, type {kind}");
+        assert_eq!(check_all(&mut engine).corruptions, 0);
+    }
+}
+
 /// On a logical volume: the first blocks go behind the batmap and the locators too.
 #[test]
 fn a_file_that_cannot_grow_keeps_all_that_is_not_a_block() {
