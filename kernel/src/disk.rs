@@ -100,6 +100,9 @@ pub struct Disk {
     bad_block: Option<(BlockRef, Fault)>,
     /// It is about to grow: no request is taken, so that none is under way meanwhile.
     pub growing: bool,
+    /// Its frontend has gone or begun anew: no answer will be read, and what has not begun to
+    /// touch the image never does.
+    pub unheard: bool,
     /// Writes are refused since the image or its store failed in a way that more would worsen.
     pub frozen: Option<Fault>,
 }
@@ -136,6 +139,7 @@ impl Disk {
             kick: false,
             bad_block: None,
             growing: false,
+            unheard: false,
             frozen: None,
         }
     }
@@ -427,6 +431,9 @@ impl Disk {
             let request = engine.requests.get(id);
             request.parked = false;
             let before = request.planned;
+            if self.unheard && !request.is_moving() {
+                request.failed.get_or_insert(Fault::Unheard);
+            }
             if self.plan(engine, hv, id) == Progress::Parked {
                 went_on |= engine.requests.find(id).is_some_and(|r| r.planned != before);
                 self.park(engine, id);

@@ -16,6 +16,8 @@ pub enum Fault {
     Image(ImageFault),
     /// The store failed.
     Store(StoreFault),
+    /// The guest's frontend has gone before the request was begun.
+    Unheard,
     /// Ours: planned work could not go on although nothing was in its way.
     Stuck,
     /// Ours: no memory left for another disk.
@@ -34,7 +36,7 @@ pub enum Party {
 impl Fault {
     pub fn party(&self) -> Party {
         match self {
-            Fault::Request(_) | Fault::Grant(_) => Party::Guest,
+            Fault::Request(_) | Fault::Grant(_) | Fault::Unheard => Party::Guest,
             Fault::Image(_) => Party::Image,
             Fault::Store(_) => Party::Store,
             Fault::Stuck | Fault::Memory => Party::Own,
@@ -55,6 +57,7 @@ impl Fault {
         match self {
             Fault::Request(bad) => bad.name(),
             Fault::Grant(_) => "bad-grant",
+            Fault::Unheard => "unheard",
             Fault::Image(fault) => match fault.kind {
                 FaultKind::Full => "image-full",
                 FaultKind::ReadOnly => "image-read-only",

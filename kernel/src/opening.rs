@@ -163,7 +163,7 @@ pub fn sentence(path: &str, format: Format, fault: &Fault) -> String {
         },
         Fault::Stuck => "the image waits for something that will never come",
         Fault::Memory => "no memory for another disk: raise memory= of the storage domain",
-        Fault::Request(_) | Fault::Grant(_) => "a guest's mistake while opening",
+        Fault::Request(_) | Fault::Grant(_) | Fault::Unheard => "a guest's mistake while opening",
     };
     format!("'{path}': {why}")
 }

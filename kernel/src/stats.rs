@@ -7,8 +7,9 @@ use platter_xen::blkif::BadRequest;
 use crate::fault::Fault;
 
 /// Names of the refusals that are not of the protocol; theirs come from [`BadRequest`].
-const OTHERS: [&str; 12] = [
+const OTHERS: [&str; 13] = [
     "bad-grant",
+    "unheard",
     "image-full",
     "image-read-only",
     "image-limit",
@@ -103,6 +104,7 @@ mod tests {
             stats.refuse(&Fault::Store(store));
         }
         stats.refuse(&Fault::Grant(-3));
+        stats.refuse(&Fault::Unheard);
         stats.refuse(&Fault::Stuck);
         stats.refuse(&Fault::Memory);
         stats.ring_broken();

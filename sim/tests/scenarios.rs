@@ -294,3 +294,37 @@ fn what_xenstore_refuses_for_a_while_is_asked_and_said_again() {
         }
     }
 }
+
+#[test]
+fn what_a_destroyed_guest_had_asked_for_is_not_begun_any_more() {
+    // Each of its writes had a block of 32 MiB zeroed before its grant was found to be gone.
+    let mut world = World::new(0, 8192);
+    (world.host.rings_max, world.host.order_max) = (1, 3);
+    world.host.start(&mut world.xs);
+    world.poke_host();
+    let habits = Habits {
+        depth: 8,
+        writes: 1000,
+        flushes: 0,
+        errors_allowed: true,
+        patience_ns: 60_000 * MS,
+        ..heavy()
+    };
+    let guest = world.add_guest(Format::Vhdx, 4096, habits);
+    world.run_until("the connection", 60_000 * MS, |w| w.guests[guest].is_running());
+    // What was begun then is in doubt: the block behind is no longer known to be zero.
+    let (machine, xs) = (&mut world.machine, &mut world.xs);
+    world.host.die(machine, xs, true);
+    world.poke_host();
+    world.run_for(20 * MS);
+    world.destroy_guest(guest);
+    world.run_for(20 * MS);
+    world.host.start(&mut world.xs);
+    world.poke_host();
+    let line = world.guests[guest].line.clone();
+    world.run_until("the removal", 60_000 * MS, |w| !w.toolstack.is_busy());
+    let verdict = world.toolstack.verdict(&line, false).expect("it was detached");
+    assert_eq!(verdict.outcome, Outcome::Done, "{verdict:?}");
+    // It took 1.8 s; a Closed stands for 0.3 s.
+    assert!(verdict.took_ns < 1000 * MS, "{verdict:?}");
+}

@@ -64,6 +64,7 @@ impl Device {
     ) -> Result<(), &'static str> {
         let Some(disk) = &mut self.disk else { return Err("the disk is not open") };
         assert!(disk.queues.is_empty(), "a connect before the last one was released");
+        disk.unheard = false;
         for queue in &connect.queues {
             let taken = connect_queue(world.hv, disk, connect, queue);
             if let Err(why) = taken {

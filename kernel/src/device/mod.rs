@@ -511,6 +511,11 @@ impl Device {
             Action::Connect => self.read_shape(world),
             Action::Release => {
                 self.rings = Rings::Releasing;
+                if let Some(disk) = &mut self.disk {
+                    use XenbusState::{Closed, Initialising};
+                    disk.unheard = matches!(self.front_seen, None | Some(Closed | Initialising));
+                    disk.kick = true;
+                }
                 self.release_on(world);
             }
             Action::Write(state) => self.write_state(world, state),
