@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::{Arc, Mutex, OnceLock};
 
-use platter_image::Format;
+use platter_image::{Access, Format};
+use platter_tool::engine::{Engine, options};
+use platter_tool::medium::DiskFolder;
 
 /// How qemu-img check can judge an image of a case after a power cut.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -24,7 +26,7 @@ pub struct Case {
     pub name: &'static str,
     /// Our name of the format.
     pub format: &'static str,
-    /// QEMU's.
+    /// QEMU's, empty where it knows no such image: platter makes it, and QEMU is not asked.
     pub qemu: &'static str,
     /// What follows `-o`, or nothing.
     pub options: &'static str,
@@ -62,6 +64,9 @@ const VHDX: Case =
     Case { format: "vhdx", qemu: "vhdx", check: Check::Repair, unit: 1 << 20, ..PLAIN };
 const VMDK: Case = Case { format: "vmdk", qemu: "vmdk", ..PLAIN };
 const VDI: Case = Case { format: "vdi", qemu: "vdi", unit: 1 << 20, ..PLAIN };
+
+/// Differencing images over one of the same format, which QEMU does not know.
+const OURS: Case = Case { check: Check::No, unit: 1 << 20, ..PLAIN };
 
 /// Some clusters, half a cluster, a zeroed stretch.
 const FILL: &[&str] = &["write -P 1 0 200k", "write -P 2 1000k 33k", "write -z 400k 256k"];
@@ -245,6 +250,16 @@ pub const CASES: &[Case] = &[
     Case { name: "vmdk-base", base: Some(("vmdk", "vmdk", 4096)), prepare: FILL_SMALL, ..VMDK },
     Case { name: "vdi", prepare: FILL, ..VDI },
     Case { name: "vdi-static", options: "static=on", prepare: FILL, ..VDI },
+    Case { name: "vhd-child", format: "vhd", options: "block_size=512k", ..OURS },
+    Case { name: "vhd-child-4k", format: "vhd", options: "block_size=4k", unit: 4096, ..OURS },
+    Case { name: "vhdx-child", format: "vhdx", options: "block_size=1M", ..OURS },
+    Case {
+        name: "vhdx-child-4kn",
+        format: "vhdx",
+        options: "block_size=1M,logical_sector_size=4096",
+        ..OURS
+    },
+    Case { name: "vdi-child", format: "vdi", options: "block_size=64k", unit: 65536, ..OURS },
 ];
 
 /// A case's files, and what its disk reads as.
@@ -262,9 +277,10 @@ impl Case {
     }
 
     /// Whether the disk can get any larger size and is zeros from its old end on, whatever happens:
-    /// not if its size is its geometry, all its space is laid out for good, or ends in a footer.
+    /// not if its size is its geometry or whole sectors of 4096 bytes, all its space is laid out
+    /// for good, or ends in a footer.
     pub fn grows(&self) -> bool {
-        let others = ["vdi-static", "vhdx-fixed", "vhd", "vhd-fixed"];
+        let others = ["vdi-static", "vhdx-fixed", "vhd", "vhd-fixed", "vhdx-child-4kn"];
         !others.contains(&self.name)
     }
 
@@ -277,7 +293,35 @@ impl Case {
             let mut cache = cache.lock().expect("nothing can fail while it is held");
             Arc::clone(cache.entry(self.name).or_default())
         };
-        Arc::clone(slot.get_or_init(|| Arc::new(self.make())))
+        let make = || if self.qemu.is_empty() { self.make_ours() } else { self.make() };
+        Arc::clone(slot.get_or_init(|| Arc::new(make())))
+    }
+
+    /// An image and its base, both by platter.
+    fn make_ours(&self) -> Built {
+        let scratch = Scratch::new(self.name);
+        let (top, base) = (format!("top.{}", self.format), format!("base.{}", self.format));
+        let size = format!("{}k", self.size_kib);
+        let create = ["create", "-q", "-f", self.format, "-o", self.options];
+        scratch.platter(&[&create[..], &[&base, &size]].concat());
+        let folder = DiskFolder::new(&scratch.path);
+        let format = self.format().expect("a format of ours");
+        let fill = |name: &str, stretches: [(u8, u64, usize); 2]| {
+            let access = Access::ReadWrite;
+            let mut engine = Engine::open(&folder, name, options(format, access)).expect("new");
+            for (byte, sector, kib) in stretches {
+                engine.write(sector, &vec![byte; kib << 10]).expect("a write");
+            }
+            let mut bytes = vec![0; engine.sectors() as usize * 512];
+            engine.read(0, &mut bytes).expect("a read");
+            engine.close().expect("a flush");
+            bytes
+        };
+        let backing = fill(&base, [(33, 0, 900), (34, 3000, 400)]);
+        let over = ["-b", &base, "-F", self.format, &top];
+        scratch.platter(&[&create[..], &over].concat());
+        let initial = fill(&top, [(1, 0, 20), (2, 201, 3)]);
+        Built { files: scratch.files(), top, initial, backing: Some(backing) }
     }
 
     fn make(&self) -> Built {
@@ -333,6 +377,12 @@ impl Scratch {
         let path = std::env::temp_dir().join(name);
         fs::create_dir_all(&path).expect("a scratch directory");
         Scratch { path }
+    }
+
+    pub fn platter(&self, args: &[&str]) {
+        let output = self.run(env!("CARGO_BIN_EXE_platter"), args);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "platter {args:?}: {error}");
     }
 
     pub fn qemu_img(&self, args: &[&str]) {
