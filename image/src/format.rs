@@ -45,6 +45,11 @@ impl Format {
         Format::Vhdx,
     ];
 
+    /// All names that a user may give, for messages.
+    pub fn names() -> String {
+        Format::ALL.map(Format::name).join(", ")
+    }
+
     /// The format a user names with `format=`.
     pub fn by_name(name: &str) -> Option<Format> {
         Some(match name {

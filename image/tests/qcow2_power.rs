@@ -205,6 +205,35 @@ fn a_longer_l1_table() {
     judge("l1", &image, &vec![0; 1000 * 512], &folder, &log, 1);
 }
 
+/// 64-bit counts in 512-byte clusters: a block counts 64 of them, 4032 entries of an L1 table.
+#[test]
+fn an_l1_table_that_no_single_refcount_block_counts() {
+    let image = new(&[("cluster_size", "512"), ("refcount_bits", "64")], 1000);
+    // A few clusters more than a block counts, with cuts; then many.
+    let few = &[258_048, 258_049][..];
+    for sizes in [few, &[258_048 * 5, 16 << 20]] {
+        let folder = RamFolder::new();
+        folder.put("a.qcow2", image.clone());
+        let mut engine = open(&folder, "a.qcow2", small());
+        folder.record();
+        let mut log = Log::default();
+        log.write(&mut engine, 900, 100, 1);
+        log.flush(&mut engine, &folder);
+        for (n, &sectors) in sizes.iter().enumerate() {
+            engine.resize(sectors).unwrap();
+            log.write(&mut engine, 900 + n as u64 * 200_000, 20, n as u8 + 2);
+            log.flush(&mut engine, &folder);
+        }
+        if sizes == few {
+            judge("row", &image, &vec![0; 1000 * 512], &folder, &log, 23);
+        }
+        engine.close().unwrap();
+        let scratch = Scratch::new("power-row");
+        scratch.put("a.qcow2", &folder.bytes("a.qcow2").unwrap());
+        scratch.ok("qemu-img", &["check", "-q", "-f", "qcow2", "a.qcow2"]);
+    }
+}
+
 #[test]
 fn the_rebuild_of_a_dirty_image() {
     let scratch = Scratch::new("power-dirty");
@@ -314,4 +343,31 @@ fn fill_up(cluster: u64, mib: u64) {
     let mut bytes = vec![0; 50 * 512];
     engine.read(4000, &mut bytes).unwrap();
     assert!(bytes.iter().all(|&b| b == 102));
+}
+
+#[test]
+fn a_long_l1_table_on_a_store_of_fixed_size() {
+    let mut image = new(&[("cluster_size", "512"), ("refcount_bits", "64")], 9000);
+    image.resize(8 << 20, 0xee);
+    let folder = RamFolder::new();
+    folder.put("a.qcow2", image.clone());
+    let mut engine = Engine::open(&Fixed(folder.clone()), "a.qcow2", small()).unwrap();
+    folder.record();
+    let mut log = Log::default();
+    for n in 0..80 {
+        log.write(&mut engine, n * 100, 90, n as u8 + 1);
+    }
+    log.flush(&mut engine, &folder);
+    engine.resize(300_000).unwrap();
+    log.write(&mut engine, 290_000, 9, 99);
+    log.flush(&mut engine, &folder);
+    judge("row-fixed", &image, &vec![0; 9000 * 512], &folder, &log, 500);
+    // So many entries have no room.
+    let told = engine.resize(64 << 20).unwrap_err().to_string();
+    assert!(told.contains("no room") && told.contains("the L1 table"), "{told}");
+    let params = CheckParams { repair: Repair::Nothing, budget_bytes: 1 << 20 };
+    engine.finish().unwrap();
+    let report = engine.check(params, |_, _| {}).unwrap();
+    assert!(report.is_sound() && report.leaks == 0, "{report:#?}");
+    assert_eq!(engine.sectors(), 300_000);
 }

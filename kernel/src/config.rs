@@ -43,9 +43,6 @@ pub enum Cache {
     Unsafe,
 }
 
-/// For people: what `format=` takes.
-const FORMATS: &str = "raw, qcow2, qcow, qed, vhd, vhdx, vmdk, vdi";
-
 /// Why a `target` is refused: one sentence with the word it is about.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ConfigFault {
@@ -88,7 +85,7 @@ impl fmt::Display for ConfigFault {
                 write!(f, "option {option} is '{value}', expected {expected}")
             }
             ConfigFault::UnknownFormat(name) => {
-                write!(f, "unknown format '{name}': known are {FORMATS}")
+                write!(f, "unknown format '{name}': known are {}", Format::names())
             }
         }
     }

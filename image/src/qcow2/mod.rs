@@ -17,6 +17,7 @@ mod overlap;
 mod rebuild;
 mod refcount;
 mod resize;
+mod row;
 mod snapshot;
 mod stream;
 mod write;

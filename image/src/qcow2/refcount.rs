@@ -97,6 +97,13 @@ pub(super) enum Job {
         clusters: u64,
         written: u64,
     },
+    /// From this cluster on `blocks` refcount blocks and then `clusters` that they count.
+    Row {
+        first: u64,
+        blocks: u64,
+        clusters: u64,
+        written: u64,
+    },
 }
 
 /// Where the next clusters are looked for.
@@ -209,7 +216,7 @@ impl Qcow2 {
         u64::MAX >> (64 - (1u32 << self.header.refcount_order))
     }
 
-    fn reftable_entry_offset(&self, cluster: u64) -> u64 {
+    pub(super) fn reftable_entry_offset(&self, cluster: u64) -> u64 {
         self.header.reftable_offset + (cluster >> self.block_counts_bits()) * 8
     }
 
@@ -476,7 +483,7 @@ impl Qcow2 {
     }
 
     /// Clusters that the store can hold, and that offsets in tables can name.
-    fn clusters_max(&self, ctx: &Ctx) -> u64 {
+    pub(super) fn clusters_max(&self, ctx: &Ctx) -> u64 {
         let nameable = 1u64 << (56 - self.kind.cluster_bits);
         let info = ctx.files.info(self.file);
         if info.can_grow {
@@ -498,6 +505,9 @@ impl Qcow2 {
             Job::Block { cluster, zeroed } => self.run_block(ctx, cluster, zeroed),
             Job::Table { first, blocks, clusters, written } => {
                 self.run_table(ctx, first, blocks, clusters, written)
+            }
+            Job::Row { first, blocks, clusters, written } => {
+                self.run_row(ctx, (first, blocks, clusters), written)
             }
         }
     }
@@ -534,19 +544,14 @@ impl Qcow2 {
 
     /// Zeroes a cache block's worth of a new table, or the cluster if that is smaller.
     fn zero_piece(&self, ctx: &mut Ctx, offset: u64) -> Step<u64> {
-        if self.cluster_bytes() >= BLOCK_BYTES {
-            ctx.meta.create(self.file, offset, Phase::BEFORE)?;
-            return Ok(BLOCK_BYTES);
-        }
         let zeros = [0; BLOCK_BYTES as usize];
-        let len = self.cluster_bytes();
-        ctx.meta.set(self.file, offset, &zeros[..len as usize], Phase::BEFORE)?;
-        Ok(len)
+        let len = self.cluster_bytes().min(BLOCK_BYTES);
+        self.put_piece(ctx, offset, &zeros[..len as usize])
     }
 
     /// Plans a refcount table twice as large, in the first clusters that the old one cannot
     /// count, together with the refcount blocks that count it.
-    fn start_table(&mut self, ctx: &mut Ctx) -> Step<()> {
+    pub(super) fn start_table(&mut self, ctx: &mut Ctx) -> Step<()> {
         let bits = self.kind.cluster_bits;
         let old = u64::from(self.header.reftable_clusters);
         let max = REFTABLE_BYTES_MAX >> bits;
@@ -577,11 +582,9 @@ impl Qcow2 {
     ) -> Step<()> {
         let bits = self.kind.cluster_bits;
         let base = first << bits;
-        let piece = self.cluster_bytes().min(BLOCK_BYTES);
         let end = (blocks + clusters) << bits;
         while written < end {
-            self.table_piece(ctx, first, blocks, clusters, written)?;
-            written += piece;
+            written += self.table_piece(ctx, first, blocks, clusters, written)?;
             self.writer_mut().space.job = Job::Table { first, blocks, clusters, written };
         }
         if !self.writer().space.frees.room(1) {
@@ -615,38 +618,49 @@ impl Qcow2 {
         blocks: u64,
         clusters: u64,
         at: u64,
-    ) -> Step<()> {
+    ) -> Step<u64> {
         let bits = self.kind.cluster_bits;
-        let piece = self.cluster_bytes().min(BLOCK_BYTES) as usize;
+        let Some(within) = at.checked_sub(blocks << bits) else {
+            return self.counts_piece(ctx, first, first + blocks + clusters, at);
+        };
+        let piece = self.cluster_bytes().min(BLOCK_BYTES);
         let mut bytes = [0; BLOCK_BYTES as usize];
-        if at < blocks << bits {
-            let order = self.header.refcount_order;
-            let start = first + ((at * 8) >> order);
-            for index in 0..((piece as u64 * 8) >> order) {
-                let used = start + index < first + blocks + clusters;
-                set_count_in(&mut bytes, order, index, used.into());
-            }
+        let bytes = &mut bytes[..piece as usize];
+        let old_bytes = u64::from(self.header.reftable_clusters) << bits;
+        if within < old_bytes {
+            ctx.meta.get(self.file, self.header.reftable_offset + within, bytes)?;
         } else {
-            let within = at - (blocks << bits);
-            let old_bytes = u64::from(self.header.reftable_clusters) << bits;
-            if within < old_bytes {
-                let from = self.header.reftable_offset + within;
-                ctx.meta.get(self.file, from, &mut bytes[..piece])?;
-            } else {
-                let entries = bytes[..piece].chunks_exact_mut(8);
-                for (block, entry) in ((within - old_bytes) / 8..blocks).zip(entries) {
-                    let offset = (first + block) << bits;
-                    entry.copy_from_slice(&offset.to_be_bytes());
-                }
+            let entries = bytes.chunks_exact_mut(8);
+            for (block, entry) in ((within - old_bytes) / 8..blocks).zip(entries) {
+                let offset = (first + block) << bits;
+                entry.copy_from_slice(&offset.to_be_bytes());
             }
         }
-        let to = (first << bits) + at;
-        if piece as u64 == BLOCK_BYTES {
-            ctx.meta.create(self.file, to, Phase::BEFORE)?;
-            ctx.meta.put(self.file, to, &bytes, Phase::BEFORE);
-            return Ok(());
+        self.put_piece(ctx, (first << bits) + at, bytes)
+    }
+
+    /// One piece, at byte `at`, of refcount blocks that stand together from cluster `first` on
+    /// and count all from there up to `end`.
+    pub(super) fn counts_piece(&self, ctx: &mut Ctx, first: u64, end: u64, at: u64) -> Step<u64> {
+        let piece = self.cluster_bytes().min(BLOCK_BYTES);
+        let mut bytes = [0; BLOCK_BYTES as usize];
+        let order = self.header.refcount_order;
+        let start = first + ((at * 8) >> order);
+        for index in 0..((piece * 8) >> order) {
+            set_count_in(&mut bytes, order, index, (start + index < end).into());
         }
-        ctx.meta.set(self.file, to, &bytes[..piece], Phase::BEFORE)
+        self.put_piece(ctx, (first << self.kind.cluster_bits) + at, &bytes[..piece as usize])
+    }
+
+    /// Writes a cache block's worth of a new table, or a cluster if that is smaller.
+    pub(super) fn put_piece(&self, ctx: &mut Ctx, to: u64, bytes: &[u8]) -> Step<u64> {
+        if bytes.len() as u64 == BLOCK_BYTES {
+            ctx.meta.create(self.file, to, Phase::BEFORE)?;
+            ctx.meta.put(self.file, to, bytes, Phase::BEFORE);
+        } else {
+            ctx.meta.set(self.file, to, bytes, Phase::BEFORE)?;
+        }
+        Ok(bytes.len() as u64)
     }
 }
 

@@ -101,13 +101,9 @@ impl Qcow2 {
         if !self.writer().space.frees.room(2) {
             return Err(Stop::NeedFlush);
         }
+        // It may be what takes a row for the table.
+        self.run_job(ctx)?;
         let clusters = (entries * 8).div_ceil(self.cluster_bytes());
-        let region = 1 << self.block_counts_bits();
-        if clusters >= region {
-            // Each region starts with the refcount block that counts it.
-            let what = "an L1 table of so many clusters";
-            return Err(ImageFault::limit(self.file, what, clusters, region - 1).into());
-        }
         let changes = self.writer().l1_changes;
         let fresh = Growth { first: 0, clusters, taken: 0, written: 0, changes };
         let mut growth = self.writer().growth.unwrap_or(fresh);
@@ -117,6 +113,12 @@ impl Qcow2 {
                 self.writer_mut().space.frees.push(growth.first, growth.taken, true);
             }
             (growth, self.writer_mut().growth) = (fresh, None);
+        }
+        // A region starts with the refcount block that counts it: the rest is not enough.
+        if growth.taken < clusters && clusters >= 1 << self.block_counts_bits() {
+            self.start_row(ctx, clusters)?;
+            self.run_job(ctx)?;
+            growth = self.writer().growth.expect("the row is taken");
         }
         while growth.taken < clusters {
             let run = self.find_end(ctx, clusters - growth.taken)?;
@@ -147,15 +149,16 @@ impl Qcow2 {
                 let len = (old_bytes - from).min(piece) as usize;
                 ctx.meta.get(self.file, self.header.l1_offset + from, &mut bytes[..len])?;
             }
-            if piece == BLOCK_BYTES {
-                ctx.meta.create(self.file, offset + from, Phase::BEFORE)?;
-                ctx.meta.put(self.file, offset + from, bytes, Phase::BEFORE);
-            } else {
-                ctx.meta.set(self.file, offset + from, bytes, Phase::BEFORE)?;
-            }
-            growth.written += piece;
+            growth.written += self.put_piece(ctx, offset + from, bytes)?;
             self.writer_mut().growth = Some(growth);
         }
         Ok(offset)
+    }
+
+    /// The clusters for a longer L1 table were taken in a row.
+    pub(super) fn grow_into(&mut self, first: u64, clusters: u64) {
+        let writer = self.writer_mut();
+        let changes = writer.l1_changes;
+        writer.growth = Some(Growth { first, clusters, taken: clusters, written: 0, changes });
     }
 }

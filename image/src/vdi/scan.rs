@@ -7,8 +7,6 @@
 //! named blocks of each stretch, and it is read again only for those of which some are not named,
 //! while there are places for what is found.
 
-use alloc::boxed::Box;
-
 use super::{BlockMap, ZERO};
 use crate::append::Space;
 use crate::fault::ImageFault;
@@ -27,19 +25,18 @@ pub(super) struct Scan {
     /// Known after the first pass: one more than the highest block in use, and how many entries
     /// name one of each stretch.
     end: u64,
-    named: Box<[u32; STRETCHES]>,
+    named: [u32; STRETCHES],
     is_counted: bool,
     /// The blocks that this pass tells apart begin here; a bit for each that is named.
     first: u64,
-    seen: Box<[u64; (STRETCH / 64) as usize]>,
+    seen: [u64; (STRETCH / 64) as usize],
     /// Made after the first pass.
     space: Option<Space>,
 }
 
 impl Scan {
     pub fn new() -> Scan {
-        let seen = Box::new([0; (STRETCH / 64) as usize]);
-        let named = Box::new([0; STRETCHES]);
+        let (seen, named) = ([0; (STRETCH / 64) as usize], [0; STRETCHES]);
         Scan { entry: 0, end: 0, named, is_counted: false, first: 0, seen, space: None }
     }
 
@@ -60,7 +57,7 @@ impl Scan {
 
     /// The first block of the next stretch that has gaps.
     fn next_stretch(&self) -> Option<u64> {
-        let stretches = (0..self.end).step_by(STRETCH as usize).zip(&*self.named);
+        let stretches = (0..self.end).step_by(STRETCH as usize).zip(&self.named);
         let mut later = stretches.filter(|(first, _)| *first > self.first);
         let (next, _) = later.find(|&(first, &named)| {
             let blocks = STRETCH.min(self.end - first);

@@ -71,33 +71,43 @@ impl Device {
 
     /// Grows the disk to what is wanted, as soon as nothing stands in the way.
     pub(super) fn resize_on<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
-        let Some(disk) = &mut self.disk else { return };
-        if self.stage != Stage::Ready {
-            disk.growing = false;
-            return;
+        self.grow_step(world);
+        let growing = self.is_to_grow();
+        self.disk.iter_mut().for_each(|disk| disk.growing = growing);
+    }
+
+    fn is_to_grow(&mut self) -> bool {
+        // An image that is not open yet has no size.
+        if self.stage != Stage::Ready || self.busy != Busy::No || self.grow_tail.is_some() {
+            return false;
         }
-        if self.grow_tail.is_some() {
+        let wanted = self.wanted_sectors;
+        self.disk.as_mut().is_some_and(|disk| wanted > disk.image.sectors())
+    }
+
+    fn grow_step<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
+        if self.stage == Stage::Ready && self.grow_tail.is_some() {
             return self.grow_on(world);
         }
-        disk.growing = self.busy == Busy::No && self.wanted_sectors > disk.image.sectors();
+        let is_to_grow = self.is_to_grow();
+        let Some(disk) = &mut self.disk else { return };
         // Places may change while it grows, step by step: nothing else is under way then.
-        if !disk.growing || disk.requests > 0 {
+        if !is_to_grow || disk.requests > 0 {
             return;
         }
         match disk.image.resize(self.wanted_sectors) {
             Ok(ResizePlan { grow }) => {
-                disk.growing = false;
                 // A raw file is as long as it says; others must be made so.
                 self.grow_tail = grow.filter(|_| !self.is_raw());
                 self.grow_on(world);
             }
             Err(Stop::Fault(fault)) => {
                 log::warn!("guest {} disk {}: cannot grow: {fault}", self.guest.0, self.vdev);
-                (self.wanted_sectors, disk.growing) = (0, false);
+                self.wanted_sectors = 0;
             }
             Err(stop) => {
                 if disk.stopped(world.engine, world.hv, stop).is_err() {
-                    (self.wanted_sectors, disk.growing) = (0, false);
+                    self.wanted_sectors = 0;
                 }
             }
         }

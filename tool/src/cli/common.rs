@@ -13,9 +13,6 @@ use crate::engine::Engine;
 use crate::fault::{Cause, Fault};
 use crate::medium::DiskFolder;
 
-/// Formats by the names a user may give.
-pub const FORMATS: &str = "raw, qcow2, qcow, qed, vhd, vhdx, vmdk, vdi";
-
 /// A command's failure: one sentence and an exit code.
 #[derive(Debug)]
 pub struct Failure {
@@ -120,14 +117,15 @@ pub struct Opened {
 pub fn format_of(path: &Path, named: Option<&str>) -> Result<Format, Failure> {
     if let Some(name) = named {
         let format = Format::by_name(name);
-        let unknown = || format!("{name:?} is not a format; there are {FORMATS}");
+        let unknown = || format!("{name:?} is not a format; there are {}", Format::names());
         return format.ok_or_else(|| Failure::new(unknown()));
     }
     Format::by_suffix(&path.to_string_lossy()).ok_or_else(|| {
         Failure::new(format!(
-            "{}: its suffix does not say its format: give it with -f ({FORMATS}); images are \
+            "{}: its suffix does not say its format: give it with -f ({}); images are \
              never probed, since a guest could write a header of its choice",
-            path.display()
+            path.display(),
+            Format::names()
         ))
     })
 }

@@ -14,7 +14,7 @@ use crate::rng::Rng;
 
 /// Sectors up to which a disk may grow by many at once: with clusters of 512 bytes and counts of
 /// 64 bits an L1 table fits in what one refcount block counts up to 258,048.
-const SECTORS_MAX: u64 = 200_000;
+const SECTORS_MAX: u64 = 600_000;
 
 /// Seeds to run: one, some (`5..90`), or a count from 1 on.
 fn seeds(default: u64) -> Vec<u64> {
