@@ -122,7 +122,7 @@ impl Image {
         Image {
             files: Files::new(name, options.access, info, options.allow_names),
             meta: Meta::new(options.budget_bytes),
-            unpacker: Unpacker::new(0, false),
+            unpacker: Unpacker::none(),
             resolved: Resolved::none(),
             layers: Vec::new(),
             origins: Vec::new(),
@@ -177,7 +177,7 @@ impl Image {
         // All that serving will need is taken now.
         let unpacked = self.layers.iter().map(|l| l.get_ref().unpacked_bytes()).max();
         let zstd = self.layers.iter().any(|l| l.get_ref().unpacks_zstd());
-        self.unpacker = Unpacker::new(unpacked.unwrap_or(0) as usize, zstd);
+        self.unpacker = Unpacker::new(unpacked.unwrap_or(0) as usize, zstd)?;
         if self.layers.len() > 1 {
             let grains = self.layers.iter().map(|l| l.get_ref().details().cluster_bytes);
             let grain = grains.filter(|&bytes| bytes > 0).min().unwrap_or(u64::MAX);

@@ -6,7 +6,6 @@
 //! Unpacking takes no memory.
 
 use alloc::boxed::Box;
-use alloc::vec;
 use alloc::vec::Vec;
 
 use miniz_oxide::inflate::TINFLStatus;
@@ -24,6 +23,9 @@ const PIECE_BYTES: u64 = 64 << 10;
 const SLACK_BYTES: u64 = 4096;
 /// Up to this cluster size two are kept, else one.
 const TWO_UP_TO_BYTES: usize = 64 << 10;
+/// Memory that must be left when that for clusters is taken (ours): an image claims their size, and
+/// whoever has little memory refuses that image and goes on.
+const SPARE_BYTES: usize = 512 << 10;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum State {
@@ -120,29 +122,47 @@ pub(crate) struct Unpacker {
 }
 
 impl Unpacker {
+    /// No cluster at all.
+    pub fn none() -> Unpacker {
+        Unpacker { slots: Vec::new(), unpacked_max: 0, decoders: None, clock: 0 }
+    }
+
     /// For clusters of up to `unpacked_max` bytes; none at all when it is 0. `zstd`: some are
     /// packed so.
-    pub fn new(unpacked_max: usize, zstd: bool) -> Unpacker {
+    pub fn new(unpacked_max: usize, zstd: bool) -> Result<Unpacker, ImageFault> {
         let count = match unpacked_max {
             0 => 0,
             max if max <= TWO_UP_TO_BYTES => 2,
             _ => 1,
         };
-        let slot = || Slot {
-            state: State::Free,
-            file: FileNo(0),
-            offset: 0,
-            packed: vec![0; unpacked_max + SLACK_BYTES as usize + 1024],
-            unpacked: vec![0; unpacked_max],
-            used_at: 0,
+        let packed_max = unpacked_max + SLACK_BYTES as usize + 1024;
+        let needed = (packed_max + unpacked_max) * count;
+        let no_memory = || {
+            let field = "memory for unpacked clusters, which the domain has not: raise memory=,";
+            ImageFault::unsupported(FileNo(0), field, needed as u64)
         };
-        Unpacker {
-            slots: (0..count).map(|_| slot()).collect(),
+        let slot = || {
+            Some(Slot {
+                state: State::Free,
+                file: FileNo(0),
+                offset: 0,
+                packed: zeros(packed_max)?,
+                unpacked: zeros(unpacked_max)?,
+                used_at: 0,
+            })
+        };
+        let slots: Option<Vec<Slot>> = (0..count).map(|_| slot()).collect();
+        let slots = slots.ok_or_else(no_memory)?;
+        if count > 0 {
+            zeros(SPARE_BYTES).ok_or_else(no_memory)?;
+        }
+        Ok(Unpacker {
+            slots,
             unpacked_max,
             decoders: (count > 0)
                 .then(|| Decoders { deflate: Box::default(), zstd: zstd.then(Zstd::new) }),
             clock: 0,
-        }
+        })
     }
 
     /// Longest `Miss`; 0 when there will be none.
@@ -238,6 +258,14 @@ impl Unpacker {
     }
 }
 
+/// So many zeros, if there is memory for them.
+fn zeros(len: usize) -> Option<Vec<u8>> {
+    let mut bytes = Vec::new();
+    bytes.try_reserve_exact(len).ok()?;
+    bytes.resize(len, 0);
+    Some(bytes)
+}
+
 fn unpack(
     decoders: &mut Decoders,
     packed: &Packed,
@@ -299,6 +327,7 @@ mod tests {
     //! Would miss: what an image says of a compressed cluster; this is only about the streams.
 
     use super::*;
+    use alloc::vec;
 
     fn packed(codec: Codec, bytes: u32) -> Packed {
         let (file, offset, skip) = (FileNo(0), 1024 + 100, 0);
@@ -325,7 +354,7 @@ mod tests {
     fn deflate_comes_out_whole_or_not_at_all() {
         let data: Vec<u8> = (0..65536u32).map(|i| (i / 7 % 251) as u8).collect();
         let stream = miniz_oxide::deflate::compress_to_vec(&data, 6);
-        let mut unpacker = Unpacker::new(65536, false);
+        let mut unpacker = Unpacker::new(65536, false).unwrap();
         let cluster = packed(Codec::Deflate, stream.len() as u32);
         let at = run(&mut unpacker, &cluster, &stream).unwrap();
         assert_eq!(unpacker.bytes(at, 65536), data);
@@ -333,15 +362,23 @@ mod tests {
         assert_eq!(unpacker.get(&cluster), Ok(at));
 
         let short = miniz_oxide::deflate::compress_to_vec(&data[..65535], 6);
-        let mut unpacker = Unpacker::new(65536, false);
+        let mut unpacker = Unpacker::new(65536, false).unwrap();
         let cluster = packed(Codec::Deflate, short.len() as u32);
         assert!(matches!(run(&mut unpacker, &cluster, &short), Err(Stop::Fault(_))));
+    }
+
+    /// 64 TiB are more than any process can have.
+    #[test]
+    fn memory_that_is_not_there_is_a_fault_and_no_panic() {
+        let fault = Unpacker::new(1 << 46, false).err().expect("memory for that");
+        assert!(fault.field.contains("memory for unpacked clusters"));
+        assert_eq!(Unpacker::new(0, false).map(|u| u.miss_bytes_max()), Ok(0));
     }
 
     #[test]
     fn a_bomb_ends_at_one_cluster() {
         let stream = miniz_oxide::deflate::compress_to_vec(&vec![0; 64 << 20], 9);
-        let mut unpacker = Unpacker::new(65536, false);
+        let mut unpacker = Unpacker::new(65536, false).unwrap();
         let cluster = packed(Codec::Deflate, stream.len() as u32);
         let at = run(&mut unpacker, &cluster, &stream).unwrap();
         assert_eq!(unpacker.bytes(at, 65536), [0; 65536]);
