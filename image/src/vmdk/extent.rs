@@ -185,8 +185,10 @@ impl Extent {
         let (file, sectors) = (self.file, ctx.files.size(self.file) / SECTOR_BYTES);
         let mut bytes = [0; HEADER_BYTES];
         let usual = sectors.saturating_sub(FOOTER_SECTORS);
+        // It is looked for in one step, so all the blocks must be in the cache at once.
+        let far = FOOTER_SECTORS_MAX.min(ctx.meta.capacity_bytes() / SECTOR_BYTES / 2);
         let mut sector = usual;
-        while sector > sectors.saturating_sub(FOOTER_SECTORS_MAX) {
+        while sector > sectors.saturating_sub(far) {
             ctx.read(file, (sector - 1) * SECTOR_BYTES, &mut bytes)?;
             if header::is_footer_marker(&bytes) {
                 ctx.read(file, sector * SECTOR_BYTES, &mut bytes)?;

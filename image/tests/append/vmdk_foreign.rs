@@ -171,8 +171,12 @@ fn streams_are_read_wherever_their_markers_and_footer_stand() {
     let end = good.len();
     nowhere[end - 1536..end - 512].fill(0);
     for bytes in [nowhere, good[..end - 1600].to_vec(), good[..20_000].to_vec()] {
-        let fault = refused(bytes, "s.vmdk", ro(Format::Vmdk));
-        assert!(fault.contains("not such an image"), "{fault}");
+        // With the smallest cache too.
+        for budget_bytes in [0, 128 << 10, 1 << 20] {
+            let options = platter_image::Options { budget_bytes, ..ro(Format::Vmdk) };
+            let fault = refused(bytes.clone(), "s.vmdk", options);
+            assert!(fault.contains("not such an image"), "{fault}");
+        }
     }
     let far = stream(&want, &text, Layout { padding: 256 << 10, ..USUAL });
     refused(far, "s.vmdk", ro(Format::Vmdk));
