@@ -1,5 +1,5 @@
 //! Checking an image, step by step with bounded memory: what the report counts, and how a
-//! format takes part (the trait methods `check_begin` and `check_step` of a layer).
+//! format takes part (`check_begin` and `check_step` of the trait `Inspect`).
 //!
 //! A check never changes an image unless repair was asked for; repair goes through the metadata
 //! cache, so it becomes durable by the flush that the caller runs after it, in the usual order.

@@ -299,7 +299,11 @@ pub(crate) trait Layer {
     fn details(&self) -> Details {
         Details::default()
     }
+}
 
+/// What is asked of a layer only by those who look at images and mend them. Apart from [`Layer`],
+/// whose table of methods is linked whole: a kernel that never asks does not hold these.
+pub(crate) trait Inspect {
     /// Internal snapshot number `n` (below `details().snapshots`).
     fn snapshot(&mut self, _ctx: &mut Ctx, _n: u32) -> Step<Option<SnapshotInfo>> {
         Ok(None)
@@ -373,6 +377,19 @@ impl AnyLayer {
     }
 
     pub fn get_ref(&self) -> &dyn Layer {
+        match self {
+            AnyLayer::Raw(layer) => layer,
+            AnyLayer::Qcow2(layer) => layer,
+            AnyLayer::Qed(layer) => layer,
+            AnyLayer::Qcow(layer) => layer,
+            AnyLayer::Vdi(layer) => layer,
+            AnyLayer::Vmdk(layer) => layer,
+            AnyLayer::Vhd(layer) => layer,
+            AnyLayer::Vhdx(layer) => layer,
+        }
+    }
+
+    pub fn inspect(&mut self) -> &mut dyn Inspect {
         match self {
             AnyLayer::Raw(layer) => layer,
             AnyLayer::Qcow2(layer) => layer,

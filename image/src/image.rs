@@ -310,7 +310,7 @@ impl Image {
     /// Internal snapshot number `n` of the top layer, `None` past the last.
     pub fn snapshot(&mut self, n: u32) -> Step<Option<SnapshotInfo>> {
         let mut ctx = ctx!(self);
-        self.layers[0].get().snapshot(&mut ctx, n)
+        self.layers[0].inspect().snapshot(&mut ctx, n)
     }
 
     /// Makes the disk longer. Then grow the file if the plan says so, and flush. Not during a
@@ -353,14 +353,14 @@ impl Image {
         }
         assert!(self.plans.iter().all(Option::is_none), "a check with writes in flight");
         let mut ctx = ctx!(self);
-        self.layers[0].get().check_begin(&mut ctx, params)
+        self.layers[0].inspect().check_begin(&mut ctx, params)
     }
 
     /// The next part of the check; handle stops as for any planner, and do what it asks for.
     /// Flush after the last.
     pub fn check_step(&mut self) -> Step<CheckProgress> {
         let mut ctx = ctx!(self);
-        let progress = self.layers[0].get().check_step(&mut ctx)?;
+        let progress = self.layers[0].inspect().check_step(&mut ctx)?;
         if matches!(progress, CheckProgress::Copy { .. }) {
             // What the index of the chain says of places is over.
             self.resolved.forget_all();

@@ -3,7 +3,7 @@
 use crate::create::{Create, CreateFault, CreateParams, Wanted};
 use crate::fault::{FaultKind, ImageFault};
 use crate::files::Access;
-use crate::format::{AnyLayer, Ctx, Format, Found, Layer, OpenedLayer, read_only};
+use crate::format::{AnyLayer, Ctx, Format, Found, Inspect, Layer, OpenedLayer, read_only};
 use crate::types::{
     DiscardPlan, FileNo, Prepared, ResizePlan, SECTOR_BYTES, SectorRange, Step, WritePlan,
 };
@@ -121,3 +121,5 @@ impl Layer for Raw {
         Ok(ResizePlan { grow: Some((self.file, bytes)) })
     }
 }
+
+impl Inspect for Raw {}

@@ -18,7 +18,9 @@ use crate::append::{
 use crate::check::{CheckParams, CheckProgress};
 use crate::fault::{FaultKind, ImageFault};
 use crate::files::Access;
-use crate::format::{AnyLayer, Codec, Ctx, Found, Layer, OpenedLayer, Packed, Parent, read_only};
+use crate::format::{
+    AnyLayer, Codec, Ctx, Found, Inspect, Layer, OpenedLayer, Packed, Parent, read_only,
+};
 use crate::info::Details;
 use crate::meta::{BLOCK_BYTES, Phase};
 use crate::types::{DiscardPlan, FileNo, ResizePlan, SECTOR_BYTES, SectorRange, Step, WritePlan};
@@ -343,7 +345,9 @@ impl Layer for Qcow {
             ..Details::default()
         }
     }
+}
 
+impl Inspect for Qcow {
     fn check_begin(&mut self, _ctx: &mut Ctx, params: CheckParams) -> Result<(), ImageFault> {
         self.check = Some(Box::new(Checker::new(params)));
         Ok(())

@@ -28,7 +28,7 @@ use alloc::vec;
 use crate::check::{CheckParams, CheckProgress};
 use crate::fault::{FaultKind, ImageFault};
 use crate::files::Access;
-use crate::format::{AnyLayer, Ctx, Found, Layer, OpenedLayer, Parent};
+use crate::format::{AnyLayer, Ctx, Found, Inspect, Layer, OpenedLayer, Parent};
 use crate::info::{Details, SnapshotInfo};
 use crate::types::{
     DiscardPlan, FileNo, ResizePlan, SECTOR_BYTES, SectorRange, Step, Stop, WritePlan,
@@ -178,19 +178,6 @@ impl Layer for Qcow2 {
         Ok(())
     }
 
-    fn snapshot(&mut self, ctx: &mut Ctx, n: u32) -> Step<Option<SnapshotInfo>> {
-        self.snapshot_info(ctx, n)
-    }
-
-    fn check_begin(&mut self, ctx: &mut Ctx, params: CheckParams) -> Result<(), ImageFault> {
-        self.begin_check(ctx, params, true);
-        Ok(())
-    }
-
-    fn check_step(&mut self, ctx: &mut Ctx) -> Step<CheckProgress> {
-        self.step_check(ctx)
-    }
-
     fn resize(&mut self, ctx: &mut Ctx, sectors: u64) -> Step<ResizePlan> {
         self.grow(ctx, sectors)
     }
@@ -258,5 +245,20 @@ impl Layer for Qcow2 {
             corrupt: header.incompatible & header::INCOMPATIBLE_CORRUPT != 0,
             snapshots: header.snapshots,
         }
+    }
+}
+
+impl Inspect for Qcow2 {
+    fn check_begin(&mut self, ctx: &mut Ctx, params: CheckParams) -> Result<(), ImageFault> {
+        self.begin_check(ctx, params, true);
+        Ok(())
+    }
+
+    fn check_step(&mut self, ctx: &mut Ctx) -> Step<CheckProgress> {
+        self.step_check(ctx)
+    }
+
+    fn snapshot(&mut self, ctx: &mut Ctx, n: u32) -> Step<Option<SnapshotInfo>> {
+        self.snapshot_info(ctx, n)
     }
 }

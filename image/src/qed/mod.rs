@@ -22,7 +22,7 @@ use crate::append::{
 use crate::check::{CheckParams, CheckProgress};
 use crate::fault::{FaultKind, ImageFault};
 use crate::files::Access;
-use crate::format::{AnyLayer, Ctx, Format, Found, Layer, OpenedLayer, Parent, read_only};
+use crate::format::{AnyLayer, Ctx, Format, Found, Inspect, Layer, OpenedLayer, Parent, read_only};
 use crate::info::Details;
 use crate::meta::Phase;
 use crate::types::{DiscardPlan, FileNo, ResizePlan, SECTOR_BYTES, SectorRange, Step, WritePlan};
@@ -278,7 +278,9 @@ impl Layer for Qed {
             ..Details::default()
         }
     }
+}
 
+impl Inspect for Qed {
     fn check_begin(&mut self, _ctx: &mut Ctx, params: CheckParams) -> Result<(), ImageFault> {
         self.check = Some(Box::new(Checker::new(params)));
         Ok(())

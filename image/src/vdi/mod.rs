@@ -25,7 +25,7 @@ use crate::check::{CheckParams, CheckProgress};
 use crate::create::random;
 use crate::fault::ImageFault;
 use crate::files::Access;
-use crate::format::{AnyLayer, Ctx, Format, Found, Layer, OpenedLayer, Parent, read_only};
+use crate::format::{AnyLayer, Ctx, Format, Found, Inspect, Layer, OpenedLayer, Parent, read_only};
 use crate::info::Details;
 use crate::meta::Phase;
 use crate::types::{DiscardPlan, FileNo, ResizePlan, SECTOR_BYTES, SectorRange, Step, WritePlan};
@@ -305,7 +305,9 @@ impl Layer for Vdi {
             ..Details::default()
         }
     }
+}
 
+impl Inspect for Vdi {
     fn check_begin(&mut self, _ctx: &mut Ctx, params: CheckParams) -> Result<(), ImageFault> {
         self.check = Some(Box::new(Checker::new(params)));
         Ok(())

@@ -21,7 +21,7 @@ use alloc::boxed::Box;
 use crate::check::{CheckParams, CheckProgress};
 use crate::fault::ImageFault;
 use crate::files::Access;
-use crate::format::{AnyLayer, Ctx, Format, Found, Layer, OpenedLayer, Own, Parent};
+use crate::format::{AnyLayer, Ctx, Format, Found, Inspect, Layer, OpenedLayer, Own, Parent};
 use crate::info::Details;
 use crate::meta::Phase;
 use crate::types::{DiscardPlan, FileNo, ResizePlan, SECTOR_BYTES, SectorRange, Step, WritePlan};
@@ -272,7 +272,9 @@ impl Layer for Vhd {
         let cluster_bytes = if fixed { 0 } else { self.block_sectors * SECTOR_BYTES };
         Details { variant, cluster_bytes, ..Details::default() }
     }
+}
 
+impl Inspect for Vhd {
     fn check_begin(&mut self, _ctx: &mut Ctx, params: CheckParams) -> Result<(), ImageFault> {
         self.begin_check(params);
         Ok(())

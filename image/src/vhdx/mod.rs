@@ -22,7 +22,7 @@ use alloc::boxed::Box;
 use crate::check::{CheckParams, CheckProgress};
 use crate::fault::ImageFault;
 use crate::files::Access;
-use crate::format::{AnyLayer, Ctx, Found, Layer, OpenedLayer, Own, Parent};
+use crate::format::{AnyLayer, Ctx, Found, Inspect, Layer, OpenedLayer, Own, Parent};
 use crate::info::Details;
 use crate::meta::{BLOCK_BYTES, Phase};
 use crate::types::{DiscardPlan, FileNo, ResizePlan, SECTOR_BYTES, SectorRange, Step, WritePlan};
@@ -232,7 +232,9 @@ impl Layer for Vhdx {
         let cluster_bytes = geometry.block_sectors * SECTOR_BYTES;
         Details { variant, cluster_bytes, figures, ..Details::default() }
     }
+}
 
+impl Inspect for Vhdx {
     fn check_begin(&mut self, _ctx: &mut Ctx, params: CheckParams) -> Result<(), ImageFault> {
         self.begin_check(params);
         Ok(())

@@ -29,7 +29,9 @@ use crate::check::{CheckParams, CheckProgress};
 use crate::create::random;
 use crate::fault::{FaultKind, ImageFault};
 use crate::files::Access;
-use crate::format::{AnyLayer, Ctx, Format, Found, Layer, OpenedLayer, Own, Parent, read_only};
+use crate::format::{
+    AnyLayer, Ctx, Format, Found, Inspect, Layer, OpenedLayer, Own, Parent, read_only,
+};
 use crate::info::Details;
 use crate::meta::Phase;
 use crate::types::{DiscardPlan, FileNo, Prepared, ResizePlan, SectorRange, Step, WritePlan};
@@ -379,7 +381,9 @@ impl Layer for Vmdk {
             ..Details::default()
         }
     }
+}
 
+impl Inspect for Vmdk {
     fn check_begin(&mut self, _ctx: &mut Ctx, params: CheckParams) -> Result<(), ImageFault> {
         self.check = Some(Box::new((Checker::new(params), 0)));
         Ok(())
