@@ -362,6 +362,22 @@ pub(crate) enum AnyLayer {
     Vhdx(Vhdx),
 }
 
+/// What the layer is, by reference.
+macro_rules! whichever {
+    ($any:expr) => {
+        match $any {
+            AnyLayer::Raw(layer) => layer,
+            AnyLayer::Qcow2(layer) => layer,
+            AnyLayer::Qed(layer) => layer,
+            AnyLayer::Qcow(layer) => layer,
+            AnyLayer::Vdi(layer) => layer,
+            AnyLayer::Vmdk(layer) => layer,
+            AnyLayer::Vhd(layer) => layer,
+            AnyLayer::Vhdx(layer) => layer,
+        }
+    };
+}
+
 impl AnyLayer {
     pub fn open(ctx: &mut Ctx, format: Format, file: FileNo, access: Access) -> Step<OpenedLayer> {
         match format {
@@ -377,42 +393,15 @@ impl AnyLayer {
     }
 
     pub fn get_ref(&self) -> &dyn Layer {
-        match self {
-            AnyLayer::Raw(layer) => layer,
-            AnyLayer::Qcow2(layer) => layer,
-            AnyLayer::Qed(layer) => layer,
-            AnyLayer::Qcow(layer) => layer,
-            AnyLayer::Vdi(layer) => layer,
-            AnyLayer::Vmdk(layer) => layer,
-            AnyLayer::Vhd(layer) => layer,
-            AnyLayer::Vhdx(layer) => layer,
-        }
-    }
-
-    pub fn inspect(&mut self) -> &mut dyn Inspect {
-        match self {
-            AnyLayer::Raw(layer) => layer,
-            AnyLayer::Qcow2(layer) => layer,
-            AnyLayer::Qed(layer) => layer,
-            AnyLayer::Qcow(layer) => layer,
-            AnyLayer::Vdi(layer) => layer,
-            AnyLayer::Vmdk(layer) => layer,
-            AnyLayer::Vhd(layer) => layer,
-            AnyLayer::Vhdx(layer) => layer,
-        }
+        whichever!(self)
     }
 
     pub fn get(&mut self) -> &mut dyn Layer {
-        match self {
-            AnyLayer::Raw(layer) => layer,
-            AnyLayer::Qcow2(layer) => layer,
-            AnyLayer::Qed(layer) => layer,
-            AnyLayer::Qcow(layer) => layer,
-            AnyLayer::Vdi(layer) => layer,
-            AnyLayer::Vmdk(layer) => layer,
-            AnyLayer::Vhd(layer) => layer,
-            AnyLayer::Vhdx(layer) => layer,
-        }
+        whichever!(self)
+    }
+
+    pub fn inspect(&mut self) -> &mut dyn Inspect {
+        whichever!(self)
     }
 }
 
