@@ -302,7 +302,10 @@ impl Replay {
         }
         if self.active.starts.is_empty() {
             // [MS-VHDX] 2.3.3: a log GUID promises a sequence; without one the file is corrupt, as
-            // nobody knows which changes are lost. QEMU opens it as if the log were empty.
+            // nobody knows which changes are lost. QEMU opens it as if the log were empty, and has
+            // to: it sets the GUID before its first entry, and a cut between the two leaves this.
+            // What was lost cannot be told from what was never begun, so that is for whoever owns
+            // the image to say (`qemu-img check -r all` empties the log), and not for a server.
             return Err(self.corrupt("VHDX log, no valid sequence of entries in it", 0));
         }
         self.stage = Stage::Apply { entry: 0, descriptor: 0, data: 0, zeroed: 0 };
