@@ -51,9 +51,10 @@ fn exercise(format: &str, file: Pages, parent: Option<(&str, Pages)>, script: &[
     if let Some((name, pages)) = parent {
         folder.put(name, pages);
     }
+    let options =
+        |access| Options { format, access, allow_names: true, budget_bytes: 128 << 10, seed: 7 };
     for access in [Access::ReadOnly, Access::ReadWrite] {
-        let options =
-            Options { format, access, allow_names: true, budget_bytes: 128 << 10, seed: 7 };
+        let options = options(access);
         let Ok(mut engine) = Engine::open(&folder, "top", options.clone()) else { continue };
         check(&mut engine, Repair::Nothing);
         for number in 0..SNAPSHOTS {
@@ -66,14 +67,13 @@ fn exercise(format: &str, file: Pages, parent: Option<(&str, Pages)>, script: &[
             operate(&mut engine, access, place);
         }
         let _ = engine.close();
-        plan_commit(&folder, Options { access: Access::ReadOnly, ..options.clone() });
-        if access == Access::ReadWrite
-            && let Ok(mut engine) = Engine::open(&folder, "top", options)
-        {
-            check(&mut engine, Repair::All);
-            operate(&mut engine, access, script[0]);
-            let _ = engine.close();
-        }
+        plan_commit(&folder, Options { access: Access::ReadOnly, ..options });
+    }
+    // A check opens what nothing else does.
+    if let Ok(mut engine) = Engine::open_to_check(&folder, "top", options(Access::ReadWrite)) {
+        check(&mut engine, Repair::All);
+        operate(&mut engine, Access::ReadWrite, script[0]);
+        let _ = engine.close();
     }
 }
 
