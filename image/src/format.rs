@@ -240,6 +240,11 @@ pub(crate) trait Layer {
         0
     }
 
+    /// Is there nothing to read where clusters cannot be unpacked?
+    fn packs_all(&self) -> bool {
+        false
+    }
+
     /// May a cluster be packed by zstd?
     fn unpacks_zstd(&self) -> bool {
         false

@@ -76,6 +76,10 @@ enum Located {
     Search(SectorRange, u16),
 }
 
+/// A note on an image with large clusters, of which some may be packed.
+const NO_UNPACKING: &str =
+    "not enough memory to unpack compressed clusters, which cannot be read: raise memory=";
+
 /// What layers work with, borrowed field by field so that the layers themselves stay free.
 macro_rules! ctx {
     ($image:expr) => {
@@ -177,7 +181,12 @@ impl Image {
         // All that serving will need is taken now.
         let unpacked = self.layers.iter().map(|l| l.get_ref().unpacked_bytes()).max();
         let zstd = self.layers.iter().any(|l| l.get_ref().unpacks_zstd());
-        self.unpacker = Unpacker::new(unpacked.unwrap_or(0) as usize, zstd)?;
+        self.unpacker = Unpacker::new(unpacked.unwrap_or(0) as usize, zstd);
+        if let Some(lack) = self.unpacker.lack()
+            && self.layers.iter().any(|l| l.get_ref().packs_all())
+        {
+            return Err(lack.into());
+        }
         if self.layers.len() > 1 {
             let grains = self.layers.iter().map(|l| l.get_ref().details().cluster_bytes);
             let grain = grains.filter(|&bytes| bytes > 0).min().unwrap_or(u64::MAX);
@@ -260,7 +269,9 @@ impl Image {
 
     /// What the owner of the files should know: the file's number and the remark.
     pub fn notes(&self) -> impl Iterator<Item = (usize, &'static str)> {
-        self.layers.iter().enumerate().filter_map(|(i, l)| Some((i, l.get_ref().note()?)))
+        let lack = self.unpacker.lack().map(|_| (0, NO_UNPACKING));
+        let layers = self.layers.iter().enumerate();
+        layers.filter_map(|(i, l)| Some((i, l.get_ref().note()?))).chain(lack)
     }
 
     /// The caller opened the file that `open_step` asked for.

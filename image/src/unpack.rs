@@ -119,17 +119,19 @@ pub(crate) struct Unpacker {
     unpacked_max: usize,
     decoders: Option<Decoders>,
     clock: u64,
+    /// There was no memory for a cluster: why none can be read.
+    lack: Option<ImageFault>,
 }
 
 impl Unpacker {
     /// No cluster at all.
     pub fn none() -> Unpacker {
-        Unpacker { slots: Vec::new(), unpacked_max: 0, decoders: None, clock: 0 }
+        Unpacker { slots: Vec::new(), unpacked_max: 0, decoders: None, clock: 0, lack: None }
     }
 
-    /// For clusters of up to `unpacked_max` bytes; none at all when it is 0. `zstd`: some are
-    /// packed so.
-    pub fn new(unpacked_max: usize, zstd: bool) -> Result<Unpacker, ImageFault> {
+    /// For clusters of up to `unpacked_max` bytes; none at all when it is 0, or without the memory
+    /// for them. `zstd`: some are packed so.
+    pub fn new(unpacked_max: usize, zstd: bool) -> Unpacker {
         let count = match unpacked_max {
             0 => 0,
             max if max <= TWO_UP_TO_BYTES => 2,
@@ -137,10 +139,6 @@ impl Unpacker {
         };
         let packed_max = unpacked_max + SLACK_BYTES as usize + 1024;
         let needed = (packed_max + unpacked_max) * count;
-        let no_memory = || {
-            let field = "memory for unpacked clusters, which the domain has not: raise memory=,";
-            ImageFault::unsupported(FileNo(0), field, needed as u64)
-        };
         let slot = || {
             Some(Slot {
                 state: State::Free,
@@ -152,17 +150,25 @@ impl Unpacker {
             })
         };
         let slots: Option<Vec<Slot>> = (0..count).map(|_| slot()).collect();
-        let slots = slots.ok_or_else(no_memory)?;
-        if count > 0 {
-            zeros(SPARE_BYTES).ok_or_else(no_memory)?;
-        }
-        Ok(Unpacker {
+        let spare = if count > 0 { SPARE_BYTES } else { 0 };
+        let Some(slots) = slots.filter(|_| zeros(spare).is_some()) else {
+            let field = "memory for unpacked clusters, which the domain has not: raise memory=,";
+            let lack = ImageFault::unsupported(FileNo(0), field, needed as u64);
+            return Unpacker { lack: Some(lack), ..Unpacker::none() };
+        };
+        Unpacker {
             slots,
             unpacked_max,
             decoders: (count > 0)
                 .then(|| Decoders { deflate: Box::default(), zstd: zstd.then(Zstd::new) }),
             clock: 0,
-        })
+            lack: None,
+        }
+    }
+
+    /// Why no packed cluster can be read, if none can.
+    pub fn lack(&self) -> Option<ImageFault> {
+        self.lack
     }
 
     /// Longest `Miss`; 0 when there will be none.
@@ -234,6 +240,9 @@ impl Unpacker {
     }
 
     fn take(&mut self, packed: &Packed) -> Step<usize> {
+        if let Some(lack) = self.lack {
+            return Err(lack.into());
+        }
         assert!(packed.unpacked_bytes as usize <= self.unpacked_max, "a layer's own limit");
         let idle = |slot: &Slot| match slot.state {
             State::Free => Some(0),
@@ -354,7 +363,7 @@ mod tests {
     fn deflate_comes_out_whole_or_not_at_all() {
         let data: Vec<u8> = (0..65536u32).map(|i| (i / 7 % 251) as u8).collect();
         let stream = miniz_oxide::deflate::compress_to_vec(&data, 6);
-        let mut unpacker = Unpacker::new(65536, false).unwrap();
+        let mut unpacker = Unpacker::new(65536, false);
         let cluster = packed(Codec::Deflate, stream.len() as u32);
         let at = run(&mut unpacker, &cluster, &stream).unwrap();
         assert_eq!(unpacker.bytes(at, 65536), data);
@@ -362,7 +371,7 @@ mod tests {
         assert_eq!(unpacker.get(&cluster), Ok(at));
 
         let short = miniz_oxide::deflate::compress_to_vec(&data[..65535], 6);
-        let mut unpacker = Unpacker::new(65536, false).unwrap();
+        let mut unpacker = Unpacker::new(65536, false);
         let cluster = packed(Codec::Deflate, short.len() as u32);
         assert!(matches!(run(&mut unpacker, &cluster, &short), Err(Stop::Fault(_))));
     }
@@ -370,15 +379,18 @@ mod tests {
     /// 64 TiB are more than any process can have.
     #[test]
     fn memory_that_is_not_there_is_a_fault_and_no_panic() {
-        let fault = Unpacker::new(1 << 46, false).err().expect("memory for that");
+        let mut unpacker = Unpacker::new(1 << 46, false);
+        let fault = unpacker.lack().expect("no memory for that");
         assert!(fault.field.contains("memory for unpacked clusters"));
-        assert_eq!(Unpacker::new(0, false).map(|u| u.miss_bytes_max()), Ok(0));
+        assert_eq!(unpacker.get(&packed(Codec::Deflate, 100)), Err(Stop::Fault(fault)));
+        let unpacker = Unpacker::new(0, false);
+        assert_eq!((unpacker.miss_bytes_max(), unpacker.lack()), (0, None));
     }
 
     #[test]
     fn a_bomb_ends_at_one_cluster() {
         let stream = miniz_oxide::deflate::compress_to_vec(&vec![0; 64 << 20], 9);
-        let mut unpacker = Unpacker::new(65536, false).unwrap();
+        let mut unpacker = Unpacker::new(65536, false);
         let cluster = packed(Codec::Deflate, stream.len() as u32);
         let at = run(&mut unpacker, &cluster, &stream).unwrap();
         assert_eq!(unpacker.bytes(at, 65536), [0; 65536]);

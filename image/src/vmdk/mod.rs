@@ -241,6 +241,10 @@ impl Layer for Vmdk {
         self.extents.iter().map(Extent::unpacked_bytes).max().unwrap_or(0)
     }
 
+    fn packs_all(&self) -> bool {
+        self.unpacked_bytes() > 0
+    }
+
     fn prepare(&mut self, ctx: &mut Ctx, slot: u16, range: SectorRange) -> Step<WritePlan> {
         self.first_write(ctx)?;
         let (index, local) = self.extent_at(range);
