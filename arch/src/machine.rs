@@ -54,8 +54,9 @@ pub struct Machine {
     copies: CopyBatch,
     pub(crate) mmio: Runs,
     xenstore_page: Region,
-    /// Events that are gathered, if they are.
-    outbox: Option<Outbox>,
+    /// Events are gathered.
+    gathers: bool,
+    outbox: Outbox,
 }
 
 impl Machine {
@@ -78,7 +79,8 @@ impl Machine {
             copies: CopyBatch::new(),
             mmio: Runs::new(MMIO_PAGES),
             xenstore_page,
-            outbox: None,
+            gathers: false,
+            outbox: Outbox::new(),
         }
     }
 
@@ -87,15 +89,16 @@ impl Machine {
         shared::now_ns()
     }
 
-    /// From now on an event leaves with the next sleep or [`Machine::send_events`], and no
-    /// sooner.
-    pub fn gather_events(&mut self) {
-        self.outbox = Some(Outbox::new());
+    /// From now on an event leaves at once, or, if they are gathered, with the next sleep or
+    /// [`Machine::send_events`], and no sooner.
+    pub fn gather_events(&mut self, gathers: bool) {
+        self.gathers = gathers;
+        self.send_events();
     }
 
     /// Sends the events that were gathered.
     pub fn send_events(&mut self) {
-        self.outbox.iter_mut().for_each(Outbox::send);
+        self.outbox.send();
     }
 
     /// Sleeps until one of `ports` is pending or the time has come; `u64::MAX` is never. May
@@ -116,11 +119,7 @@ impl Machine {
             false => deadline_ns,
         };
         let timeout_ns = if deadline_ns == u64::MAX { 0 } else { deadline_ns.max(1) };
-        let ports = &mut numbers[..count];
-        match &mut self.outbox {
-            Some(outbox) => outbox.sleep(ports, timeout_ns),
-            None => hypercall::sched_poll(ports, timeout_ns),
-        }
+        self.outbox.sleep(&mut numbers[..count], timeout_ns);
     }
 
     /// Ends the domain.
@@ -286,9 +285,9 @@ impl Hypervisor for Machine {
     }
 
     fn notify(&mut self, port: Port) {
-        match &mut self.outbox {
-            Some(outbox) => outbox.put(port),
-            None => events::send(port),
+        match self.gathers {
+            true => self.outbox.put(port),
+            false => events::send(port),
         }
     }
 

@@ -16,13 +16,13 @@ fn main(mut machine: Machine, boot: BootInfo) -> ! {
         xenstore_port: boot.xenstore_port,
         heap_bytes: platter_arch::heap_stats().bytes_total,
     };
-    machine.gather_events();
     let mut server = Server::new(&mut machine, setup);
     let mut said_ready = false;
     loop {
+        machine.gather_events(server.has_little_to_do());
         let now_ns = machine.now_ns();
         match server.poll(&mut machine, now_ns) {
-            Turn::Again => machine.send_events(),
+            Turn::Again => {}
             Turn::Sleep { until_ns } => machine.poll(server.ports(), until_ns),
             Turn::End(Ending::Poweroff) => machine.shutdown(Shutdown::Poweroff),
             Turn::End(Ending::Reboot) => machine.shutdown(Shutdown::Reboot),

@@ -134,8 +134,13 @@ impl Server {
     /// Another turn would find nothing: whatever comes now rings. With more requests under way
     /// another turn is worth it, for what comes meanwhile needs no event then.
     fn is_calm(&self) -> bool {
+        self.has_little_to_do() && self.devices.iter().flatten().all(|device| device.is_steady())
+    }
+
+    /// So few requests are under way that an event may wait for the end of the turn, which is near.
+    /// With more of them whoever waits for it should have it before other bytes are copied.
+    pub fn has_little_to_do(&self) -> bool {
         self.engine.requests.len() <= REQUESTS_CALM_MAX
-            && self.devices.iter().flatten().all(|device| device.is_steady())
     }
 
     /// Before anything is looked at: an event that comes later is not lost then.
