@@ -94,14 +94,12 @@ impl Outbox {
             return hypercall::sched_poll(ports, timeout_ns);
         }
         let mut poll = hypercall::poll_of(ports, timeout_ns);
-        let sleep = |poll: *mut xen_sys::sched_poll| {
-            hypercall::call(xen_sys::__HYPERVISOR_sched_op, xen_sys::SCHEDOP_poll, poll as u64)
-        };
-        let mut calls = [sleep(&raw mut poll); WAITING_MAX + 1];
+        let (number, command) = (xen_sys::__HYPERVISOR_sched_op, xen_sys::SCHEDOP_poll);
+        let sleep = hypercall::call(number, command, &raw mut poll as u64);
+        let mut calls = [sleep; WAITING_MAX + 1];
         let count = core::mem::take(&mut self.count);
+        let (number, command) = (xen_sys::__HYPERVISOR_event_channel_op, xen_sys::EVTCHNOP_send);
         for (call, event) in calls.iter_mut().zip(&mut self.waiting[..count]) {
-            let (number, command) =
-                (xen_sys::__HYPERVISOR_event_channel_op, xen_sys::EVTCHNOP_send);
             *call = hypercall::call(number, command, &raw mut *event as u64);
         }
         // SAFETY: each struct is its command's and lives until the calls return, and so do the

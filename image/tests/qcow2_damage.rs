@@ -31,22 +31,8 @@ const KINDS: &[(&str, &[&str], bool)] = &[
 ];
 
 fn build(scratch: &Scratch, (option, commands, snapshot): (&str, &[&str], bool)) -> Vec<u8> {
-    scratch.ok("qemu-img", &["create", "-q", "-f", "qcow2", "-o", option, "a.qcow2", "4M"]);
-    let run = |commands: &[&str]| {
-        let mut args = vec!["-f", "qcow2"];
-        commands.iter().for_each(|command| args.extend(["-c", command]));
-        args.push("a.qcow2");
-        scratch.ok("qemu-io", &args);
-    };
-    run(commands);
-    if snapshot {
-        scratch.ok("qemu-img", &["snapshot", "-c", "one", "a.qcow2"]);
-        run(&["write -P 3 50k 60k"]);
-    }
-    if !option.contains("0.10") {
-        scratch.ok("qemu-img", &["bitmap", "--add", "a.qcow2", "b"]);
-    }
-    scratch.get("a.qcow2")
+    // The older header has no place for bitmaps.
+    scratch.qcow2(option, commands, snapshot, !option.contains("0.10"))
 }
 
 /// Offsets of words that are not guest data: the header, and where few bytes stand.

@@ -31,22 +31,7 @@ const KINDS: &[(&str, &[&str], bool, bool)] = &[
 
 fn build(scratch: &Scratch, kind: (&str, &[&str], bool, bool)) -> Vec<u8> {
     let (option, commands, snapshot, bitmap) = kind;
-    scratch.ok("qemu-img", &["create", "-q", "-f", "qcow2", "-o", option, "a.qcow2", "4M"]);
-    let run = |commands: &[&str]| {
-        let mut args = vec!["-f", "qcow2"];
-        commands.iter().for_each(|command| args.extend(["-c", command]));
-        args.push("a.qcow2");
-        scratch.ok("qemu-io", &args);
-    };
-    run(commands);
-    if snapshot {
-        scratch.ok("qemu-img", &["snapshot", "-c", "one", "a.qcow2"]);
-        run(&["write -P 3 50k 60k"]);
-    }
-    if bitmap {
-        scratch.ok("qemu-img", &["bitmap", "--add", "a.qcow2", "b"]);
-    }
-    scratch.get("a.qcow2")
+    scratch.qcow2(option, commands, snapshot, bitmap)
 }
 
 fn get64(bytes: &[u8], at: u64) -> u64 {

@@ -48,6 +48,27 @@ impl Scratch {
         std::fs::read(self.0.join("out.raw")).unwrap()
     }
 
+    /// A qcow2 of 4 MiB by QEMU: options of qemu-img, commands of qemu-io, whether a snapshot is
+    /// taken and written over, and whether there is a bitmap.
+    pub fn qcow2(&self, option: &str, commands: &[&str], snapshot: bool, bitmap: bool) -> Vec<u8> {
+        self.ok("qemu-img", &["create", "-q", "-f", "qcow2", "-o", option, "a.qcow2", "4M"]);
+        let run = |commands: &[&str]| {
+            let mut args = vec!["-f", "qcow2"];
+            commands.iter().for_each(|command| args.extend(["-c", command]));
+            args.push("a.qcow2");
+            self.ok("qemu-io", &args);
+        };
+        run(commands);
+        if snapshot {
+            self.ok("qemu-img", &["snapshot", "-c", "one", "a.qcow2"]);
+            run(&["write -P 3 50k 60k"]);
+        }
+        if bitmap {
+            self.ok("qemu-img", &["bitmap", "--add", "a.qcow2", "b"]);
+        }
+        self.get("a.qcow2")
+    }
+
     pub fn put(&self, name: &str, bytes: &[u8]) {
         std::fs::write(self.0.join(name), bytes).unwrap();
     }

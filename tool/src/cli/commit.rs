@@ -96,7 +96,7 @@ impl Commit {
         let mut chain = opened.map_err(|failure| self.hint(format, failure))?.engine;
         let layers = chain.image().info();
         let below = layers.get(1).ok_or_else(|| self.no_base())?;
-        Ok((self.file.with_file_name(chain.path(below.file)), below.format))
+        Ok((common::beside(&self.file, chain.path(below.file)), below.format))
     }
 
     /// The base by its name, whatever state it is in.
