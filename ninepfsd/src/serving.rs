@@ -31,10 +31,11 @@ pub const FRONTEND_BYTES_MAX: usize = IN_FLIGHT_BYTES_MAX
     + PATHS_BYTES_MAX
     + FIDS_MAX * FID_BYTES
     + (128 << 10);
-/// Requests, and bytes, of one ring in one turn: then the frontend is told, and the others are
-/// looked at.
+/// Requests of one ring in one turn: then the frontend is told, and the others are looked at.
 const TURN_REQUESTS: u32 = 64;
-const TURN_BYTES: u32 = 512 << 10;
+/// Bytes moved in one turn, over all rings: then the frontend is told, so that it takes these while
+/// the next ones are moved.
+const TURN_BYTES: u32 = 256 << 10;
 
 /// A request that a worker or the kernel has.
 struct Flight {
@@ -67,6 +68,8 @@ pub struct Serving {
     blocked: bool,
     body: Box<[u8; BODY_BYTES_MAX]>,
     answer: Box<[u8; ANSWER_BYTES]>,
+    /// The ring whose turn is next.
+    first: usize,
 }
 
 /// What became of the request at the front of a ring.
@@ -95,6 +98,7 @@ impl Serving {
             blocked: false,
             body: Box::new([0; BODY_BYTES_MAX]),
             answer: Box::new([0; ANSWER_BYTES]),
+            first: 0,
         }
     }
 
@@ -137,8 +141,13 @@ impl Serving {
         self.answer_flushes()?;
         self.closing = false;
         self.blocked = self.rings.iter().any(Ring::is_full);
-        for index in 0..self.rings.len() {
-            worked |= self.serve(index)?;
+        let mut bytes = 0;
+        for _ in 0..self.rings.len() {
+            worked |= self.serve(self.first, &mut bytes)?;
+            self.first = (self.first + 1) % self.rings.len();
+            if bytes >= TURN_BYTES {
+                break;
+            }
         }
         // What the kernel has no room for now is tried again before long.
         self.blocked |= !self.uring.as_mut().is_none_or(Uring::submit);
@@ -163,14 +172,14 @@ impl Serving {
         self.blocked
     }
 
-    fn serve(&mut self, index: usize) -> Result<bool, Fault> {
-        let mut bytes = 0;
+    /// A ring's turn; adds the bytes it moved to `bytes`.
+    fn serve(&mut self, index: usize, bytes: &mut u32) -> Result<bool, Fault> {
         for served in 0..TURN_REQUESTS {
-            if bytes >= TURN_BYTES {
+            if *bytes >= TURN_BYTES {
                 return Ok(true);
             }
             match self.step(index)? {
-                Step::Served(more) => bytes += more,
+                Step::Served(more) => *bytes += more,
                 Step::Nothing => return Ok(served > 0),
             }
         }

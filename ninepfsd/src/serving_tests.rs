@@ -160,6 +160,22 @@ fn the_frontend_is_told_once_for_many_answers() {
 }
 
 #[test]
+fn the_frontend_is_told_of_many_bytes_before_others_are_moved() {
+    let mut world = World::new(8);
+    let read = Request::Read { fid: 1, offset: 0, count: 65536 };
+    for (ring, tag) in (0..2).flat_map(|ring| (0..7).map(move |tag| (ring, tag))) {
+        world.fronts[ring].ask(tag, &read, &[]);
+    }
+    // Of both rings together, and each is first in its turn.
+    for (of_first, of_second) in [(4, 0), (0, 4), (3, 1), (0, 2)] {
+        assert!(world.turn());
+        assert_eq!(world.serving.bells().count(), 1);
+        assert_eq!((world.answers(0).len(), world.answers(1).len()), (of_first, of_second));
+    }
+    assert!(!world.turn());
+}
+
+#[test]
 fn a_read_that_ends_with_the_file_needs_no_worker() {
     let mut world = World::new(4);
     for (tag, offset) in [(1, 65530), (2, 65536), (3, 1 << 40)] {

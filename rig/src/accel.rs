@@ -22,10 +22,13 @@ pub enum Accelerator {
 
 impl Accelerator {
     /// QEMU's arguments. SMAP slows an emulated dom0 down or, with older QEMU, crashes it; RDTSCP
-    /// breaks emulated PVH guests there.
+    /// breaks emulated PVH guests there. ERMS and FSRM promise that `rep movsb` is fast, where the
+    /// emulator copies byte by byte: without them Linux and Xen copy by words, three times as fast.
     pub fn arguments(self) -> [&'static str; 4] {
         match self {
-            Accelerator::Tcg => ["-accel", "tcg,thread=multi", "-cpu", "max,-smap,-rdtscp"],
+            Accelerator::Tcg => {
+                ["-accel", "tcg,thread=multi", "-cpu", "max,-smap,-rdtscp,-erms,-fsrm"]
+            }
             Accelerator::Kvm => ["-accel", "kvm", "-cpu", "host"],
         }
     }
