@@ -33,6 +33,8 @@ pub struct Ring {
     half: Half,
     out_cons: u32,
     in_prod: u32,
+    /// Bytes of requests taken so far.
+    pub consumed: u64,
     waiting: VecDeque<Outgoing>,
     pub port: u32,
     /// Something was consumed or produced since the frontend was last told.
@@ -46,6 +48,8 @@ pub enum Fault {
     Broken(Broken),
     /// A request longer than any we know.
     TooLong(u32),
+    /// So many requests to forget others that each would wait for the next.
+    Flushes,
 }
 
 impl fmt::Display for Fault {
@@ -53,6 +57,7 @@ impl fmt::Display for Fault {
         match self {
             Fault::Xen(fault) => write!(f, "Xen's devices: {fault}"),
             Fault::Broken(broken) => write!(f, "its ring is broken: {broken:?}"),
+            Fault::Flushes => write!(f, "too many of its Tflushes wait for unread requests"),
             Fault::TooLong(bytes) => write!(f, "its request is {bytes} bytes long"),
         }
     }
@@ -86,7 +91,8 @@ impl Ring {
         let half = Half::of_order(order)?;
         let (out_cons, in_prod) = (interface.load(OUT_CONS), interface.load(IN_PROD));
         let waiting = VecDeque::new();
-        Ok(Ring { interface, data, half, out_cons, in_prod, waiting, port, notify: false })
+        let (consumed, notify) = (0, false);
+        Ok(Ring { interface, data, half, out_cons, in_prod, consumed, waiting, port, notify })
     }
 
     /// Bytes in each direction.
@@ -104,6 +110,12 @@ impl Ring {
         self.read_out(0, &mut bytes);
         let head = MessageHead::parse(&bytes, msize.min(self.half.bytes()))?;
         Ok(Some(head).filter(|head| queued >= head.size))
+    }
+
+    /// Bytes of requests so far, those that are not taken yet too.
+    pub fn filled(&self) -> Result<u64, Fault> {
+        let queued = self.half.queued(self.interface.load(OUT_PROD), self.out_cons)?;
+        Ok(self.consumed + u64::from(queued))
     }
 
     /// The fields after the head of the next request, copied; of a Twrite without its data.
@@ -141,6 +153,7 @@ impl Ring {
     /// Gives the room of the next request, `bytes` long, back to the frontend.
     pub fn consume(&mut self, bytes: u32) {
         self.out_cons = self.out_cons.wrapping_add(bytes);
+        self.consumed += u64::from(bytes);
         self.interface.store(OUT_CONS, self.out_cons);
         self.notify = true;
     }

@@ -2,8 +2,9 @@
 //!
 //! Knows no Xen device and never sleeps: whoever owns it calls [`Serving::turn`], tells the
 //! frontend what [`Serving::bells`] says, and sleeps when a turn found nothing. Guards that each
-//! request is answered once, that Tflush and Tversion come after what was asked before them, and
-//! that requests and bytes in flight are bounded; beyond that the frontend's ring waits.
+//! request is answered once, that Tflush and Tversion come after what was asked before them, on
+//! whichever ring, and that requests and bytes in flight are bounded; beyond that the frontend's
+//! ring waits.
 
 use std::sync::Arc;
 
@@ -31,6 +32,8 @@ pub const FRONTEND_BYTES_MAX: usize = IN_FLIGHT_BYTES_MAX
     + PATHS_BYTES_MAX
     + FIDS_MAX * FID_BYTES
     + (128 << 10);
+/// Tflushes that wait; more of them wait in their ring, for what is under way.
+const FLUSHES_MAX: usize = 512;
 /// Requests of one ring in one turn: then the frontend is told, and the others are looked at.
 const TURN_REQUESTS: u32 = 64;
 /// Bytes moved in one turn, over all rings: then the frontend is told, so that it takes these while
@@ -49,6 +52,9 @@ struct Flush {
     ring: usize,
     tag: u16,
     oldtag: u16,
+    /// How far each ring was filled when it came: that request may be among what was unread.
+    /// Linux chooses rings by tags, so that the two seldom lie in the same one.
+    filled: Box<[u64]>,
 }
 
 pub struct Serving {
@@ -149,6 +155,7 @@ impl Serving {
                 break;
             }
         }
+        self.answer_flushes()?;
         // What the kernel has no room for now is tried again before long.
         self.blocked |= !self.uring.as_mut().is_none_or(Uring::submit);
         self.patience.judge();
@@ -188,8 +195,7 @@ impl Serving {
 
     /// Serves the request at the front of a ring.
     fn step(&mut self, index: usize) -> Result<Step, Fault> {
-        let under_way = self.flights.iter().filter(|flight| flight.ring == index).count()
-            + self.flushes.iter().filter(|flush| flush.ring == index).count();
+        let under_way = self.flights.iter().filter(|flight| flight.ring == index).count();
         let bytes = self.flights.iter().map(|flight| flight.bytes).sum::<usize>()
             + self.rings.iter().map(Ring::waiting_bytes).sum::<usize>();
         let is_busy = under_way >= PLATTER_IN_FLIGHT as usize || bytes >= IN_FLIGHT_BYTES_MAX;
@@ -202,10 +208,21 @@ impl Serving {
             return Ok(Step::Nothing);
         }
         let Some(head) = ring.peek(self.session.msize)? else { return Ok(Step::Nothing) };
-        if head.id == id::TVERSION && !(self.flights.is_empty() && self.flushes.is_empty()) {
-            self.closing = true;
-            return Ok(Step::Nothing);
+        match head.id {
+            id::TVERSION if !self.flights.is_empty() => {
+                self.closing = true;
+                return Ok(Step::Nothing);
+            }
+            // They may wait for what lies behind it, which is of another session.
+            id::TVERSION => self.end_flushes(|_, _| true)?,
+            id::TFLUSH if self.flushes.len() >= FLUSHES_MAX => {
+                // Rings that are full of them would wait for each other.
+                let is_stuck = self.flights.is_empty();
+                return if is_stuck { Err(Fault::Flushes) } else { Ok(Step::Nothing) };
+            }
+            _ => {}
         }
+        let ring = &mut self.rings[index];
         let body = ring.fields(head, &mut self.body)?;
         let tag = head.tag;
         let mut moved = 0;
@@ -219,7 +236,7 @@ impl Serving {
                 None
             }
             Outcome::Flush { oldtag } => {
-                self.flushes.push(Flush { ring: index, tag, oldtag });
+                self.take_flush(index, tag, oldtag)?;
                 None
             }
             Outcome::Work(job) => Some(job),
@@ -240,20 +257,30 @@ impl Serving {
                 }
             }
         };
-        ring.consume(head.size);
+        self.rings[index].consume(head.size);
         if let Some(job) = job {
-            self.flights.push(Flight { ring: index, tag, bytes: job.bytes() });
-            let left = match &mut self.uring {
-                Some(uring) => uring.start(job, tag, index).err(),
-                None => Some(job),
-            };
-            if let Some(job) = left {
-                self.give_to_worker(job, tag, index);
-            }
-        } else if !self.flushes.is_empty() {
-            self.answer_flushes()?;
+            self.start(job, tag, index);
         }
         Ok(Step::Served(moved))
+    }
+
+    fn take_flush(&mut self, ring: usize, tag: u16, oldtag: u16) -> Result<(), Fault> {
+        let mut filled: Box<[_]> = self.rings.iter().map(Ring::filled).collect::<Result<_, _>>()?;
+        // What lies behind it in its own ring was asked later.
+        filled[ring] = 0;
+        self.flushes.push(Flush { ring, tag, oldtag, filled });
+        Ok(())
+    }
+
+    fn start(&mut self, job: Job, tag: u16, ring: usize) {
+        self.flights.push(Flight { ring, tag, bytes: job.bytes() });
+        let left = match &mut self.uring {
+            Some(uring) => uring.start(job, tag, ring).err(),
+            None => Some(job),
+        };
+        if let Some(job) = left {
+            self.give_to_worker(job, tag, ring);
+        }
     }
 
     fn give_to_worker(&self, job: Job, tag: u16, ring: usize) {
@@ -277,15 +304,23 @@ impl Serving {
 
     /// Answers each Tflush whose request is answered, its answer in the ring (9P flush(5)).
     fn answer_flushes(&mut self) -> Result<(), Fault> {
+        self.end_flushes(|serving, flush| {
+            let is_unread = |(ring, filled): (&Ring, &u64)| ring.consumed < *filled;
+            !serving.rings.iter().zip(&flush.filled).any(is_unread)
+                && !serving.flights.iter().any(|flight| flight.tag == flush.oldtag)
+                && !serving.rings.iter().any(|ring| ring.owes(flush.oldtag))
+        })
+    }
+
+    /// Answers each Tflush that `may` be answered.
+    fn end_flushes(&mut self, may: impl Fn(&Serving, &Flush) -> bool) -> Result<(), Fault> {
         let mut index = 0;
-        while let Some(&Flush { ring, tag, oldtag }) = self.flushes.get(index) {
-            let owed = self.flights.iter().any(|flight| flight.tag == oldtag)
-                || self.rings.iter().any(|ring| ring.owes(oldtag));
-            if owed {
+        while let Some(flush) = self.flushes.get(index) {
+            if !may(self, flush) {
                 index += 1;
                 continue;
             }
-            self.flushes.swap_remove(index);
+            let Flush { ring, tag, .. } = self.flushes.swap_remove(index);
             let len = emit(tag, &Answer::Flush, &mut self.answer[..]);
             self.rings[ring].answer(tag, &self.answer[..len], &[])?;
         }
