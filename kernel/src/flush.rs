@@ -19,6 +19,9 @@ use crate::table::Id;
 /// Longest single write of a flush plan, bytes: the scratch region's size.
 pub const STEP_BYTES_MAX: usize = 64 * 1024;
 
+/// The last sector of a file that must be longer.
+const TAIL_BYTES: usize = 512;
+
 /// How often a flush is run again because the store took only a part of a write: a store that
 /// is not full does so rarely.
 const TRIES_MAX: u8 = 16;
@@ -58,6 +61,9 @@ pub struct FlushRun {
     number: u64,
     /// The image asks for a flush (cache pressure, or an order that needs it).
     pub wanted: bool,
+    /// A file must be so long before anything says that it is: zeros at its end are the first write
+    /// of each flush until one has succeeded. Nobody else writes there meanwhile.
+    pub tail: Option<(FileNo, u64)>,
     pending: Option<Pending>,
     /// Operations under way.
     ops: u16,
@@ -82,6 +88,7 @@ impl FlushRun {
             mode: Mode::Idle,
             number: 0,
             wanted: false,
+            tail: None,
             pending: None,
             ops: 0,
             failed: None,
@@ -156,9 +163,16 @@ impl Disk {
             }
         }
         let mode = Mode::SyncOnly { next: 0 };
-        let FlushRun { tries, owed, scratch, .. } = self.flush;
-        self.flush = FlushRun { number, mode, tries, owed, ..FlushRun::new(scratch) };
-        if self.image.is_dirty() {
+        assert!(self.flush.ops == 0, "a flush begins when the last one has ended");
+        let FlushRun { tries, owed, tail, scratch, .. } = self.flush;
+        self.flush = FlushRun { number, mode, tries, owed, tail, ..FlushRun::new(scratch) };
+        if let Some((file, bytes)) = tail {
+            let (from, len) = (0, TAIL_BYTES);
+            hv.zero(scratch, from, len);
+            let offset = bytes.saturating_sub(len as u64);
+            self.flush.pending = Some(Pending::Write { file, offset, from, len });
+        }
+        if self.image.is_dirty() || tail.is_some() {
             self.flush.mode = Mode::Plan;
             self.parity ^= 1;
             self.image.flush_begin();
@@ -282,7 +296,7 @@ impl Disk {
         self.note_flush_op(submitted)
     }
 
-    pub fn note_flush_op(&mut self, submitted: Submitted) -> bool {
+    fn note_flush_op(&mut self, submitted: Submitted) -> bool {
         match submitted {
             Submitted::Yes => {
                 self.flush.ops += 1;
@@ -320,6 +334,9 @@ impl Disk {
         if again {
             self.flush_again(engine);
             return;
+        }
+        if self.flush.failed.is_none() {
+            self.flush.tail = None;
         }
         let number = self.flush.number;
         let covered: heapless::Vec<Id, { crate::limits::REQUESTS_MAX }> = engine

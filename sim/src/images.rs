@@ -21,17 +21,29 @@ pub fn create(
     cluster_bytes: u64,
     backing: Option<&str>,
 ) {
-    let name = path.rsplit('/').next().unwrap_or(path);
-    let params = CreateParams {
+    let backing =
+        backing.map(|name| Backing { name, format: Format::Raw, identity: None, sectors });
+    create_as(files, path, &CreateParams { cluster_bytes, backing, ..plain(format, sectors) });
+}
+
+/// A format's own choice of everything.
+pub fn plain(format: Format, sectors: u64) -> CreateParams<'static> {
+    CreateParams {
         format,
-        name,
+        name: "",
         sectors,
-        cluster_bytes,
+        cluster_bytes: 0,
         options: &[],
-        backing: backing.map(|name| Backing { name, format: Format::Raw, identity: None, sectors }),
+        backing: None,
         seed: 7,
         unix_seconds: 1_700_000_000,
-    };
+    }
+}
+
+/// Puts a new image made by these words on the share, but for its name.
+pub fn create_as(files: &mut Files, path: &str, params: &CreateParams) {
+    let name = path.rsplit('/').next().unwrap_or(path);
+    let params = CreateParams { name, ..*params };
     let mut plan = Create::new(&params).expect("a format that can be created");
     let mut made: Vec<(String, Vec<u8>)> = plan
         .files()

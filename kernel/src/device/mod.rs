@@ -15,7 +15,6 @@ use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 
-use platter_image::FileNo;
 use platter_xen::vbd::Layout;
 use platter_xen::xenbus::{self, Action, Kind, Memory, Rings, View, XenbusState};
 use platter_xen::xenstore::XsError;
@@ -169,8 +168,10 @@ pub struct Device {
     size_ns: u64,
     /// The size that the disk should have, if larger than it is.
     wanted_sectors: u64,
-    /// A file that must be made so long before the disk has grown.
-    grow_tail: Option<(FileNo, u64)>,
+    /// The size that it cannot have.
+    refused_sectors: u64,
+    /// The longest that the image's file was seen.
+    file_bytes: u64,
     stats_shown: String,
     stats_ns: u64,
     fate: Fate,
@@ -222,7 +223,8 @@ impl Device {
             wake_ns: None,
             size_ns: 0,
             wanted_sectors: 0,
-            grow_tail: None,
+            refused_sectors: 0,
+            file_bytes: 0,
             stats_shown: String::new(),
             stats_ns: 0,
             fate: Fate::Stays,

@@ -12,11 +12,8 @@ use platter_xen::{Bus, Hypervisor};
 
 use super::{Busy, Device, Stage, Surroundings};
 use crate::disk::DiskFile;
-use crate::engine::{Op, OpKind, Stretch, Submitted};
+use crate::engine::{Op, OpKind, Stretch};
 use crate::limits::SIZE_NS;
-
-/// The last sector of a file that must be longer.
-const TAIL_BYTES: u32 = 512;
 
 impl Device {
     /// Asks for the size of a file that others may make longer when it is time.
@@ -51,6 +48,10 @@ impl Device {
         disk.ops -= 1;
         disk.kick = true;
         if let Ok(Answer::Size(bytes)) = answer {
+            if bytes > self.file_bytes {
+                // There may be room for what was refused.
+                (self.file_bytes, self.refused_sectors) = (bytes, 0);
+            }
             if !disk.files[0].can_grow {
                 // A disk of ours was made longer by its own domain.
                 disk.image.file_grew(FileNo(0), bytes);
@@ -69,72 +70,55 @@ impl Device {
         }
     }
 
-    /// Grows the disk to what is wanted, as soon as nothing stands in the way.
+    /// Grows the disk to what is wanted, as soon as nothing stands in the way, and tells of it when
+    /// its file is long enough.
     pub(super) fn resize_on<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
-        self.grow_step(world);
-        let growing = self.is_to_grow();
-        self.disk.iter_mut().for_each(|disk| disk.growing = growing);
-    }
-
-    fn is_to_grow(&mut self) -> bool {
-        // An image that is not open yet has no size.
-        if self.stage != Stage::Ready || self.busy != Busy::No || self.grow_tail.is_some() {
-            return false;
-        }
         let wanted = self.wanted_sectors;
-        self.disk.as_mut().is_some_and(|disk| wanted > disk.image.sectors())
+        // An image that is not open yet has no size.
+        let ready = self.stage == Stage::Ready && self.busy == Busy::No;
+        let Some(disk) = &mut self.disk else { return };
+        let due = ready && wanted > disk.image.sectors() && wanted != self.refused_sectors;
+        disk.growing = due && disk.flush.tail.is_none();
+        // Places may change while it grows, step by step: nothing else is under way then.
+        if disk.growing && disk.requests == 0 {
+            self.grow_step(world);
+        }
+        self.has_grown();
     }
 
     fn grow_step<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
-        if self.stage == Stage::Ready && self.grow_tail.is_some() {
-            return self.grow_on(world);
-        }
-        let is_to_grow = self.is_to_grow();
+        let raw = self.is_raw();
         let Some(disk) = &mut self.disk else { return };
-        // Places may change while it grows, step by step: nothing else is under way then.
-        if !is_to_grow || disk.requests > 0 {
-            return;
-        }
         match disk.image.resize(self.wanted_sectors) {
             Ok(ResizePlan { grow }) => {
                 // A raw file is as long as it says; others must be made so.
-                self.grow_tail = grow.filter(|_| !self.is_raw());
-                self.grow_on(world);
+                disk.flush.tail = grow.filter(|_| !raw);
+                disk.flush.wanted = true;
+                disk.growing = false;
             }
             Err(Stop::Fault(fault)) => {
                 log::warn!("guest {} disk {}: cannot grow: {fault}", self.guest.0, self.vdev);
-                self.wanted_sectors = 0;
+                // Asked for again with each look, it is answered once.
+                self.refused_sectors = self.wanted_sectors;
+                disk.growing = false;
             }
             Err(stop) => {
                 if disk.stopped(world.engine, world.hv, stop).is_err() {
                     self.wanted_sectors = 0;
+                    disk.growing = false;
                 }
             }
         }
     }
 
-    /// Makes the file long enough, flushes, and tells the guest.
-    fn grow_on<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
-        let Some(disk) = &mut self.disk else { return };
-        if let Some((file, bytes)) = self.grow_tail {
-            let offset = bytes.saturating_sub(TAIL_BYTES.into());
-            let stretch = Stretch { handle: disk.handle(file), offset, len: TAIL_BYTES };
-            let zeros = platter_storage::Run {
-                region: world.engine.zeros,
-                offset: 0,
-                len: TAIL_BYTES as usize,
-            };
-            let op = Op::new(self.index, stretch, OpKind::FlushWrite { from: zeros });
-            let submitted = world.engine.submit(world.hv, op);
-            if matches!(submitted, Submitted::NoRoom) {
-                return;
-            }
-            disk.note_flush_op(submitted);
-        }
-        self.grow_tail = None;
-        disk.flush.wanted |= disk.image.is_dirty();
+    /// What the image has become, the guest may use; a file that had to be made longer is so first.
+    fn has_grown(&mut self) {
+        let Some(disk) = self.disk.as_mut().filter(|_| self.stage == Stage::Ready) else { return };
         let unit = u64::from(disk.limits.sector_bytes) / SECTOR_BYTES;
         let sectors = disk.image.sectors() / unit * unit;
+        if disk.growing || disk.flush.tail.is_some() || sectors == disk.limits.capacity_sectors {
+            return;
+        }
         disk.limits.capacity_sectors = sectors;
         log::info!("guest {} disk {}: now {} MiB", self.guest.0, self.vdev, sectors / 2048);
     }
