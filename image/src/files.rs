@@ -11,6 +11,8 @@ use crate::types::{FileNo, Step, Stop};
 
 /// Longest name taken from an image, bytes (qcow2: QEMU's limit, 1023).
 pub const NAME_BYTES_MAX: usize = 1023;
+/// Longest file (Linux: `loff_t`).
+pub(crate) const SIZE_BYTES_MAX: u64 = i64::MAX as u64;
 /// Files of one image: chain depth 1000 and some extents each of ours (ours; QEMU has none).
 pub const FILES_MAX: usize = 4096;
 
@@ -52,6 +54,14 @@ impl Files {
         Files { files: alloc::vec![top], wanted: None, allow_names }
     }
 
+    /// Refuses a file that is longer than any on Linux: what is counted on from its end fits.
+    pub fn check_size(&self, file: FileNo) -> Result<(), ImageFault> {
+        match self.size(file) {
+            0..=SIZE_BYTES_MAX => Ok(()),
+            size => Err(ImageFault::limit(file, "the file's length", size, SIZE_BYTES_MAX)),
+        }
+    }
+
     /// Bytes in the file now.
     pub fn size(&self, file: FileNo) -> u64 {
         self.info(file).size_bytes
@@ -83,7 +93,11 @@ impl Files {
         // The top file's own entry names itself: position 0 is never an answer here.
         if let Some(index) = known.filter(|&i| i > 0) {
             return match self.files[index].info {
-                Some(_) => Ok(FileNo(index as u16)),
+                Some(_) => {
+                    let file = FileNo(index as u16);
+                    self.check_size(file)?;
+                    Ok(file)
+                }
                 None => Err(Stop::Busy),
             };
         }

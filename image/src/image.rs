@@ -200,6 +200,7 @@ impl Image {
     fn open_next(&mut self) -> Step<bool> {
         let Some((file, format)) = self.next else { return Ok(true) };
         let access = if self.layers.is_empty() { self.options.access } else { Access::ReadOnly };
+        self.files.check_size(file)?;
         if self.is_raw_by_suffix {
             self.check_raw(file)?;
         }
@@ -353,7 +354,7 @@ impl Image {
     /// Whoever owns a file that we cannot grow (a device) has made it longer: there is room for
     /// [`resize`](Self::resize) now.
     pub fn file_grew(&mut self, file: FileNo, size_bytes: u64) {
-        self.files.grow(file, size_bytes);
+        self.files.grow(file, size_bytes.min(crate::files::SIZE_BYTES_MAX));
     }
 
     /// Starts a check of the top layer, with nothing else in flight; repair needs an image

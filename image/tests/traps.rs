@@ -6,7 +6,9 @@
 mod foreign;
 
 use foreign::*;
-use platter_image::{Backing, CreateParams, Format};
+use platter_image::{
+    Backing, CreateParams, FaultKind, FileInfo, FileNo, Format, Image, OpenStep, SectorRange, Stop,
+};
 use platter_tool::engine::Engine;
 use platter_tool::medium::RamFolder;
 
@@ -168,4 +170,25 @@ fn two_entries_for_one_place_are_found_in_every_format() {
         let report = check_all(&mut open(&folder, "a.img", ro(format)));
         assert!(report.corruptions > 0, "{}: {report:#?}", format.name());
     }
+}
+
+/// A raw file of 2^64 - 1 bytes had 2^55 sectors, and no range may end at the last.
+#[test]
+fn a_file_longer_than_any_is_refused_whatever_its_format() {
+    for size_bytes in [u64::MAX, 1 << 63] {
+        for format in [Format::Raw, Format::Qcow2, Format::Vhd, Format::Vmdk] {
+            let info = FileInfo { size_bytes, can_grow: true, identity: 1 };
+            let step = Image::begin("a.img", info, rw(format)).open_step();
+            let Err(Stop::Fault(fault)) = step else { panic!("{step:?}") };
+            assert_eq!((fault.kind, fault.value), (FaultKind::Limit, size_bytes));
+        }
+    }
+    let info = FileInfo { size_bytes: i64::MAX as u64, can_grow: true, identity: 1 };
+    let mut image = Image::begin("a.img", info, rw(Format::Raw));
+    let Err(Stop::Miss(block)) = image.open_step() else { panic!("no miss") };
+    image.fill(block, &vec![0; block.len as usize]);
+    assert!(matches!(image.open_step(), Ok(OpenStep::Ready)));
+    let last = SectorRange::new(image.sectors() - 1, 1);
+    image.map_read(last).unwrap();
+    image.file_grew(FileNo(0), u64::MAX);
 }

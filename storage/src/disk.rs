@@ -14,6 +14,9 @@ use crate::pool::Pool;
 /// The unit of every sector number here, whatever the disk's own block size (as on blkif).
 pub const SECTOR_BYTES: u32 = 512;
 
+/// No disk is served beyond these: sizes in bytes stay below 2^63, as files' do.
+pub const SECTORS_MAX: u64 = i64::MAX as u64 / SECTOR_BYTES as u64;
+
 /// The caller's name for one outstanding operation of a device.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct DiskTag(pub u16);

@@ -9,6 +9,8 @@
 //! metadata, serve two images that overlap when one is writable, or one from a disk that is not
 //! the one it was opened on.
 
+#[cfg(test)]
+mod away_tests;
 mod doubt;
 mod growth;
 #[cfg(test)]
@@ -26,7 +28,7 @@ use alloc::vec::Vec;
 use platter_xen::Hypervisor;
 
 use crate::bytes::Mark;
-use crate::disk::{Device, Geometry};
+use crate::disk::{Device, Geometry, SECTORS_MAX};
 use crate::meta::META_BLOCKS_MAX;
 use crate::pool::Pool;
 use crate::store::{Access, Answer, Done, FileId, Store, StoreFault, Submit, Tag, Window};
@@ -208,7 +210,8 @@ impl<D> BlockStore<D> {
         D: Device<H>,
     {
         let disk = self.disks.get(usize::from(disk))?;
-        self.devices.get(disk.device)?.device.geometry(disk.unit)
+        let geometry = self.devices.get(disk.device)?.device.geometry(disk.unit)?;
+        Some(Geometry { sectors: geometry.sectors.min(SECTORS_MAX), ..geometry })
     }
 
     /// Names the units that devices have found since the last time.

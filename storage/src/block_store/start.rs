@@ -232,8 +232,13 @@ impl<D> BlockStore<D> {
             Doubt::None => {}
             Doubt::Open { .. } => return self.ops.wait(index),
             Doubt::Proved(_) => {
-                self.ops.get_mut(index).result = Err(StoreFault::Gone);
-                return self.end(hv, index);
+                let op = self.ops.get_mut(index);
+                (op.result, op.flush_left) = (Err(StoreFault::Gone), 0);
+                // What other disks have of a flush is answered first.
+                if op.parts == 0 {
+                    self.end(hv, index);
+                }
+                return;
             }
         }
         if self.ops.get(index).kind == Kind::Flush {

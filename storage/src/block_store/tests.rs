@@ -18,14 +18,18 @@ pub(super) struct Mem {
     pub bytes: Rc<RefCell<Vec<u8>>>,
     block_bytes: u32,
     queue: Rc<RefCell<Vec<(DiskTag, DiskIo)>>>,
-    room: usize,
+    pub room: usize,
     /// Operations that may still happen, and from which end of the queue.
     pub allowed: Rc<Cell<usize>>,
     newest_first: Rc<Cell<bool>>,
     pub fail: Rc<Cell<Option<StoreFault>>>,
     flushes: Rc<Cell<usize>>,
     losses: Rc<Cell<u32>>,
+    pub returns: Rc<Cell<u32>>,
+    pub identity: Rc<Cell<u64>>,
     io_bytes_max: Rc<Cell<u32>>,
+    /// What it says that it has.
+    pub sectors: Rc<Cell<Option<u64>>>,
 }
 
 impl Mem {
@@ -40,6 +44,9 @@ impl Mem {
             fail: Rc::default(),
             flushes: Rc::default(),
             losses: Rc::default(),
+            returns: Rc::default(),
+            identity: Rc::default(),
+            sectors: Rc::default(),
             io_bytes_max: Rc::new(Cell::new(64 * 1024)),
         }
     }
@@ -76,7 +83,7 @@ impl Device<Fake> for Mem {
     }
     fn geometry(&self, _: usize) -> Option<Geometry> {
         Some(Geometry {
-            sectors: self.bytes.borrow().len() as u64 / 512,
+            sectors: self.sectors.get().unwrap_or(self.bytes.borrow().len() as u64 / 512),
             block_bytes: self.block_bytes,
             io_bytes_max: self.io_bytes_max.get(),
             read_only: false,
@@ -88,6 +95,12 @@ impl Device<Fake> for Mem {
     }
     fn losses(&self) -> u32 {
         self.losses.get()
+    }
+    fn returns(&self) -> u32 {
+        self.returns.get()
+    }
+    fn identity(&self) -> u64 {
+        self.identity.get()
     }
     fn submit(
         &mut self,

@@ -15,7 +15,7 @@ use platter_xen::ninepfs::{
 };
 use platter_xen::{Hypervisor, Port};
 
-use super::file::{File, PATH_BYTES_MAX, Progress, Step, fault_of};
+use super::file::{File, OVERSIZE, PATH_BYTES_MAX, Progress, SIZE_BYTES_MAX, Step, fault_of};
 use super::message::{
     ANSWER_BYTES_MAX, AllocateMode, Answer, GETATTR_BASIC, Malformed, NOFID, PLATTER_IN_FLIGHT,
     RREAD_BYTES, Request, TWRITE_BYTES, id,
@@ -47,7 +47,6 @@ pub(super) enum Kind {
     Fsync,
     Allocate,
     Size,
-    SetSize,
     /// Asks for a file's holes; nobody waits for it.
     Extents,
     /// A write taken back: it went out as one to no file.
@@ -219,7 +218,7 @@ impl Client {
 
     /// An operation is over and reported.
     fn settle(&mut self, op: Op) {
-        if matches!(op.kind, Kind::Write | Kind::Void | Kind::SetSize) {
+        if matches!(op.kind, Kind::Write | Kind::Void) {
             let slot = &mut self.files[usize::from(op.file)];
             slot.as_mut().expect("a file outlives its operations").holes.changed();
         }
@@ -483,15 +482,13 @@ impl Client {
             (Kind::Write, Answer::Write { count }) if *count <= op.len => Reply::Written(*count),
             (Kind::Fsync, Answer::Fsync) => Reply::Flushed,
             (Kind::Allocate, Answer::Allocate) => Reply::Punched,
+            (Kind::Size, Answer::Getattr { size, .. }) if *size > SIZE_BYTES_MAX => {
+                return Ok(Err(OVERSIZE));
+            }
             (Kind::Size, Answer::Getattr { size, .. }) => Reply::Size(*size),
-            (Kind::SetSize, Answer::Setattr) => Reply::Size(self.file_size(op.file)),
             _ => return Err(StoreFault::Protocol),
         };
         Ok(Ok(reply))
-    }
-
-    fn file_size(&self, file: u16) -> u64 {
-        self.files[usize::from(file)].as_ref().map_or(0, |file| file.size_bytes)
     }
 
     /// A file's step was answered. Yields the opener's answer when there is one.
@@ -543,26 +540,6 @@ impl Client {
         }
         self.steps_due = true;
         Ok(done)
-    }
-
-    /// Sets a file's size. The answer is [`Reply::Size`] with the size asked for.
-    pub fn set_size<H: Hypervisor>(
-        &mut self,
-        hv: &mut H,
-        tag: Tag,
-        file: FileId,
-        size_bytes: u64,
-    ) -> Result<Submit, StoreFault> {
-        let valid = super::message::SETATTR_SIZE;
-        let request = Request::Setattr { fid: fid(file), valid, size: size_bytes };
-        let submit = self.submit(hv, &request, op(Kind::SetSize, file.0, 0, tag))?;
-        if let (Submit::Taken(_), Some(Some(file))) =
-            (submit, self.files.get_mut(usize::from(file.0)))
-        {
-            file.size_bytes = size_bytes;
-            file.holes.change(0, u64::MAX);
-        }
-        Ok(submit)
     }
 
     /// The next answer from any ring; those that the caller does not hear of are passed over.

@@ -22,6 +22,10 @@ const NAME_BYTES_MAX: usize = 255;
 const DEPTH_MAX: usize = 64;
 /// So much of a file must have no space for its holes to be of interest.
 const SPARSE_BYTES: u64 = 1 << 20;
+/// The longest file there is on Linux (`loff_t`), and what is said of one that is longer.
+pub const SIZE_BYTES_MAX: u64 = i64::MAX as u64;
+pub const OVERSIZE: StoreFault =
+    StoreFault::Refused("the server says that it is beyond 2^63 bytes");
 /// The share's root directory.
 pub const ROOT_FID: u32 = 0;
 
@@ -199,6 +203,9 @@ impl File {
         }
         if self.identity.is_some_and(|identity| identity != qid.path) {
             return refused(StoreFault::Refused("another file stands at the path now"));
+        }
+        if size > SIZE_BYTES_MAX {
+            return refused(OVERSIZE);
         }
         self.identity = Some(qid.path);
         self.size_bytes = size;

@@ -45,6 +45,8 @@ pub struct Faults {
     pub io_error: Option<u32>,
     /// This errno for every getattr.
     pub getattr_error: Option<u32>,
+    /// Every file has this size.
+    pub size: Option<u64>,
     /// This errno for every question for extents.
     pub extents_error: Option<u32>,
     /// Takes requests and answers none.
@@ -304,11 +306,12 @@ impl Server {
         let qid = self.qid(path);
         let io_max = self.faults.io_max.unwrap_or(u32::MAX);
         let extents_error = self.faults.extents_error;
-        let read_extra = self.faults.read_extra;
+        let (read_extra, forged) = (self.faults.read_extra, self.faults.size);
         let node = self.nodes.get_mut(path).unwrap();
         let size = node.bytes.len() as u64;
         match request {
             Request::Getattr { .. } => {
+                let size = forged.unwrap_or(size);
                 Answer::Getattr { qid, mode: node.mode, size, blksize: 4096, blocks: 0 }
             }
             Request::Lopen { .. } => Answer::Lopen { qid, iounit: 0 },
