@@ -9,11 +9,12 @@ use std::fs::File;
 use std::sync::{Arc, LazyLock, Mutex};
 use std::time::{Duration, Instant};
 
+use rustix::fs::OFlags;
 use rustix::io::{Errno, IoSliceMut, ReadWriteFlags, preadv2};
 
 use crate::os::memory::{How, RWF_DONTCACHE};
 use crate::os::times_slept;
-use crate::share::Cache;
+use crate::share::{Cache, DSYNC};
 use crate::usage::Charge;
 
 /// That a file is open for writing, among all clients of this server.
@@ -53,6 +54,8 @@ pub struct Open {
     /// The same past the page cache, for what is aligned.
     pub direct: Option<Arc<File>>,
     pub writable: bool,
+    /// Writes wait for the disk.
+    pub synced: bool,
     writer: Option<Writer>,
     /// Its bytes leave the page cache at once.
     pub dontcache: bool,
@@ -102,12 +105,15 @@ const DONTCACHE: ReadWriteFlags = ReadWriteFlags::from_bits_retain(RWF_DONTCACHE
 const DIRECT_BYTES: u32 = 4096;
 
 impl Open {
-    pub fn new(file: File, direct: Option<File>, writable: bool, cache: Cache) -> Open {
+    /// `how` it was opened.
+    pub fn new(file: File, direct: Option<File>, how: OFlags, cache: Cache) -> Open {
+        let writable = how.contains(OFlags::RDWR);
+        let synced = writable && how.contains(DSYNC);
         let dontcache = cache == Cache::Dontcache && can_dontcache(&file);
         let foretells = Foretells { read: true, write: true };
         let writer = writable.then(|| Writer::of(&file)).flatten();
         let (file, direct) = (Arc::new(file), direct.map(Arc::new));
-        Open { file, direct, writable, writer, dontcache, foretells }
+        Open { file, direct, writable, synced, writer, dontcache, foretells }
     }
 
     /// Nobody writes the file by another fid of any client.
@@ -122,6 +128,11 @@ impl Open {
 }
 
 impl Move<'_> {
+    /// Whoever does it waits for the disk.
+    pub fn must_wait(&self) -> bool {
+        self.direct().is_some() || self.is_write && self.open.synced
+    }
+
     /// The file to use past the page cache, for this one.
     pub fn direct(&self) -> Option<&Arc<File>> {
         let is_aligned = self.offset.is_multiple_of(DIRECT_BYTES.into())

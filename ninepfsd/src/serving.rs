@@ -334,7 +334,7 @@ fn at_once<'a>(
     patience: &mut Patience,
     order: Move<'a>,
 ) -> Result<job::Outcome, Move<'a>> {
-    if order.direct().is_some() {
+    if order.must_wait() {
         return Err(order);
     }
     let Move { ref open, offset, count, is_write, .. } = order;

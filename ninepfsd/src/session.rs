@@ -20,7 +20,7 @@ use crate::job::{self, Job};
 use crate::locks;
 use crate::more::{self, More, REMOVE_DIRECTORY};
 use crate::open::{Move, Open};
-use crate::share::Share;
+use crate::share::{Share, synced};
 
 /// Fids of one frontend.
 pub const FIDS_MAX: usize = 4096;
@@ -132,6 +132,7 @@ impl Session {
             Request::Getattr { .. } => unreachable!("`dispatch` answers it"),
             Request::Setattr { fid, valid, size } => self.setattr(fid, valid, size)?,
             Request::Read { fid, offset, count } => {
+                end_of(offset, count.into())?;
                 let count = count.min(self.msize.saturating_sub(RREAD_BYTES));
                 let open = self.open(fid)?;
                 return Ok(Outcome::Move(Move {
@@ -143,7 +144,7 @@ impl Session {
                 }));
             }
             Request::Write { fid, offset, count } => {
-                let end = offset.checked_add(count.into()).ok_or(Errno::FBIG)?;
+                let end = end_of(offset, count.into())?;
                 let open = writable(&mut self.fids, fid)?;
                 self.share.prove_size(end)?;
                 let charge = self.share.charge(&open.file, offset..end)?;
@@ -160,13 +161,11 @@ impl Session {
             }
             Request::Flush { oldtag } => return Ok(Outcome::Flush { oldtag }),
             Request::Allocate { fid, mode, offset, len } => {
+                end_of(offset, len)?;
                 let file = writable(&mut self.fids, fid)?.file.clone();
                 let end = offset.saturating_add(job::within_file(&file, offset, len)?);
                 let charge = match mode {
-                    AllocateMode::Punch => {
-                        self.share.shrank();
-                        None
-                    }
+                    AllocateMode::Punch => self.share.giving_back(),
                     AllocateMode::Allocate | AllocateMode::Zero => {
                         self.share.charge(&file, offset..end)?
                     }
@@ -174,6 +173,7 @@ impl Session {
                 return Ok(Outcome::Work(Job::Allocate { file, mode, offset, len, charge }));
             }
             Request::Extents { fid, offset, len } => {
+                end_of(offset, len)?;
                 let open = self.open(fid)?;
                 if open.writable && !open.writes_alone() {
                     return Err(Errno::BUSY);
@@ -191,12 +191,12 @@ impl Session {
                 self.prove_openable(fid)?;
                 let path = Share::join(&self.fid(fid)?.path, name)?;
                 self.prove_path(&path)?;
-                let file = self.share.create(&path, mode, OFlags::from_bits_retain(flags))?;
-                let (direct, cache) =
-                    (self.share.open_direct(&path, true, &file), self.share.policy.cache);
+                let how = OFlags::from_bits_retain(flags);
+                let file = self.share.create(&path, mode, how)?;
                 w.qid(self.qid(&rustix::fs::fstat(&file)?));
                 w.u32(0); // iounit: as much as fits
-                self.move_to(fid, path)?.open = Some(Open::new(file, direct, true, cache));
+                let open = self.opened(file, &path, true, how);
+                self.move_to(fid, path)?.open = Some(open);
             }
             More::Statfs { fid } => {
                 self.fid(fid)?;
@@ -326,14 +326,22 @@ impl Session {
     fn lopen(&mut self, fid: u32, flags: u32) -> Result<Answer<'static>, Errno> {
         self.prove_openable(fid)?;
         let write = flags & open::ACCESS_MASK != open::READ_ONLY;
-        let truncate = flags & libc::O_TRUNC as u32 != 0;
+        let how = OFlags::from_bits_retain(flags);
         let path = &self.fid(fid)?.path;
-        let file = self.share.open_file(path, write, truncate)?;
-        let direct = self.share.open_direct(path, write, &file);
-        let cache = self.share.policy.cache;
+        let file = self.share.open_file(path, write, how)?;
         let qid = self.qid(&rustix::fs::fstat(&file)?);
-        self.fid_mut(fid)?.open = Some(Open::new(file, direct, write, cache));
+        let open = self.opened(file, path, write, how);
+        self.fid_mut(fid)?.open = Some(open);
         Ok(Answer::Lopen { qid, iounit: 0 })
+    }
+
+    /// A file that a fid will have.
+    fn opened(&self, file: File, path: &str, write: bool, how: OFlags) -> Open {
+        let direct = self.share.open_direct(path, write, how, &file);
+        let access = if write { OFlags::RDWR } else { OFlags::RDONLY };
+        let open = Open::new(file, direct, access | synced(how), self.share.policy.cache);
+        self.share.opened(&open.file);
+        open
     }
 
     /// One file for each fid, and so many for a frontend.
@@ -360,7 +368,10 @@ impl Session {
             let fid = self.fid(fid)?;
             match &fid.open {
                 Some(open) if open.writable => rustix::fs::ftruncate(&open.file, size)?,
-                _ => rustix::fs::ftruncate(self.share.open_file(&fid.path, true, false)?, size)?,
+                _ => rustix::fs::ftruncate(
+                    self.share.open_file(&fid.path, true, OFlags::empty())?,
+                    size,
+                )?,
             }
             self.share.shrank();
         }
@@ -480,6 +491,12 @@ impl Session {
     }
 }
 
+/// Where a range of a file ends; no file is longer than that.
+fn end_of(offset: u64, len: u64) -> Result<u64, Errno> {
+    let end = offset.checked_add(len).filter(|end| i64::try_from(*end).is_ok());
+    end.ok_or(Errno::INVAL)
+}
+
 fn writable(fids: &mut HashMap<u32, Fid>, fid: u32) -> Result<&mut Open, Errno> {
     let open = fids.get_mut(&fid).and_then(|fid| fid.open.as_mut());
     open.filter(|open| open.writable).ok_or(Errno::BADF)
@@ -487,6 +504,8 @@ fn writable(fids: &mut HashMap<u32, Fid>, fid: u32) -> Result<&mut Open, Errno> 
 
 impl Drop for Session {
     fn drop(&mut self) {
+        self.fids.clear();
+        self.share.shrank();
         locks::release(self.number, None);
     }
 }

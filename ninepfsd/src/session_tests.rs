@@ -337,9 +337,60 @@ fn what_is_not_allowed_is_refused() {
     let mut world = World::new(Policy { file_bytes_max: 4096, ..Policy::default() });
     world.open(true);
     world.refused(&Request::Write { fid: 1, offset: 4096, count: 1 }, b"x", Errno::FBIG);
-    world.refused(&Request::Write { fid: 1, offset: u64::MAX, count: 1 }, b"x", Errno::FBIG);
     let size = Request::Setattr { fid: 1, valid: SETATTR_SIZE, size: 1 << 40 };
     world.refused(&size, &[], Errno::FBIG);
+}
+
+#[test]
+fn no_range_ends_where_no_file_can() {
+    let mut world = World::new(Policy { share_bytes_max: 1 << 20, ..Policy::default() });
+    world.open(true);
+    for offset in [i64::MAX as u64, u64::MAX] {
+        world.refused(&Request::Write { fid: 1, offset, count: 1 }, b"x", Errno::INVAL);
+        world.refused(&Request::Read { fid: 1, offset, count: 1 }, &[], Errno::INVAL);
+        world.refused(&Request::Extents { fid: 1, offset, len: 1 }, &[], Errno::INVAL);
+        let mode = AllocateMode::Punch;
+        world.refused(&Request::Allocate { fid: 1, mode, offset, len: 1 }, &[], Errno::INVAL);
+    }
+}
+
+#[test]
+fn a_file_that_was_opened_so_is_written_to_the_disk() {
+    // The bits of 9P2000.L.
+    const DATA: u32 = 0o10000;
+    const ALL: u32 = 0o4000000;
+    for cache in [Cache::Writeback, Cache::Direct] {
+        let policy = Policy { cache, ..Policy::default() };
+        let world = World::new(policy);
+        let share = Share::open(&world.directory, policy).expect("a share");
+        let mut session = Session::new(share, 1 << 16);
+        session.bind(0, String::new()).expect("the root");
+        let names: heapless::Vec<_, 16> = ["sub", "file"].into_iter().collect();
+        for (fid, (asked, kept)) in (2..).zip([
+            (0, OFlags::empty()),
+            (DATA, OFlags::from_bits_retain(DATA)),
+            (ALL, OFlags::SYNC),
+            (DATA | ALL, OFlags::SYNC),
+        ]) {
+            session.walk(0, fid, &names).expect("it is there");
+            session.lopen(fid, open::READ_WRITE | asked).expect("it is opened");
+            let made = fid + 10;
+            session.walk(0, made, &[]).expect("a directory");
+            let name = &asked.to_string();
+            let more = More::Lcreate { fid: made, name, flags: asked, mode: 0o600 };
+            session.more(more, &mut Writer::new(&mut [0; 64], 0, 0)).expect("it is made");
+            for fid in [fid, made] {
+                let open = session.open(fid).expect("it is open");
+                for file in [Some(&open.file), open.direct.as_ref()].into_iter().flatten() {
+                    let flags = rustix::fs::fcntl_getfl(file).expect("it is open");
+                    assert_eq!(flags & OFlags::SYNC, kept, "{asked:o}");
+                }
+                let (offset, count, charge) = (1, 1, None);
+                let order = |is_write| Move { open, offset, count, is_write, charge };
+                assert_eq!(order(true).must_wait(), asked != 0, "{asked:o}");
+            }
+        }
+    }
 }
 
 #[test]

@@ -4,6 +4,7 @@
 //! RESOLVE_NO_SYMLINKS (Linux 5.6): the kernel keeps the promise, not our string handling.
 //! Only regular files and directories are ever opened.
 
+use std::ffi::CStr;
 use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
@@ -113,14 +114,21 @@ impl Share {
         }
     }
 
-    /// Opens a regular file or a directory for reading, or a file for writing too.
-    pub fn open_file(&self, path: &str, write: bool, truncate: bool) -> Result<File, Errno> {
+    /// Opens a directory in one that is open.
+    pub fn open_folder(at: &File, name: &CStr) -> Result<File, Errno> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        openat2(at, name, flags, Mode::empty(), RESOLVE).map(File::from)
+    }
+
+    /// Opens a regular file or a directory for reading, or a file for writing too; cut and with
+    /// writes that wait for the disk where `how` says so.
+    pub fn open_file(&self, path: &str, write: bool, how: OFlags) -> Result<File, Errno> {
         self.stat(path)?;
+        let truncate = how.contains(OFlags::TRUNC);
         if write || truncate {
             self.prove_writable()?;
         }
-        let mut flags = access(write);
-        flags.set(OFlags::TRUNC, truncate);
+        let flags = access(write) | synced(how) | how & OFlags::TRUNC;
         let file = self.open_at(path, flags, Mode::empty())?;
         if truncate {
             self.shrank();
@@ -133,11 +141,12 @@ impl Share {
     }
 
     /// The same file once more, past the page cache; `None` where its file system cannot.
-    pub fn open_direct(&self, path: &str, write: bool, same: &File) -> Option<File> {
+    pub fn open_direct(&self, path: &str, write: bool, how: OFlags, same: &File) -> Option<File> {
         if self.policy.cache != Cache::Direct {
             return None;
         }
-        let file = self.open_at(path, access(write) | OFlags::DIRECT, Mode::empty()).ok()?;
+        let flags = access(write) | synced(how) | OFlags::DIRECT;
+        let file = self.open_at(path, flags, Mode::empty()).ok()?;
         let (this, that) = (fstat(&file).ok()?, fstat(same).ok()?);
         let is_regular = FileType::from_raw_mode(this.st_mode) == FileType::RegularFile;
         let is_same = (this.st_dev, this.st_ino) == (that.st_dev, that.st_ino);
@@ -156,7 +165,8 @@ impl Share {
                 Err(errno) => return Err(errno),
             }
         }
-        let flags = OFlags::RDWR | OFlags::CREATE | how & (OFlags::EXCL | OFlags::TRUNC);
+        let how_made = how & (OFlags::EXCL | OFlags::TRUNC);
+        let flags = OFlags::RDWR | OFlags::CREATE | how_made | synced(how);
         let file = self.open_at(path, flags, Mode::from_raw_mode(mode & 0o777 | 0o600))?;
         if how.contains(OFlags::TRUNC) {
             self.shrank();
@@ -234,6 +244,18 @@ impl Share {
         self.usage.as_ref().map(|usage| usage.charge(self, file, range)).transpose()
     }
 
+    /// For a request that gives space back; drop it once that is done.
+    pub fn giving_back(&self) -> Option<Charge> {
+        self.usage.as_ref().map(Usage::giving_back)
+    }
+
+    /// A frontend has this file from now on.
+    pub fn opened(&self, file: &Arc<File>) {
+        if let Some(usage) = &self.usage {
+            usage.opened(file);
+        }
+    }
+
     fn charge_name(&self) -> Result<(), Errno> {
         self.usage.as_ref().map_or(Ok(()), |usage| usage.charge_name(self))
     }
@@ -264,6 +286,15 @@ impl Share {
     }
 }
 
+/// rustix takes O_SYNC's bits for it.
+pub const DSYNC: OFlags = OFlags::from_bits_retain(libc::O_DSYNC as u32);
+
+/// Whether a write waits for the disk, as openat2 is told: of O_SYNC's two bits a client may send
+/// one.
+pub fn synced(how: OFlags) -> OFlags {
+    if how.intersects(OFlags::SYNC.difference(DSYNC)) { OFlags::SYNC } else { how & DSYNC }
+}
+
 fn access(write: bool) -> OFlags {
     if write { OFlags::RDWR } else { OFlags::RDONLY }
 }
@@ -291,7 +322,7 @@ pub(crate) mod tests {
         assert!(share.stat("file").is_ok());
         for path in ["../etc/passwd", "link", "inner", "sub/../../etc", "/etc/passwd"] {
             assert!(share.stat(path).is_err(), "{path}");
-            assert!(share.open_file(path, false, false).is_err(), "{path}");
+            assert!(share.open_file(path, false, OFlags::empty()).is_err(), "{path}");
         }
         for name in ["", ".", "..", "a/b", "a\0b"] {
             assert!(Share::join("sub", name).is_err(), "{name:?}");
@@ -316,8 +347,8 @@ pub(crate) mod tests {
         let fifo = dir.path().join("fifo");
         rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, Mode::from_raw_mode(0o600)).expect("a fifo");
         assert_eq!(share.stat("fifo").map(|_| ()), Err(Errno::ACCESS));
-        assert_eq!(share.open_file("fifo", false, false).map(|_| ()), Err(Errno::ACCESS));
-        let root = share.open_file("", false, false).expect("the root");
+        assert_eq!(share.open_file("fifo", false, OFlags::empty()).map(|_| ()), Err(Errno::ACCESS));
+        let root = share.open_file("", false, OFlags::empty()).expect("the root");
         let kind = |name| Share::kind_of(&root, name, FileType::Unknown);
         assert_eq!((kind("file"), kind("fifo")), (Some(FileType::RegularFile), None));
         assert_eq!((kind("link"), kind("..")), (None, None));
@@ -344,12 +375,12 @@ pub(crate) mod tests {
     #[test]
     fn a_read_only_share_changes_nothing() {
         let (_dir, share) = share(Policy { read_only: true, ..Policy::default() });
-        assert!(share.open_file("file", true, false).is_err());
+        assert!(share.open_file("file", true, OFlags::empty()).is_err());
         assert!(share.create("new", 0o644, OFlags::EXCL).is_err());
         assert!(share.remove("", "file", false).is_err());
         assert!(share.make_directory("", "new", 0o755).is_err());
         assert!(share.rename(("", "file"), ("", "other")).is_err());
-        assert!(share.open_file("file", false, false).is_ok());
+        assert!(share.open_file("file", false, OFlags::empty()).is_ok());
     }
 
     /// A directory that goes when the test ends.

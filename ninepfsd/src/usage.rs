@@ -1,7 +1,8 @@
 //! The space that the files of a share take, held against the administrator's limit.
 //!
 //! Counted as quotas count: what the file system gave to regular files (`st_blocks`), so that a
-//! sparse image costs what it holds. All frontends of a directory share one count. What may take
+//! sparse image costs what it holds; of files without a name as long as a frontend has them open.
+//! All frontends of a directory share one count. What may take
 //! space is charged before it is done, as if everything were new; only when that reaches the
 //! limit are the files looked at again, and so is whether the range has space already. Guards
 //! that no frontend gets beyond the limit, save for the file system's own blocks about a file;
@@ -9,13 +10,17 @@
 //! Must never: let pass what cannot be counted, walk without an end, nor look at files while it
 //! holds what others need.
 
+use std::collections::HashSet;
+use std::ffi::CString;
 use std::fs::File;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{AtFlags, FileType, OFlags, RawDir, SeekFrom, fstat, seek, statat};
+use rustix::fs::{
+    AtFlags, FileType, Mode, OFlags, RawDir, SeekFrom, Stat, fstat, openat, seek, statat,
+};
 use rustix::io::Errno;
 
 use crate::share::Share;
@@ -32,6 +37,8 @@ const BLOCK_BYTES: u64 = 4096;
 /// Steps from data to hole that are looked at in one range; what follows counts as holes.
 const STEPS_MAX: usize = 256;
 const LISTING_STEP_BYTES: usize = 16 << 10;
+/// Walks of one count: a directory that is moved while one is below it ends that.
+const MOVES_MAX: usize = 3;
 const FREE: &str = "nobody panics with it in hand";
 
 /// What is in use.
@@ -61,6 +68,8 @@ struct State {
     under_way: u64,
     /// Something was removed, or may have been, since the last count began.
     shrank: bool,
+    /// Files that frontends have, or had, open.
+    open: Vec<Weak<File>>,
 }
 
 /// What the last count found, or why it ended without.
@@ -99,10 +108,11 @@ impl State {
     }
 }
 
-/// Space that a request may take, from its admission to its end.
+/// Space that a request may take or give back, from its admission to its end.
 pub struct Charge {
     usage: Arc<Usage>,
     bytes: u64,
+    gives_back: bool,
 }
 
 impl Drop for Charge {
@@ -110,6 +120,7 @@ impl Drop for Charge {
         let mut state = self.usage.lock();
         state.under_way -= self.bytes;
         state.since.bytes += self.bytes;
+        state.shrank |= self.gives_back;
     }
 }
 
@@ -155,7 +166,12 @@ impl Usage {
             }
         }
         state.under_way += bytes;
-        Ok(Charge { usage: Arc::clone(self), bytes })
+        Ok(Charge { usage: Arc::clone(self), bytes, gives_back: false })
+    }
+
+    /// For a request that gives space back, when it has ended.
+    pub fn giving_back(self: &Arc<Usage>) -> Charge {
+        Charge { usage: Arc::clone(self), bytes: 0, gives_back: true }
     }
 
     /// Charges one more file or directory.
@@ -172,6 +188,32 @@ impl Usage {
             state = self.count(share, state);
         }
         state.used()
+    }
+
+    /// A frontend has opened a file: it takes space until it is closed, whether or not it keeps
+    /// its name.
+    pub fn opened(&self, file: &Arc<File>) {
+        let open = &mut self.lock().open;
+        if open.len() == open.capacity() {
+            open.retain(|file| file.strong_count() > 0);
+            // Not again for as many as there are.
+            open.reserve(open.len().max(64));
+        }
+        open.push(Arc::downgrade(file));
+    }
+
+    /// Bytes of open files that no walk finds. After the walk: what loses its name while that is
+    /// under way may be counted twice, and is not missed.
+    fn nameless_bytes(&self) -> Result<u64, Errno> {
+        let open: Vec<_> = self.lock().open.iter().filter_map(Weak::upgrade).collect();
+        let (mut bytes, mut seen) = (0, HashSet::new());
+        for file in open {
+            let stat = fstat(&file)?;
+            if stat.st_nlink == 0 && seen.insert(id_of(&stat)) {
+                bytes += bytes_of(&stat);
+            }
+        }
+        Ok(bytes)
     }
 
     /// Something may have been removed.
@@ -226,7 +268,10 @@ impl Usage {
         let before = state.since;
         drop(state);
         let began = Instant::now();
-        let found = count(share);
+        let found = count(share).and_then(|mut found| {
+            found.bytes += self.nameless_bytes()?;
+            Ok(found)
+        });
         let last = Last { found, began, ended: Instant::now() };
         let mut state = self.lock();
         (state.counting, state.last) = (false, Some(last));
@@ -269,47 +314,87 @@ fn bytes_wanting(file: &File, range: Range<u64>) -> Result<u64, Errno> {
     Ok(wanting + (range.end - at))
 }
 
+fn bytes_of(stat: &Stat) -> u64 {
+    stat.st_blocks as u64 * 512
+}
+
+fn id_of(stat: &Stat) -> (u64, u64) {
+    (stat.st_dev, stat.st_ino)
+}
+
+/// A directory on the way down.
+struct Level {
+    id: (u64, u64),
+    /// Directories in it that are still to be looked at.
+    folders: Vec<CString>,
+}
+
 /// Looks at every file of a share. Directories that the server may not enter are left out: nobody
-/// writes there through it.
+/// writes there through it. It goes from directory to directory, up by `..`: renames make paths
+/// that are longer than any call takes, and deeper than there are descriptors.
 fn count(share: &Share) -> Result<Counted, Errno> {
+    (0..MOVES_MAX).find_map(|_| walk(share).transpose()).unwrap_or(Err(Errno::IO))
+}
+
+/// `None` when a directory was moved away meanwhile.
+fn walk(share: &Share) -> Result<Option<Counted>, Errno> {
     let mut counted = Counted::default();
-    let mut folders = vec![String::new()];
-    let mut step = [MaybeUninit::uninit(); LISTING_STEP_BYTES];
-    while let Some(path) = folders.pop() {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
-        let folder = match share.open_at(&path, flags, rustix::fs::Mode::empty()) {
-            Ok(folder) => folder,
-            Err(Errno::ACCESS | Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => continue,
-            Err(errno) => return Err(errno),
-        };
-        let mut entries = RawDir::new(&folder, &mut step);
-        while let Some(entry) = entries.next() {
-            let entry = entry?;
-            let name = entry.file_name();
-            if name == c"." || name == c".." {
-                continue;
-            }
-            counted.files += 1;
-            if counted.files > FILES_MAX {
-                return Err(Errno::NOSPC);
-            }
-            let stat = match statat(&folder, name, AtFlags::SYMLINK_NOFOLLOW) {
-                Ok(stat) => stat,
-                Err(Errno::NOENT) => continue,
+    let mut at = share.open_at("", OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty())?;
+    let mut levels = vec![look_into(&at, &mut counted)?];
+    while let Some(level) = levels.last_mut() {
+        if let Some(name) = level.folders.pop() {
+            let folder = match Share::open_folder(&at, &name) {
+                Ok(folder) => folder,
+                Err(Errno::ACCESS | Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => continue,
                 Err(errno) => return Err(errno),
             };
-            match FileType::from_raw_mode(stat.st_mode) {
-                FileType::RegularFile => counted.bytes += stat.st_blocks as u64 * 512,
-                FileType::Directory => {
-                    // A name that is no text can be given by others only, and is not served.
-                    let Ok(name) = name.to_str() else { continue };
-                    folders.push(Share::join(&path, name)?);
-                }
-                _ => {}
+            let level = look_into(&folder, &mut counted)?;
+            if !level.folders.is_empty() {
+                levels.push(level);
+                at = folder;
             }
+            continue;
+        }
+        levels.pop();
+        let Some(above) = levels.last() else { break };
+        // A path alone: wherever it leads, nothing is opened there before that is known.
+        let up = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        at = File::from(openat(&at, "..", up, Mode::empty())?);
+        if id_of(&fstat(&at)?) != above.id {
+            return Ok(None);
         }
     }
-    Ok(counted)
+    Ok(Some(counted))
+}
+
+/// Counts what lies in one directory.
+fn look_into(folder: &File, counted: &mut Counted) -> Result<Level, Errno> {
+    let mut level = Level { id: id_of(&fstat(folder)?), folders: Vec::new() };
+    let mut step = [MaybeUninit::uninit(); LISTING_STEP_BYTES];
+    let mut entries = RawDir::new(folder, &mut step);
+    while let Some(entry) = entries.next() {
+        let entry = entry?;
+        let name = entry.file_name();
+        if name == c"." || name == c".." {
+            continue;
+        }
+        counted.files += 1;
+        if counted.files > FILES_MAX {
+            return Err(Errno::NOSPC);
+        }
+        let stat = match statat(folder, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) => stat,
+            // Without the right to enter the directory nobody reaches it either.
+            Err(Errno::NOENT | Errno::ACCESS) => continue,
+            Err(errno) => return Err(errno),
+        };
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => counted.bytes += bytes_of(&stat),
+            FileType::Directory => level.folders.push(name.to_owned()),
+            _ => {}
+        }
+    }
+    Ok(level)
 }
 
 /// Would miss: file systems that tell of space late (NFS).
@@ -394,6 +479,87 @@ mod tests {
     }
 
     #[test]
+    fn files_without_a_name_count_while_they_are_open() {
+        let (_dir, share) = share(256);
+        let create = |name: &str| {
+            let file = Arc::new(share.create(name, 0o600, OFlags::EXCL).expect("a file"));
+            share.opened(&file);
+            file
+        };
+        let (one, other) = (create("one"), create("other"));
+        let twice = Arc::new(share.open_file("one", false, OFlags::empty()).expect("it"));
+        share.opened(&twice);
+        assert_eq!(charge(&share, &one, 0, 100), Ok(()));
+        assert_eq!(charge(&share, &other, 0, 100), Ok(()));
+        // Both names go: one is taken away, the other's is given to what is there.
+        share.rename(("", "one"), ("", "other")).expect("renamed");
+        share.remove("", "other", false).expect("removed");
+        let third = create("third");
+        assert_eq!(charge(&share, &third, 0, 100), Err(Errno::NOSPC));
+        rest(&share);
+        let used = share.usage_now().expect("a limit").expect("a count");
+        assert!((200 * KIB..=208 * KIB).contains(&used.bytes), "{used:?}");
+        drop((one, twice));
+        share.shrank();
+        assert_eq!(charge(&share, &third, 0, 100), Ok(()));
+        drop(other);
+        share.shrank();
+        for number in 0..1000 {
+            drop(create(&number.to_string()));
+        }
+        assert!(share.usage().expect("a limit").lock().open.len() <= 256, "none is kept");
+    }
+
+    #[test]
+    fn paths_longer_than_any_call_takes_are_counted() {
+        let (dir, share) = share(1024);
+        // Each is filled where its path is short, then moved below the others.
+        let name = "d".repeat(250);
+        let mut top = String::new();
+        for number in 0..20 {
+            let next = format!("{number}{name}");
+            share.make_directory("", &next, 0o700).expect("a directory");
+            let path = format!("{next}/file");
+            let file = share.create(&path, 0o600, OFlags::EXCL).expect("a file");
+            assert_eq!(charge(&share, &file, 0, 8), Ok(()));
+            if !top.is_empty() {
+                share.rename(("", &top), (&next, &top)).expect("moved");
+            }
+            top = next;
+        }
+        rest(&share);
+        let used = share.usage_now().expect("a limit").expect("a count");
+        assert_eq!((used.files, used.bytes), (41, 160 * KIB));
+        assert_eq!(share.create("new", 0o600, OFlags::EXCL).map(|_| ()), Ok(()));
+        // For whoever removes the directory, by paths.
+        while dir.path().join(&top).exists() {
+            let next = std::fs::read_dir(dir.path().join(&top)).expect("a directory");
+            let next = next.map(|entry| entry.expect("a name").file_name());
+            let next = next.map(|name| name.into_string().expect("text"));
+            if let Some(next) = next.into_iter().find(|name| name != "file") {
+                share.rename((&top, &next), ("", &next)).expect("moved");
+                std::fs::remove_dir_all(dir.path().join(&top)).expect("removed");
+                top = next;
+            } else {
+                break;
+            }
+        }
+    }
+
+    #[test]
+    fn room_is_known_of_when_a_request_has_made_it() {
+        let (_dir, share) = share(256);
+        let file = share.create("file", 0o600, OFlags::EXCL).expect("a file");
+        assert_eq!(charge(&share, &file, 0, 200), Ok(()));
+        let giving_back = share.giving_back();
+        // Counted before anything was given back.
+        assert_eq!(charge(&share, &file, 200, 200), Err(Errno::NOSPC));
+        file.set_len(0).expect("it is cut");
+        drop(giving_back);
+        assert_eq!(charge(&share, &file, 200, 200), Ok(()));
+    }
+
+    #[test]
     fn all_frontends_of_a_directory_have_one_count() {
         let (dir, one) = share(256);
         let other = Share::open(dir.path(), one.policy).expect("a share");
@@ -447,7 +613,7 @@ mod tests {
             match asked % 3 {
                 0 => assert_eq!(share.statfs().map(|_| ()), Ok(())),
                 1 => assert_eq!(charge(&share, &full, 0, 512), Err(Errno::NOSPC)),
-                _ => share.open_file("full", true, true).map(|_| ()).expect("it is cut"),
+                _ => share.open_file("full", true, OFlags::TRUNC).map(|_| ()).expect("it is cut"),
             }
             let last = usage.lock().last.expect("a count");
             if counts.last().is_none_or(|before| before.ended != last.ended) {
