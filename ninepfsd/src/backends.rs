@@ -402,12 +402,12 @@ mod tests {
             directory: PathBuf::from(directory),
             policy: Policy { read_only, ..Policy::default() },
         };
-        let all = [allowed("/srv/images/base", true), allowed("/srv/images", false)];
+        let all = [allowed("/srv/base", true), allowed("/srv/images", false)];
         let read_only =
             |path: &str| allowed_for(&all, Path::new(path)).map(|allowed| allowed.policy.read_only);
         assert_eq!(read_only("/srv/images"), Some(false));
         assert_eq!(read_only("/srv/images/a/./b/"), Some(false));
-        assert_eq!(read_only("/srv/images/base/one"), Some(true));
+        assert_eq!(read_only("/srv/base/one"), Some(true));
         for path in [
             "",
             "srv/images",
@@ -415,7 +415,7 @@ mod tests {
             "/srv/images2",
             "/etc",
             "/srv/images/../../etc",
-            "/srv/images/base/../a",
+            "/srv/base/../images",
             "/srv/images/..",
         ] {
             assert_eq!(read_only(path), None, "{path}");

@@ -14,6 +14,8 @@ use rustix::io::Errno;
 const SESSION_LOCKS_MAX: usize = 1024;
 /// Longest name that a client has for itself.
 const CLIENT_BYTES_MAX: usize = 256;
+/// What one session's locks take; a vector may have twice the room it needs.
+pub const LOCKS_BYTES_MAX: usize = SESSION_LOCKS_MAX * (2 * size_of::<Lock>() + CLIENT_BYTES_MAX);
 
 /// Kinds on the wire; 0 is for reading.
 const WRITE: u8 = 1;
@@ -72,6 +74,12 @@ impl Lock {
         self.file == other.file && self.start < other.end && other.start < self.end
     }
 
+    /// Together they are one: the same owner's, of one kind, by one fid, with nothing between.
+    fn is_one_with(&self, other: &Lock) -> bool {
+        let touches = self.start <= other.end && other.start <= self.end;
+        touches && Lock { start: self.start, end: self.end, ..other.clone() } == *self
+    }
+
     fn conflicts(&self, other: &Lock) -> bool {
         self.meets(other)
             && self.owner != other.owner
@@ -80,10 +88,17 @@ impl Lock {
 }
 
 /// Takes, changes or gives back a range. False when another owner has some of it.
-pub fn set(lock: Lock) -> Result<bool, Errno> {
+pub fn set(mut lock: Lock) -> Result<bool, Errno> {
     let mut locks = LOCKS.lock().expect(FREE);
     if lock.kind != UNLOCK && locks.iter().any(|other| other.conflicts(&lock)) {
         return Ok(false);
+    }
+    if lock.kind != UNLOCK {
+        for other in locks.iter() {
+            if other.is_one_with(&lock) {
+                (lock.start, lock.end) = (lock.start.min(other.start), lock.end.max(other.end));
+            }
+        }
     }
     // What the same owner has there is cut away, and may leave a piece on each side.
     let is_cut = |other: &Lock| other.owner == lock.owner && other.meets(&lock);
@@ -177,6 +192,11 @@ mod tests {
         assert_eq!(unlock((10_001, 1)), Err(Errno::NOLCK), "it would be two");
         assert_eq!(unlock((0, 0)), Ok(true));
         assert_eq!(set(lock(1)), Ok(true));
+        // Neighbours are one: any number of them, from either side and between.
+        for at in (0..4000u64).map(|n| if n % 2 == 0 { 50_000 + n } else { 50_000 - n }) {
+            let next = new("/usr", READ, (at, 2), &owner).expect("a good lock");
+            assert_eq!(set(next), Ok(true), "{at}");
+        }
         release(owner.session, None);
     }
 }

@@ -50,7 +50,7 @@ struct Serve {
     /// A directory below which shares may lie; may be given several times.
     #[arg(long, required_unless_present = "allow_read_only", value_name = "DIRECTORY")]
     allow: Vec<PathBuf>,
-    /// As --allow, and nothing there is ever changed.
+    /// As --allow, and nothing there is ever changed. Neither kind lies in the other.
     #[arg(long, value_name = "DIRECTORY")]
     allow_read_only: Vec<PathBuf>,
     /// The largest size that a file may be given, in bytes; 0 for no limit.
@@ -132,7 +132,6 @@ fn serve(arguments: &Serve) -> Result<()> {
 
 fn allowed(arguments: &Serve) -> Result<Vec<Allowed>> {
     let Serve { file_bytes_max, share_bytes_max, cache, .. } = *arguments;
-    // Where both are given for a directory, read-only counts.
     let both = [
         ("--allow-read-only", &arguments.allow_read_only, true),
         ("--allow", &arguments.allow, false),
@@ -148,7 +147,32 @@ fn allowed(arguments: &Serve) -> Result<Vec<Allowed>> {
             allowed.push(Allowed { directory: directory.clone(), policy });
         }
     }
+    prove_apart(&allowed)?;
     Ok(allowed)
+}
+
+/// A share of the outer directory would have what the inner one's rule forbids, or the other way
+/// round.
+fn prove_apart(allowed: &[Allowed]) -> Result<()> {
+    let real = |one: &Allowed| {
+        let directory = one.directory.canonicalize();
+        let directory = directory.with_context(|| format!("'{}'", one.directory.display()))?;
+        Ok((directory, one.policy.read_only))
+    };
+    let real = allowed.iter().map(real).collect::<Result<Vec<_>>>()?;
+    for (inner, read_only) in &real {
+        for (outer, _) in real.iter().filter(|(_, other)| other != read_only) {
+            if inner.starts_with(outer) {
+                bail!(
+                    "'{}' lies in '{}' and only one of them is read-only: allow directories that \
+                     lie beside each other",
+                    inner.display(),
+                    outer.display()
+                );
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Becomes the one server of this domain's shares. libxl (4.19 and later) takes it for
@@ -172,4 +196,36 @@ fn claim(xs: &mut Xenstore, home: &str) -> Result<()> {
 fn home(xs: &mut Xenstore) -> Result<String> {
     let domid = xs.read_text("domid")?.unwrap_or_else(|| "0".to_string());
     Ok(format!("/local/domain/{domid}"))
+}
+
+/// Would miss: file systems mounted in two places.
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_read_only_lies_in_nothing_that_is_not_nor_the_other_way_round() {
+        let top = std::env::temp_dir().join(format!("platter-9pfsd-main-{}", std::process::id()));
+        std::fs::create_dir_all(top.join("images/base")).expect("directories");
+        std::fs::create_dir_all(top.join("images-base")).expect("a directory");
+        std::os::unix::fs::symlink("images/base", top.join("link")).expect("a link");
+        let allow = |directory: &str, read_only| {
+            let policy = Policy { read_only, ..Policy::default() };
+            Allowed { directory: top.join(directory), policy }
+        };
+        for (one, other, is_apart) in [
+            ("images", "images-base", true),
+            ("images", "images/base", false),
+            ("images", "images", false),
+            ("images", "link", false),
+        ] {
+            for read_only in [false, true] {
+                let two = [allow(one, read_only), allow(other, !read_only)];
+                assert_eq!(prove_apart(&two).is_ok(), is_apart, "{one} {other}");
+                let alike = [allow(one, read_only), allow(other, read_only)];
+                assert!(prove_apart(&alike).is_ok(), "{one} {other}");
+            }
+        }
+        std::fs::remove_dir_all(&top).expect("removed");
+    }
 }

@@ -106,6 +106,47 @@ pub fn getattr(w: &mut Writer, qid: Qid, stat: &Stat) {
     w.zeros(32); // btime, gen and data_version
 }
 
+/// What Tsetattr is to change, as Linux's `struct iattr` has it.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Attributes {
+    pub mode: Option<u32>,
+    /// To whom the file is to belong; `None` leaves it.
+    pub user: Option<u32>,
+    pub group: Option<u32>,
+    pub size: Option<u64>,
+    pub accessed: Option<Time>,
+    pub modified: Option<Time>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Time {
+    Now,
+    At { seconds: u64, nanoseconds: u64 },
+}
+
+impl Attributes {
+    /// Of a Tsetattr, behind its fid. A bit that is not known here is no attribute of Linux's.
+    pub fn parse(body: &[u8]) -> Result<Attributes, Malformed> {
+        let r = &mut Reader { rest: body };
+        let valid = r.u32()?;
+        let has = |bit: u32| valid & 1 << bit != 0;
+        let (mode, user, group, size) = (r.u32()?, r.u32()?, r.u32()?, r.u64()?);
+        let mut time = |bit: u32, bit_given: u32| {
+            let at = Time::At { seconds: r.u64()?, nanoseconds: r.u64()? };
+            Ok(has(bit).then_some(if has(bit_given) { at } else { Time::Now }))
+        };
+        let (accessed, modified) = (time(4, 7)?, time(5, 8)?);
+        Ok(Attributes {
+            mode: has(0).then_some(mode),
+            user: has(1).then_some(user),
+            group: has(2).then_some(group),
+            size: has(3).then_some(size),
+            accessed,
+            modified,
+        })
+    }
+}
+
 fn lock<'a>(r: &mut Reader<'a>, kind: u8) -> Result<Lock<'a>, Malformed> {
     let (start, len, process) = (r.u64()?, r.u64()?, r.u32()?);
     Ok(Lock { kind, start, len, process, client: r.text()? })

@@ -92,10 +92,22 @@ pub fn raise_descriptors(shares: usize, cache: Cache) -> Result<()> {
 pub fn enter(shares: &[(&Path, bool)], identity: &Identity) -> Result<()> {
     become_user(identity).context("cannot give up the rights of root")?;
     let status = restrict_files(shares).context("cannot set up landlock")?;
+    prove_confined(&status, geteuid().is_root())?;
     if status == RulesetStatus::NotEnforced {
         say(format_args!("this kernel has no landlock: files outside the shares stay reachable"));
     }
     restrict_calls().context("cannot set up seccomp")
+}
+
+/// Root opens every file there is, unless the kernel keeps it to the shares.
+fn prove_confined(status: &RulesetStatus, is_root: bool) -> Result<()> {
+    if is_root && *status == RulesetStatus::NotEnforced {
+        bail!(
+            "this kernel has no landlock, which keeps root to the shares: name another --user, or \
+             give --no-sandbox"
+        );
+    }
+    Ok(())
 }
 
 fn become_user(identity: &Identity) -> rustix::io::Result<()> {
@@ -133,7 +145,7 @@ fn restrict_files(shares: &[(&Path, bool)]) -> Result<RulesetStatus> {
 }
 
 /// What a file server does with files.
-const FILES: [libc::c_long; 27] = [
+const FILES: [libc::c_long; 29] = [
     libc::SYS_openat,
     libc::SYS_openat2,
     libc::SYS_close,
@@ -156,6 +168,8 @@ const FILES: [libc::c_long; 27] = [
     libc::SYS_fallocate,
     libc::SYS_fsync,
     libc::SYS_fdatasync,
+    libc::SYS_fchmod,
+    libc::SYS_utimensat,
     libc::SYS_mkdirat,
     libc::SYS_unlinkat,
     libc::SYS_renameat2,
@@ -233,9 +247,18 @@ mod tests {
             value.replace('G', "000000000").parse().expect("a number")
         };
         assert!(number("LimitNOFILE=") >= descriptors_max(64, Cache::Direct));
-        assert!(number("MemoryMax=") >= 64 * FRONTEND_BYTES_MAX);
+        assert!(number("# At most so many MiB for each share: ") << 20 >= FRONTEND_BYTES_MAX);
         // A thread for each, as many workers as there may be, and the one that connects them.
         assert!(number("TasksMax=") > 64 + 64);
+    }
+
+    #[test]
+    fn root_stays_root_only_where_the_kernel_keeps_it_to_the_shares() {
+        let is_ok = |status, is_root| prove_confined(&status, is_root).is_ok();
+        assert!(!is_ok(RulesetStatus::NotEnforced, true));
+        assert!(is_ok(RulesetStatus::NotEnforced, false));
+        assert!(is_ok(RulesetStatus::PartiallyEnforced, true));
+        assert!(is_ok(RulesetStatus::FullyEnforced, true));
     }
 
     #[test]

@@ -9,10 +9,12 @@
 use std::sync::Arc;
 
 use platter_storage::ninep::message::{Answer, PLATTER_IN_FLIGHT, RREAD_BYTES, id};
+use platter_xen::ninepfs::RINGS_MAX;
 use rustix::io::Errno;
 
 use crate::buffer::{POOL_BYTES_MAX, Pool};
 use crate::job::{self, Job};
+use crate::locks::LOCKS_BYTES_MAX;
 use crate::open::{Move, Patience, Transfer};
 use crate::os::uring::{End, Moved, Uring};
 use crate::ring::{BODY_BYTES_MAX, Fault, Ring};
@@ -20,17 +22,22 @@ use crate::session::{
     ANSWER_BYTES, FID_BYTES, FIDS_MAX, MSIZE_MAX, Outcome, PATHS_BYTES_MAX, Session, emit, error,
 };
 use crate::share::Share;
+use crate::usage::COUNT_BYTES_MAX;
 use crate::workers::{Done, Mailbox, Task, Workers};
 
 /// Bytes of requests that one frontend may have under way.
 const IN_FLIGHT_BYTES_MAX: usize = 8 << 20;
 /// Memory that one frontend can make the server take: one request more than that, what is kept
-/// for later ones, the fids and their names, and what is of one size.
+/// for later ones, the fids and their names, locks, Tflushes, the count of a share whose space is
+/// limited, and what is of one size.
 pub const FRONTEND_BYTES_MAX: usize = IN_FLIGHT_BYTES_MAX
     + MSIZE_MAX as usize
     + POOL_BYTES_MAX
     + PATHS_BYTES_MAX
     + FIDS_MAX * FID_BYTES
+    + LOCKS_BYTES_MAX
+    + FLUSHES_MAX * (size_of::<Flush>() + RINGS_MAX * size_of::<u64>())
+    + COUNT_BYTES_MAX
     + (128 << 10);
 /// Tflushes that wait; more of them wait in their ring, for what is under way.
 const FLUSHES_MAX: usize = 512;

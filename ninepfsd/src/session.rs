@@ -10,15 +10,17 @@ use std::mem::MaybeUninit;
 
 use platter_storage::ninep::message::{
     AllocateMode, Answer, EXTENTS_MAX, Extent, Malformed, QID_DIR, Qid, RREAD_BYTES, Request,
-    SETATTR_SIZE, VERSION_PLAIN, VERSION_PLATTER, VERSION_UNKNOWN, Writer, open,
+    VERSION_PLAIN, VERSION_PLATTER, VERSION_UNKNOWN, Writer, open,
 };
 use platter_xen::ninepfs::MessageHead;
-use rustix::fs::{FileType, OFlags, RawDir, SeekFrom, Stat, seek};
+use rustix::fs::{
+    FileType, OFlags, RawDir, SeekFrom, Stat, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, seek,
+};
 use rustix::io::Errno;
 
 use crate::job::{self, Job};
 use crate::locks;
-use crate::more::{self, More, REMOVE_DIRECTORY};
+use crate::more::{self, Attributes, More, REMOVE_DIRECTORY, Time};
 use crate::open::{Move, Open};
 use crate::share::{Share, synced};
 
@@ -56,6 +58,8 @@ struct Fid {
     /// Relative to the share; empty for its root.
     path: String,
     open: Option<Open>,
+    /// Locks were asked for by it.
+    locked: bool,
 }
 
 pub struct Session {
@@ -95,6 +99,11 @@ impl Session {
         out: &mut [u8],
     ) -> Result<Outcome<'_>, Errno> {
         match Request::parse(head, body) {
+            Ok(Request::Setattr { fid, .. }) => {
+                let attributes = Attributes::parse(&body[size_of_val(&fid)..]);
+                self.setattr(fid, &attributes.map_err(|_| Errno::INVAL)?)?;
+                Ok(Outcome::Answer(emit(head.tag, &Answer::Setattr, out)))
+            }
             Ok(Request::Getattr { fid, .. }) => {
                 let stat = self.stat(fid)?;
                 let writer = &mut Writer::new(out, head.id + 1, head.tag);
@@ -129,8 +138,9 @@ impl Session {
             }
             Request::Walk { fid, newfid, names } => self.walk(fid, newfid, &names)?,
             Request::Lopen { fid, flags } => self.lopen(fid, flags)?,
-            Request::Getattr { .. } => unreachable!("`dispatch` answers it"),
-            Request::Setattr { fid, valid, size } => self.setattr(fid, valid, size)?,
+            Request::Getattr { .. } | Request::Setattr { .. } => {
+                unreachable!("`dispatch` answers it")
+            }
             Request::Read { fid, offset, count } => {
                 end_of(offset, count.into())?;
                 let count = count.min(self.msize.saturating_sub(RREAD_BYTES));
@@ -212,6 +222,7 @@ impl Session {
                 const GRANTED: u8 = 0;
                 const BLOCKED: u8 = 1;
                 let granted = locks::set(self.lock(fid, &lock)?)?;
+                self.fid_mut(fid)?.locked = true;
                 w.u8(if granted { GRANTED } else { BLOCKED });
             }
             More::Getlock { fid, lock } => {
@@ -361,23 +372,40 @@ impl Session {
         }
     }
 
-    fn setattr(&mut self, fid: u32, valid: u32, size: u64) -> Result<Answer<'static>, Errno> {
-        if valid & SETATTR_SIZE != 0 {
-            self.share.prove_writable()?;
-            self.share.prove_size(size)?;
-            let fid = self.fid(fid)?;
-            match &fid.open {
-                Some(open) if open.writable => rustix::fs::ftruncate(&open.file, size)?,
-                _ => rustix::fs::ftruncate(
-                    self.share.open_file(&fid.path, true, OFlags::empty())?,
-                    size,
-                )?,
+    /// Size, mode and times; all files are the frontend's root's, and stay so.
+    fn setattr(&mut self, fid: u32, wanted: &Attributes) -> Result<(), Errno> {
+        let fid = self.fid(fid)?;
+        self.share.prove_writable()?;
+        self.share.prove_size(wanted.size.unwrap_or(0))?;
+        if [wanted.user, wanted.group].into_iter().flatten().any(|id| id != 0) {
+            return Err(Errno::PERM);
+        }
+        let opened;
+        let file = match &fid.open {
+            Some(open) if open.writable || wanted.size.is_none() => &*open.file,
+            _ => {
+                let write = wanted.size.is_some();
+                opened = self.share.open_file(&fid.path, write, OFlags::empty())?;
+                &opened
             }
+        };
+        if let Some(size) = wanted.size {
+            rustix::fs::ftruncate(file, size)?;
             self.share.shrank();
         }
-        // Modes, owners and times are the administrator's: what is asked for them is granted
-        // and left as it is.
-        Ok(Answer::Setattr)
+        if let Some(mode) = wanted.mode {
+            Share::set_mode(file, mode)?;
+        }
+        // A file that is cut is modified by that: to set it to now once more wants more rights.
+        let modified = wanted.modified.filter(|at| *at != Time::Now || wanted.size.is_none());
+        if wanted.accessed.is_some() || modified.is_some() {
+            let times = [wanted.accessed, modified].map(timespec);
+            let [last_access, last_modification] = times;
+            let times =
+                Timestamps { last_access: last_access?, last_modification: last_modification? };
+            rustix::fs::futimens(file, &times)?;
+        }
+        Ok(())
     }
 
     /// Entries from `offset` on, which is where an earlier one said that the next is. Nothing is
@@ -454,7 +482,7 @@ impl Session {
         }
         self.prove_path(&path)?;
         self.path_bytes += path.len();
-        self.fids.insert(fid, Fid { path, open: None });
+        self.fids.insert(fid, Fid { path, open: None, locked: false });
         Ok(())
     }
 
@@ -474,7 +502,9 @@ impl Session {
     fn forget(&mut self, fid: u32) -> Result<Fid, Errno> {
         let gone = self.fids.remove(&fid).ok_or(Errno::BADF)?;
         self.path_bytes -= gone.path.len();
-        locks::release(self.number, Some(fid));
+        if gone.locked {
+            locks::release(self.number, Some(fid));
+        }
         Ok(gone)
     }
 
@@ -531,6 +561,18 @@ fn extents(file: &File, offset: u64, len: u64) -> Result<Answer<'static>, Errno>
         at = hole;
     }
     Ok(Answer::Extents { end: at, extents: list })
+}
+
+fn timespec(time: Option<Time>) -> Result<Timespec, Errno> {
+    match time {
+        None => Ok(Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT }),
+        Some(Time::Now) => Ok(Timespec { tv_sec: 0, tv_nsec: UTIME_NOW }),
+        Some(Time::At { nanoseconds: 1_000_000_000.., .. }) => Err(Errno::INVAL),
+        // Before 1970 it is negative.
+        Some(Time::At { seconds, nanoseconds }) => {
+            Ok(Timespec { tv_sec: seconds.cast_signed(), tv_nsec: nanoseconds.cast_signed() })
+        }
+    }
 }
 
 fn is_directory(stat: &Stat) -> bool {

@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use platter_storage::ninep::message::{AllocateMode, Answer, GETATTR_BASIC, Request, Writer, id};
+use platter_storage::ninep::message::{
+    AllocateMode, Answer, GETATTR_BASIC, Request, SETATTR_SIZE, Writer, id,
+};
 use platter_xen::ninepfs::{HEAD_BYTES, MessageHead};
 
 use super::*;
@@ -264,6 +266,64 @@ fn a_rename_finds_room_for_the_longer_names_of_all_fids_or_does_nothing() {
         world.must(&Request::Clunk { fid: newfid }, &[]);
     }
     world.must(&Request::Lopen { fid: 0, flags: 0 }, &[]);
+}
+
+#[test]
+fn attributes_are_changed_or_refused() {
+    use std::os::unix::fs::MetadataExt;
+    let setattr = |world: &mut World, fid: u32, valid: u32, mode: u32, times: [u64; 4]| {
+        let (head, body) = world.more(id::TSETATTR, |w| {
+            [fid, valid, mode, 0, 1000].into_iter().for_each(|word| w.u32(word));
+            w.u64(4); // size
+            times.into_iter().for_each(|word| w.u64(word));
+        });
+        match Answer::parse(head, &body) {
+            Ok(Answer::Lerror { ecode }) => Err(Errno::from_raw_os_error(ecode as i32)),
+            answer => {
+                assert_eq!(answer, Ok(Answer::Setattr));
+                Ok(())
+            }
+        }
+    };
+    let (mode, user, group, size, accessed, modified, given) =
+        (1, 2, 4, SETATTR_SIZE, 0x10, 0x20, 0x180);
+    let mut world = World::new(Policy::default());
+    world.open(false);
+    let file = world.directory.join("sub/file");
+    let now = file.metadata().expect("it").mtime() - 10;
+    // By what is open for reading, and by a name.
+    let names = ["sub", "file"].into_iter().collect();
+    world.must(&Request::Walk { fid: 0, newfid: 2, names }, &[]);
+    for fid in [1, 2] {
+        let before = -(i64::from(fid)) as u64;
+        let times = [5, 999_999_999, before, 7];
+        let all = mode | user | accessed | modified | given;
+        assert_eq!(setattr(&mut world, fid, all, 0o4151, times), Ok(()));
+        let stat = file.metadata().expect("it");
+        assert_eq!((stat.mode() & 0o7777, stat.size()), (0o751, 10), "the server keeps its own");
+        assert_eq!((stat.atime(), stat.atime_nsec()), (5, 999_999_999));
+        assert_eq!((stat.mtime(), stat.mtime_nsec()), (-i64::from(fid), 7));
+        assert_eq!(setattr(&mut world, fid, modified, 0, [0; 4]), Ok(()));
+        let stat = file.metadata().expect("it");
+        assert!(stat.mtime() > now && stat.atime() == 5, "what is not named stays");
+        assert_eq!(
+            setattr(&mut world, fid, accessed | given, 0, [0, 1 << 30, 0, 0]),
+            Err(Errno::INVAL)
+        );
+        assert_eq!(setattr(&mut world, fid, size | group, 0, [0; 4]), Err(Errno::PERM));
+    }
+    assert_eq!(file.metadata().expect("it").size(), 10, "nothing was changed");
+    assert_eq!(setattr(&mut world, 1, size | modified, 0, [0; 4]), Ok(()));
+    assert_eq!(file.metadata().expect("it").size(), 4);
+    assert_eq!(setattr(&mut world, 0, mode, 0o500, [0; 4]), Ok(()));
+    assert_eq!(world.directory.metadata().expect("it").mode() & 0o777, 0o700);
+    assert_eq!(setattr(&mut world, 77, mode, 0o600, [0; 4]), Err(Errno::BADF));
+
+    let mut world = World::new(Policy { read_only: true, ..Policy::default() });
+    world.open(false);
+    for valid in [mode, user, size, accessed, 0] {
+        assert_eq!(setattr(&mut world, 1, valid, 0o600, [0; 4]), Err(Errno::ROFS));
+    }
 }
 
 #[test]

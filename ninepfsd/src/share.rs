@@ -11,8 +11,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use rustix::fs::{
-    AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, ResolveFlags, Stat, StatFs, fstat, mkdirat,
-    openat, openat2, renameat_with, statat, unlinkat,
+    AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, ResolveFlags, Stat, StatFs, fchmod, fstat,
+    mkdirat, openat, openat2, renameat_with, statat, unlinkat,
 };
 use rustix::io::Errno;
 
@@ -175,6 +175,13 @@ impl Share {
             FileType::RegularFile => Ok(file),
             _ => Err(Errno::ACCESS),
         }
+    }
+
+    /// The rights to a file or directory, of which the server itself keeps its own.
+    pub fn set_mode(file: &File, mode: u32) -> Result<(), Errno> {
+        let is_directory = FileType::from_raw_mode(fstat(file)?.st_mode) == FileType::Directory;
+        let own = if is_directory { 0o700 } else { 0o600 };
+        fchmod(file, Mode::from_raw_mode(mode & 0o777 | own))
     }
 
     /// Makes a directory that the server itself can always read: what lies in others that it may

@@ -23,6 +23,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
+use crate::session::OPEN_MAX;
 use crate::share::Share;
 
 /// Files and directories of a share that has a limit: the count ends.
@@ -37,6 +38,11 @@ const BLOCK_BYTES: u64 = 4096;
 /// Steps from data to hole that are looked at in one range; what follows counts as holes.
 const STEPS_MAX: usize = 256;
 const LISTING_STEP_BYTES: usize = 16 << 10;
+/// Names of directories that one count may keep, and the files that a frontend has, or had, open.
+pub const COUNT_BYTES_MAX: usize = FILES_MAX as usize * (2 * size_of::<CString>() + NAME_BYTES_MAX)
+    + 8 * OPEN_MAX * size_of::<Weak<File>>();
+/// With its end, and what an allocator adds.
+const NAME_BYTES_MAX: usize = 256 + 16;
 /// Walks of one count: a directory that is moved while one is below it ends that.
 const MOVES_MAX: usize = 3;
 const FREE: &str = "nobody panics with it in hand";

@@ -20,7 +20,8 @@ fn a_share_is_served_and_nothing_else_is_possible() {
     let read_only = directory.join("read-only");
     let served = directory.join("served");
     fs::create_dir_all(&read_only).expect("a directory");
-    fs::create_dir_all(&served).expect("a directory");
+    // Directories are walked through, since there is a limit of space.
+    fs::create_dir_all(served.join("one/two")).expect("directories");
     fs::write(read_only.join("file"), b"old").expect("a file");
     fs::write(served.join("file"), [0; 4096]).expect("a file");
     fs::write(directory.join("outside"), b"secret").expect("a file");
@@ -33,7 +34,7 @@ fn a_share_is_served_and_nothing_else_is_possible() {
     sandbox::enter(&inside, &Identity::Same).expect("this kernel can");
 
     // O_DIRECT, where the file system has it: by io_uring, where the kernel has that.
-    let policy = Policy { cache: Cache::Direct, ..Policy::default() };
+    let policy = Policy { cache: Cache::Direct, share_bytes_max: 1 << 30, ..Policy::default() };
     let share = Share::open(&served, policy).expect("the share");
     let workers = Workers::start(2).expect("threads");
     let mailbox = Arc::new(Mailbox::new().expect("a mailbox"));
@@ -62,6 +63,8 @@ fn a_share_is_served_and_nothing_else_is_possible() {
     must(&Request::Read { fid: 1, offset: 4096, count: 4096 }, &[]);
     must(&Request::Fsync { fid: 1, datasync: 0 }, &[]);
     must(&Request::Setattr { fid: 1, valid: SETATTR_SIZE, size: 1 << 20 }, &[]);
+    // Mode and modification time.
+    must(&Request::Setattr { fid: 1, valid: 0x21, size: 0 }, &[]);
     must(&Request::Extents { fid: 1, offset: 0, len: 1 << 20 }, &[]);
     must(&Request::Clunk { fid: 1 }, &[]);
 
