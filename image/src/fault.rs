@@ -25,6 +25,8 @@ pub enum FaultKind {
     Refused,
     /// The store failed while reading or writing for the engine.
     Store,
+    /// Ours: there is no memory for it.
+    Memory,
 }
 
 /// Longest name kept with a fault, bytes (ours; qcow2's feature names have up to 46).
@@ -110,6 +112,7 @@ impl fmt::Display for ImageFault {
             FaultKind::Full => write!(f, "no room: {field} would need {value}, limit {limit}")?,
             FaultKind::Refused => write!(f, "refused: {field}")?,
             FaultKind::Store => write!(f, "the store failed: {field} at byte {offset}")?,
+            FaultKind::Memory => write!(f, "there is no {field}")?,
         }
         if name != FaultName::NONE {
             write!(f, ", which it names '{}'", name.as_str())?;

@@ -14,6 +14,7 @@ use crate::fault::{FaultKind, ImageFault};
 use crate::files::{Access, FileInfo, Files};
 use crate::format::{AnyLayer, Ctx, Format, Found, Own, Parent};
 use crate::info::{LayerInfo, SnapshotInfo};
+use crate::memory::{self, LACK};
 use crate::merge::TopExtent;
 use crate::meta::Meta;
 use crate::resolve::{Hit, Resolved};
@@ -37,9 +38,10 @@ pub struct Options {
     pub access: Access,
     /// Other files that the image names may be opened, within the same directory tree.
     pub allow_names: bool,
-    /// Memory for cached metadata, bytes: all that this image will ever hold, but for as much
-    /// again for the index of a chain, some hundred bytes for each of its layers, and, for
-    /// compressed formats, one or two clusters and a decoder (130 KiB for zstd).
+    /// Memory for cached metadata, bytes, or less where there is less: all that this image will
+    /// ever hold, but for as much again for the index of a chain, some hundred bytes for each of
+    /// its layers, and, for compressed formats, one or two clusters and a decoder (130 KiB for
+    /// zstd).
     pub budget_bytes: usize,
     /// Freshness for identifiers that a format wants new (VMDK CID, VHDX GUIDs).
     pub seed: u64,
@@ -123,9 +125,12 @@ pub struct Image {
 impl Image {
     /// Starts opening; drive it with [`Image::open_step`]. `name` is for messages.
     pub fn begin(name: &str, info: FileInfo, options: Options) -> Image {
+        // A raw image has no tables. That there is no memory is said by the first step.
+        let raw = options.format == Format::Raw;
+        let meta = Meta::new(if raw { 0 } else { options.budget_bytes });
         Image {
             files: Files::new(name, options.access, info, options.allow_names),
-            meta: Meta::new(options.budget_bytes),
+            meta: meta.unwrap_or_else(|_| Meta::none()),
             unpacker: Unpacker::none(),
             resolved: Resolved::none(),
             layers: Vec::new(),
@@ -191,13 +196,16 @@ impl Image {
             let grains = self.layers.iter().map(|l| l.get_ref().details().cluster_bytes);
             let grain = grains.filter(|&bytes| bytes > 0).min().unwrap_or(u64::MAX);
             let grain_sectors = grain / crate::types::SECTOR_BYTES;
-            self.resolved = Resolved::new(self.options.budget_bytes, grain_sectors);
+            self.resolved = Resolved::new(self.options.budget_bytes, grain_sectors)?;
         }
         Ok(OpenStep::Ready)
     }
 
     /// Opens the next layer; true when there is none.
     fn open_next(&mut self) -> Step<bool> {
+        if self.meta.capacity_bytes() == 0 || !memory::is_left(memory::SPARE_BYTES / 2) {
+            return Err(LACK.into());
+        }
         let Some((file, format)) = self.next else { return Ok(true) };
         let access = if self.layers.is_empty() { self.options.access } else { Access::ReadOnly };
         self.files.check_size(file)?;

@@ -18,6 +18,7 @@ mod files;
 mod format;
 mod image;
 mod info;
+mod memory;
 mod merge;
 mod meta;
 mod path;

@@ -7,9 +7,10 @@
 //! dirty again if the flush fails, so a change made meanwhile is never lost.
 //! It must never read a file itself, and never grow.
 
-use alloc::vec;
 use alloc::vec::Vec;
 
+use crate::fault::ImageFault;
+use crate::memory::{SPARE_BYTES, as_much_as_fits, filled, is_left};
 use crate::types::{BlockRef, FileNo, Step, Stop};
 
 /// Bytes in a cache block. Tables are aligned to 512 bytes at least and entries to their own
@@ -101,20 +102,34 @@ struct FlushCursor {
 }
 
 impl Meta {
-    /// A cache of `budget_bytes`, at least one set (32 KiB).
-    pub fn new(budget_bytes: usize) -> Meta {
-        let sets = (budget_bytes / (BLOCK_BYTES as usize * WAYS)).max(1);
+    /// A cache of `budget_bytes`, or less if that leaves not as much again (for the index of a
+    /// chain) and some; at least one set (32 KiB).
+    pub fn new(budget_bytes: usize) -> Result<Meta, ImageFault> {
+        let sets = budget_bytes / (BLOCK_BYTES as usize * WAYS);
+        let of = |sets| {
+            let meta = Meta::of(sets)?;
+            is_left(meta.bytes.len() + SPARE_BYTES).then_some(meta)
+        };
+        as_much_as_fits(sets, of)
+    }
+
+    fn of(sets: usize) -> Option<Meta> {
         let count = sets * WAYS;
-        Meta {
-            slots: vec![EMPTY; count],
-            bytes: vec![0; count * BLOCK_BYTES as usize],
+        Some(Meta {
+            slots: filled(EMPTY, count)?,
+            bytes: filled(0, count * BLOCK_BYTES as usize)?,
             sets,
             dirty_slots: 0,
             pinned_slots: 0,
             loading: 0,
             flush: None,
             dirty_max: (count / 2).max(WAYS / 2),
-        }
+        })
+    }
+
+    /// None at all, for what is never opened.
+    pub fn none() -> Meta {
+        Meta::of(0).expect("it takes no memory")
     }
 
     /// Bytes of all blocks. What one step needs at once must be well below that.
@@ -540,7 +555,7 @@ mod tests {
 
     #[test]
     fn what_is_forgotten_of_a_block_leaves_the_rest_resident() {
-        let mut meta = Meta::new(0);
+        let mut meta = Meta::new(0).unwrap();
         let file = FileNo(0);
         let Err(Stop::Miss(block)) = meta.get_u8(file, 0) else { panic!("not resident") };
         meta.fill(block, &[7; BLOCK_BYTES as usize]);

@@ -6,10 +6,11 @@
 //! table block of each layer is looked at once for all of them. Guarded: what is kept is dropped
 //! by each commit and discard that touches its chunk, before anyone can ask for it.
 
-use alloc::vec;
 use alloc::vec::Vec;
 
+use crate::fault::ImageFault;
 use crate::format::{AnyLayer, Ctx, Found};
+use crate::memory::{SPARE_BYTES, as_much_as_fits, filled, is_left};
 use crate::types::{Extent, FileNo, Place, SECTOR_BYTES, SectorRange, Step};
 
 /// Chunks resolved in one walk.
@@ -75,17 +76,17 @@ pub(crate) struct Resolved {
 }
 
 impl Resolved {
-    /// An index of about `budget_bytes`. `grain_sectors` is the smallest cluster of the layers.
-    pub fn new(budget_bytes: usize, grain_sectors: u64) -> Resolved {
-        let sets = (budget_bytes / (size_of::<Entry>() * WAYS)).max(1);
+    /// An index of about `budget_bytes`, or less if that leaves none. `grain_sectors` is the
+    /// smallest cluster of the layers.
+    pub fn new(budget_bytes: usize, grain_sectors: u64) -> Result<Resolved, ImageFault> {
         let grain = grain_sectors.clamp(CHUNK_SECTORS_MIN, CHUNK_SECTORS_MAX);
-        Resolved {
-            entries: vec![Entry { tag: 0, known: ZERO }; sets * WAYS],
-            sets: sets as u64,
-            clock: 0,
-            chunk_sectors: 1 << grain.ilog2(),
-            walk: None,
-        }
+        let entries = as_much_as_fits(budget_bytes / (size_of::<Entry>() * WAYS), |sets| {
+            let entries = filled(Entry { tag: 0, known: ZERO }, sets * WAYS)?;
+            is_left(SPARE_BYTES).then_some(entries)
+        })?;
+        let sets = (entries.len() / WAYS) as u64;
+        let chunk_sectors = 1 << grain.ilog2();
+        Ok(Resolved { entries, sets, clock: 0, chunk_sectors, walk: None })
     }
 
     /// For an image of one layer, which needs none.
@@ -254,7 +255,7 @@ mod tests {
 
     #[test]
     fn chunks_in_a_row_are_one_answer_and_forgotten_ones_are_not_known() {
-        let mut index = Resolved::new(1 << 16, 128);
+        let mut index = Resolved::new(1 << 16, 128).unwrap();
         for chunk in 0..4 {
             index.keep(chunk, Known::data(FileNo(3), 0x50000 + chunk * 65536).unwrap());
         }

@@ -14,6 +14,7 @@ use miniz_oxide::inflate::core::{DecompressorOxide, decompress};
 
 use crate::fault::ImageFault;
 use crate::format::{Codec, Packed};
+use crate::memory::{SPARE_BYTES, filled, is_left};
 use crate::types::{BlockRef, Extent, FileNo, Step, Stop};
 use crate::zstd::Zstd;
 
@@ -23,9 +24,6 @@ const PIECE_BYTES: u64 = 64 << 10;
 const SLACK_BYTES: u64 = 4096;
 /// Up to this cluster size two are kept, else one.
 const TWO_UP_TO_BYTES: usize = 64 << 10;
-/// Memory that must be left when that for clusters is taken (ours): an image claims their size, and
-/// whoever has little memory does without them and goes on.
-const SPARE_BYTES: usize = 512 << 10;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum State {
@@ -144,8 +142,8 @@ impl Unpacker {
                 state: State::Free,
                 file: FileNo(0),
                 offset: 0,
-                packed: zeros(packed_max)?,
-                unpacked: zeros(unpacked_max)?,
+                packed: filled(0, packed_max)?,
+                unpacked: filled(0, unpacked_max)?,
                 used_at: 0,
             })
         };
@@ -264,23 +262,6 @@ impl Unpacker {
         let decoders = self.decoders.as_mut().expect("made with the slots");
         unpack(decoders, packed, stretch, cluster)
     }
-}
-
-/// So many zeros, if there is memory for them.
-fn zeros(len: usize) -> Option<Vec<u8>> {
-    let mut bytes = Vec::new();
-    bytes.try_reserve_exact(len).ok()?;
-    bytes.resize(len, 0);
-    Some(bytes)
-}
-
-/// Is there so much memory left? Seen by taking it for a moment, which the compiler could leave out
-/// if nobody looked at it.
-fn is_left(len: usize) -> bool {
-    let mut bytes = Vec::<u8>::new();
-    let is_left = bytes.try_reserve_exact(len).is_ok();
-    core::hint::black_box(&bytes);
-    is_left
 }
 
 fn unpack(

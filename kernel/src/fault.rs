@@ -75,7 +75,10 @@ impl Fault {
 
 impl From<ImageFault> for Fault {
     fn from(fault: ImageFault) -> Fault {
-        Fault::Image(fault)
+        match fault.kind {
+            FaultKind::Memory => Fault::Memory,
+            _ => Fault::Image(fault),
+        }
     }
 }
 

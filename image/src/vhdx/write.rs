@@ -5,13 +5,13 @@
 //! before anything else does. Space that a discard frees is used again only after a flush.
 //! It must never let more blocks become dirty than one log entry holds.
 
-use alloc::vec;
 use alloc::vec::Vec;
 
 use crate::fault::{FaultKind, ImageFault};
 use crate::files::FileInfo;
 use crate::format::{Ctx, Found, Own, with_writer};
 use crate::image::PLANS_MAX;
+use crate::memory::{LACK, SPARE_BYTES, filled, is_left};
 use crate::meta::{BLOCK_BYTES, Meta, Phase};
 use crate::types::{
     DiscardPlan, FileNo, Prelude, Prepared, SECTOR_BYTES, SectorRange, Step, Stop, WritePlan,
@@ -246,7 +246,8 @@ impl Vhdx {
             let known = [self.log, self.bat, self.metadata];
             let regions = known.iter().chain(&self.others);
             writer.next = regions.map(end).max().expect("there are three at least");
-            writer.used = Some(vec![0; mib.div_ceil(64) as usize]);
+            let used = filled(0, mib.div_ceil(64) as usize).filter(|_| is_left(SPARE_BYTES));
+            writer.used = Some(used.ok_or(LACK)?);
         }
         let ratio = self.geometry.chunk_ratio;
         while writer.scanned < blocks {
