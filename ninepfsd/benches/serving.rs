@@ -37,7 +37,7 @@ impl World {
         let share = Share::open(directory, policy).expect("a directory");
         let (fronts, rings) =
             (0..RINGS as u32).map(|port| Frontend::pair(ORDER, port).expect("memory")).unzip();
-        let workers = Workers::start(4).expect("threads");
+        let workers = Workers::start(6).expect("threads");
         let mailbox = Arc::new(Mailbox::new().expect("a mailbox"));
         let mut serving = Serving::new(rings, share, workers, Arc::clone(&mailbox));
         serving.set_uring(uring);

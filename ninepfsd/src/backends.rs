@@ -3,9 +3,10 @@
 //! Level-triggered, like platter's own backend: at each event both ends are read anew. After a
 //! restart of the server every frontend is offered the share again, whatever state it was in.
 //! Guards that a frontend that writes its nodes in a loop costs one look at a time and few lines
-//! of log.
+//! of log; and that it is told that it may use its pages for another connection only when nobody
+//! here touches them, nor its files for the old one. Must never: wait for a device's thread.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -26,9 +27,6 @@ use crate::xenstore::{Event, TRUSTED, Xenstore};
 pub const KINDS: [&str; 2] = ["9pfs", "xen_9pfs"];
 /// Shares served at once.
 const BACKENDS_MAX: usize = 1024;
-/// Connections of one share that were ended and whose thread still waits for a file: each keeps
-/// others from devices that there are so many of as shares.
-const HANGING_MAX: usize = 4;
 /// Lines of log that one share may cause: its frontend decides how many there would be.
 const LINES_MAX: u32 = 32;
 const FREE: &str = "nobody panics with it in hand";
@@ -49,8 +47,6 @@ struct Backend {
     /// Why it was last refused.
     refusal: String,
     state: XenbusState,
-    /// A thread of its that still runs has it, too.
-    running: Arc<()>,
     /// Kept from one connection to the next: its frontend decides how many there are.
     _usage: Option<Arc<Usage>>,
     device: Option<Device>,
@@ -58,7 +54,7 @@ struct Backend {
     number: u64,
 }
 
-/// A device's thread that ended by itself.
+/// A device's thread that has ended and let go of everything.
 pub struct Ended {
     be: String,
     /// Which of all devices it was.
@@ -103,6 +99,8 @@ pub struct Backends {
     workers: Workers,
     ends: Arc<Ends>,
     known: HashMap<String, Backend>,
+    /// Shares with a thread that has not ended, also when it was told to, or the share is gone.
+    running: HashSet<String>,
     /// Devices started, and shares seen, so far.
     started: u64,
     seen: u32,
@@ -116,8 +114,8 @@ impl Backends {
         workers: Workers,
         ends: Arc<Ends>,
     ) -> Backends {
-        let known = HashMap::new();
-        Backends { home, allowed, devices, workers, ends, known, started: 0, seen: 0 }
+        let (known, running) = (HashMap::new(), HashSet::new());
+        Backends { home, allowed, devices, workers, ends, known, running, started: 0, seen: 0 }
     }
 
     /// Something changed in xenstore.
@@ -154,14 +152,17 @@ impl Backends {
         Ok(())
     }
 
-    /// A device's thread ended by itself: its frontend broke the protocol.
+    /// A device's thread has ended: as it was told to, or because its frontend broke the protocol.
     pub fn device_ended(&mut self, xs: &mut Xenstore, ended: &Ended) -> Result<()> {
-        let Some(backend) = self.known.get_mut(&ended.be) else { return Ok(()) };
-        if backend.device.take_if(|_| backend.number == ended.number).is_some() {
+        self.running.remove(&ended.be);
+        if let Some(backend) = self.known.get_mut(&ended.be)
+            && backend.device.take_if(|_| backend.number == ended.number).is_some()
+        {
             backend.say(&ended.be, &ended.why);
             write_state(xs, &ended.be, backend, XenbusState::Closing)?;
         }
-        Ok(())
+        // What waited for that.
+        self.look_at(xs, &ended.be)
     }
 
     fn look_at(&mut self, xs: &mut Xenstore, be: &str) -> Result<()> {
@@ -174,9 +175,13 @@ impl Backends {
         }
         let front = state(xs, &fe)?;
         let online = xs.read_text(&format!("{be}/online"))?.as_deref() != Some("0");
-        let next = match next(known, own, front, online) {
+        let next = match next(known, own, front, online, self.running.contains(be)) {
             Next::Rest => return Ok(()),
             Next::Connect => return self.connect(xs, be, &fe),
+            Next::Stop => {
+                self.known.get_mut(be).expect("just looked at").device = None;
+                return Ok(());
+            }
             Next::Anew => {
                 let token = self.known.remove(be).expect("just looked at").token;
                 xs.unwatch(&format!("{fe}/state"), token)?;
@@ -222,7 +227,9 @@ impl Backends {
     fn offer_new(&mut self, xs: &mut Xenstore, be: &str) -> Result<()> {
         let Some(domid) = domid_of(be) else { return Ok(()) };
         let Some(fe) = xs.read_text(&format!("{be}/frontend"))? else { return Ok(()) };
-        if !fe.starts_with(&format!("/local/domain/{domid}/")) || self.known.len() >= BACKENDS_MAX {
+        let is_its = fe.starts_with(&format!("/local/domain/{domid}/"));
+        // One that was here before is looked at again when its thread has ended.
+        if !is_its || self.known.len() >= BACKENDS_MAX || self.running.contains(be) {
             return Ok(());
         }
         // Whoever makes a share without a transaction (`attach`) writes its state last.
@@ -237,7 +244,6 @@ impl Backends {
             lines: 0,
             refusal: String::new(),
             state: XenbusState::Unknown,
-            running: Arc::new(()),
             _usage: None,
             device: None,
             number: 0,
@@ -281,9 +287,6 @@ impl Backends {
     fn connect(&mut self, xs: &mut Xenstore, be: &str, fe: &str) -> Result<()> {
         let path = xs.read_text(&format!("{be}/path"))?.unwrap_or_default();
         let share = self.share(xs, be)?;
-        let Some(running) = self.known.get(be).map(|backend| Arc::clone(&backend.running)) else {
-            return Ok(());
-        };
         let domid = domid_of(be).expect("shares are known by a directory that says it");
         let rings = parse_front_nodes(
             |name| xs.read(&format!("{fe}/{name}")).ok().flatten(),
@@ -294,16 +297,11 @@ impl Backends {
         let started = rings
             .map_err(|fault| format!("its nodes are refused: {fault:?}"))
             .and_then(|rings| Ok((rings, share?)))
-            .and_then(|found| match Arc::strong_count(&running) - 2 {
-                ..HANGING_MAX => Ok(found),
-                hanging => Err(format!("{hanging} connections before this one hang in its files")),
-            })
             .and_then(|(rings, share)| {
                 let (ends, be) = (Arc::clone(&self.ends), be.to_string());
                 let on_end = move |why| ends.put(Ended { be, number, why });
-                let running = Arc::clone(&running);
                 let with = (&self.devices, &self.workers);
-                Device::start(domid, &rings, share, with, (running, on_end))
+                Device::start(domid, &rings, share, with, on_end)
                     .map_err(|fault| format!("cannot connect: {fault:#}"))
             });
         let Some(backend) = self.known.get_mut(be) else { return Ok(()) };
@@ -311,6 +309,7 @@ impl Backends {
             Ok(device) => {
                 backend.say(be, &format!("domain {domid} uses '{path}'"));
                 (backend.device, backend.number) = (Some(device), number);
+                self.running.insert(be.to_string());
                 XenbusState::Connected
             }
             Err(why) => {
@@ -341,25 +340,39 @@ impl Backend {
 enum Next {
     Rest,
     Connect,
+    /// Its thread is told to end, and what follows waits for that.
+    Stop,
     /// The toolstack has taken it away and made it again in the meantime.
     Anew,
     Become(XenbusState),
 }
 
 /// From the state that we wrote last, and what both ends show now; a toolstack that takes a share
-/// away says `online` 0, or writes Closing itself. We never write Initialising.
-fn next(known: XenbusState, own: XenbusState, front: XenbusState, online: bool) -> Next {
+/// away says `online` 0, or writes Closing itself. We never write Initialising. `runs`: a thread
+/// of the last connection has not let go of its pages and files. A frontend that sees Closed or
+/// InitWait uses the same ones anew; Closed at a removal has the toolstack take the rest away.
+fn next(
+    known: XenbusState,
+    own: XenbusState,
+    front: XenbusState,
+    online: bool,
+    runs: bool,
+) -> Next {
     use XenbusState::{Closed, Closing, Connected, InitWait, Initialised, Initialising, Unknown};
     let removed = !online || own == Closing && known != Closing;
-    match (known, front) {
-        (Closed, _) if removed => Next::Rest,
-        _ if removed => Next::Become(Closed),
+    let next = match (known, front) {
+        (Closed, _) if removed => return Next::Rest,
+        _ if removed => return Next::Become(Closed),
         _ if own == Initialising => Next::Anew,
         (InitWait, Initialised) => Next::Connect,
         (Connected, Closing) => Next::Become(Closing),
         (Connected | Closing, Closed | Unknown) => Next::Become(Closed),
         (Connected | Closing | Closed, Initialising) => Next::Become(InitWait),
         _ => Next::Rest,
+    };
+    match next {
+        Next::Connect | Next::Anew | Next::Become(Closed | InitWait) if runs => Next::Stop,
+        next => next,
     }
 }
 
@@ -425,25 +438,31 @@ mod tests {
     #[test]
     fn what_both_ends_show_decides() {
         use XenbusState::*;
-        // (as we know it, as it is, the frontend, online) and what follows.
-        for (known, own, front, online, expected) in [
-            (InitWait, InitWait, Initialising, true, Next::Rest),
-            (InitWait, InitWait, Initialised, true, Next::Connect),
-            (Connected, Connected, Connected, true, Next::Rest),
-            (Connected, Connected, Closing, true, Next::Become(Closing)),
-            (Closing, Closing, Closed, true, Next::Become(Closed)),
-            (Connected, Connected, Unknown, true, Next::Become(Closed)),
-            (Closed, Closed, Initialising, true, Next::Become(InitWait)),
+        // (as we know it, as it is, the frontend, online), what follows, and what as long as a
+        // thread of the last connection runs.
+        let stop = Some(Next::Stop);
+        for (known, own, front, online, expected, meanwhile) in [
+            (InitWait, InitWait, Initialising, true, Next::Rest, None),
+            (InitWait, InitWait, Initialised, true, Next::Connect, stop),
+            (Connected, Connected, Connected, true, Next::Rest, None),
+            (Connected, Connected, Closing, true, Next::Become(Closing), None),
+            (Closing, Closing, Closed, true, Next::Become(Closed), stop),
+            (Connected, Connected, Closed, true, Next::Become(Closed), stop),
+            (Connected, Connected, Unknown, true, Next::Become(Closed), stop),
+            (Connected, Connected, Initialising, true, Next::Become(InitWait), stop),
+            (Closed, Closed, Initialising, true, Next::Become(InitWait), stop),
             // The toolstack takes it away: either way, and once.
-            (Connected, Closing, Connected, true, Next::Become(Closed)),
-            (Connected, Connected, Connected, false, Next::Become(Closed)),
-            (Closed, Closed, Initialising, false, Next::Rest),
+            (Connected, Closing, Connected, true, Next::Become(Closed), None),
+            (Connected, Connected, Connected, false, Next::Become(Closed), None),
+            (Closed, Closed, Initialising, false, Next::Rest, None),
             // Taken away and made again before we looked.
-            (Connected, Initialising, Initialising, true, Next::Anew),
-            (Closed, Initialising, Initialising, true, Next::Anew),
+            (Connected, Initialising, Initialising, true, Next::Anew, stop),
+            (Closed, Initialising, Initialising, true, Next::Anew, stop),
         ] {
             let which = (known, own, front, online);
-            assert_eq!(next(known, own, front, online), expected, "{which:?}");
+            assert_eq!(next(known, own, front, online, false), expected, "{which:?}");
+            let meanwhile = meanwhile.unwrap_or(expected);
+            assert_eq!(next(known, own, front, online, true), meanwhile, "{which:?}, it runs");
         }
     }
 

@@ -2,9 +2,10 @@
 //! serves them.
 //!
 //! The thread sleeps on the event channels and on the workers' answers, and only when both had
-//! nothing after the channels were unmasked.
+//! nothing after the channels were unmasked. Guards that it reports its end when it has let go of
+//! everything: pages, files, and requests that others do for it. Must never: make anybody wait
+//! for that, since a file system may take for ever.
 
-use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -25,10 +26,6 @@ use crate::workers::{Mailbox, Workers};
 const ROOM_PATIENCE_MIN: Duration = Duration::from_millis(2);
 const ROOM_PATIENCE_MAX: Duration = Duration::from_millis(64);
 
-/// How long a thread may take to let go of its frontend's pages; one that hangs in a file system
-/// that does not answer is left behind, so that the other shares go on.
-const END_PATIENCE: Duration = Duration::from_secs(1);
-
 /// Xen's devices, all opened at the start: later there is no right to.
 #[derive(Clone)]
 pub struct Devices {
@@ -39,10 +36,9 @@ pub struct Devices {
 /// For one frontend; without io_uring where the kernel lacks or forbids it.
 type ForEach = (Evtchn, Option<Uring>);
 
-/// A frontend being served; stops when dropped.
+/// A frontend being served; dropped, its thread is told to end.
 pub struct Device {
     mailbox: Arc<Mailbox>,
-    ended: Receiver<()>,
 }
 
 /// What goes back to the others when its frontend has gone.
@@ -87,14 +83,14 @@ impl Drop for Lent {
 }
 
 impl Device {
-    /// Maps the rings and starts serving. `on_end` is told why that ended by itself; `running` is
-    /// dropped when the thread has let go of everything.
+    /// Maps the rings and starts serving. `on_end` is told why that ended, when the thread has let
+    /// go of everything.
     pub fn start(
         domid: u16,
         rings: &[(Gref, Port)],
         share: Share,
         (devices, workers): (&Devices, &Workers),
-        (running, on_end): (Arc<()>, impl FnOnce(String) + Send + 'static),
+        on_end: impl FnOnce(String) + Send + 'static,
     ) -> Result<Device> {
         let mut lent = devices.lend()?;
         let mut mapped = Vec::new();
@@ -105,28 +101,24 @@ impl Device {
         }
         let mailbox = Arc::new(Mailbox::new()?);
         let mut serving = Serving::new(mapped, share, workers.clone(), Arc::clone(&mailbox));
-        serving.set_uring(lent.uring.take());
         let theirs = Arc::clone(&mailbox);
-        let (end, ended) = channel();
         std::thread::Builder::new().name("9pfs".to_string()).spawn(move || {
+            serving.set_uring(lent.uring.take());
             let why = match run(&mut serving, lent.get(), &theirs) {
                 Ok(()) => "stopped".to_string(),
                 Err(fault) => fault.to_string(),
             };
             lent.uring = serving.take_uring();
-            drop((serving, lent, running));
-            drop(end);
+            drop((serving, lent));
             on_end(why);
         })?;
-        Ok(Device { mailbox, ended })
+        Ok(Device { mailbox })
     }
 }
 
 impl Drop for Device {
     fn drop(&mut self) {
         self.mailbox.stop();
-        // The thread drops its end.
-        let _ = self.ended.recv_timeout(END_PATIENCE);
     }
 }
 

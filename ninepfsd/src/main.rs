@@ -70,8 +70,8 @@ struct Serve {
     /// Shares that may be in use at once.
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=1024))]
     shares: u16,
-    /// Threads that wait for disks; one share has all but one of them at most.
-    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=64))]
+    /// Threads that wait for disks; one share has half of those at most that no other has.
+    #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u8).range(1..=64))]
     workers: u8,
     /// Keep the rights that the server does not need; for finding faults.
     #[arg(long)]

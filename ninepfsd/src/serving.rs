@@ -4,7 +4,8 @@
 //! frontend what [`Serving::bells`] says, and sleeps when a turn found nothing. Guards that each
 //! request is answered once, that Tflush and Tversion come after what was asked before them, on
 //! whichever ring, and that requests and bytes in flight are bounded; beyond that the frontend's
-//! ring waits.
+//! ring waits. Must never: end with a request under way, since the next connection may write
+//! where it does.
 
 use std::sync::Arc;
 
@@ -332,6 +333,14 @@ impl Serving {
             self.rings[ring].answer(tag, &self.answer[..len], &[])?;
         }
         Ok(())
+    }
+}
+
+/// What nobody has begun is forgotten, as when a machine loses its power; the rest is waited for.
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.workers.drain(&self.mailbox);
+        drop(self.take_uring());
     }
 }
 

@@ -1,8 +1,9 @@
 //! Order and bounds of what is under way, and bytes over the edges of rings.
 //! Would miss: races of workers with a frontend's thread; tests are their own workers here.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use platter_storage::ninep::message::{Request, VERSION_PLAIN, VERSION_PLATTER, open};
 
@@ -26,20 +27,30 @@ impl World {
         let directory = std::env::temp_dir().join(name);
         std::fs::create_dir_all(&directory).expect("a directory");
         std::fs::write(directory.join("file"), [0; 65536]).expect("a file");
-        let share = Share::open(&directory, Policy::default()).expect("a share");
-        let pair = |port| Frontend::pair(order, port).expect("a ring");
-        let (fronts, rings) = (0..2).map(pair).unzip();
-        let workers = Workers::start(0).expect("no workers");
-        let mailbox = Arc::new(Mailbox::new().expect("a mailbox"));
-        let serving = Serving::new(rings, share, workers.clone(), mailbox);
+        let workers = Workers::absent(4);
+        let (fronts, serving) = connect(&directory, &workers, order);
         let mut world = World { directory, serving, workers, fronts };
+        world.open();
+        world
+    }
+
+    /// The frontend comes again; its last connection, which has not ended.
+    fn reconnect(&mut self, order: u32) -> Serving {
+        let (fronts, serving) = connect(&self.directory, &self.workers, order);
+        self.fronts = fronts;
+        let last = std::mem::replace(&mut self.serving, serving);
+        self.open();
+        last
+    }
+
+    fn open(&mut self) {
+        let world = self;
         world.must(&Request::Version { msize: 1 << 20, version: VERSION_PLATTER });
         let (uname, aname) = ("", "");
         world.must(&Request::Attach { fid: 0, afid: u32::MAX, uname, aname, n_uname: 0 });
         let names = ["file"].into_iter().collect();
         world.must(&Request::Walk { fid: 0, newfid: 1, names });
         world.must(&Request::Lopen { fid: 1, flags: open::READ_WRITE });
-        world
     }
 
     fn must(&mut self, request: &Request) {
@@ -57,6 +68,14 @@ impl World {
         let front = &mut self.fronts[ring];
         std::iter::from_fn(|| front.take(&mut [])).map(|(head, _)| (head.id, head.tag)).collect()
     }
+}
+
+fn connect(directory: &Path, workers: &Workers, order: u32) -> (Vec<Frontend>, Serving) {
+    let share = Share::open(directory, Policy::default()).expect("a share");
+    let pair = |port| Frontend::pair(order, port).expect("a ring");
+    let (fronts, rings) = (0..2).map(pair).unzip();
+    let mailbox = Arc::new(Mailbox::new().expect("a mailbox"));
+    (fronts, Serving::new(rings, share, workers.clone(), mailbox))
 }
 
 impl Drop for World {
@@ -173,6 +192,34 @@ fn a_new_session_begins_when_the_old_one_is_done() {
     world.fronts[0].ask(1, &SYNC, &[]);
     world.turn();
     assert_eq!(world.answers(0), [(id::RLERROR, 1)]);
+}
+
+/// A worker hangs while its frontend connects again.
+#[test]
+fn a_connection_ends_when_nothing_of_it_can_reach_a_file() {
+    let mut world = World::new(4);
+    for (tag, byte) in [(1, 1), (2, 2)] {
+        world.serving.patience = Patience::exhausted();
+        let write = Request::Write { fid: 1, offset: u64::from(tag) * 4096, count: 4096 };
+        world.fronts[0].ask(tag, &write, &[byte; 4096]);
+        world.turn();
+    }
+    let hanging = world.workers.begin().expect("a write");
+    let last = world.reconnect(4);
+    let ending = std::thread::spawn(move || drop(last));
+    std::thread::sleep(Duration::from_millis(100));
+    assert!(!ending.is_finished(), "a worker has one of its writes");
+    hanging();
+    ending.join().expect("it ends");
+    assert!(!world.workers.work_once(), "what nobody had begun is forgotten");
+    let bytes = std::fs::read(world.directory.join("file")).expect("it");
+    assert_eq!([4096, 8192].map(|at: usize| bytes[at]), [1, 0]);
+    // The next connection has its turn as ever.
+    world.fronts[0].ask(5, &SYNC, &[]);
+    world.turn();
+    assert!(world.workers.work_once());
+    world.turn();
+    assert_eq!(world.answers(0), [(id::TFSYNC + 1, 5)]);
 }
 
 #[test]

@@ -2,7 +2,8 @@
 //! of them and no frontend makes threads.
 //!
 //! Guards that a frontend's thread is woken once for many answers, and only when it sleeps; that
-//! frontends take turns, and that none has all workers wait for its files.
+//! frontends take turns, and that none has all workers wait for its files. Must never: do a task
+//! of a frontend that [`Workers::drain`] has returned for.
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -46,13 +47,15 @@ pub struct Workers {
 struct Queue {
     tasks: Mutex<Tasks>,
     came: Condvar,
+    /// A frontend that is waited for has nothing left here.
+    emptied: Condvar,
 }
 
 /// What there is to do, by frontend; those who have something, in the order of their turns.
 struct Tasks {
     frontends: VecDeque<Frontend>,
-    /// Workers that one frontend may have at a time.
-    each: usize,
+    /// Workers that do nothing.
+    idle: usize,
 }
 
 #[derive(Default)]
@@ -61,6 +64,8 @@ struct Frontend {
     mailbox: usize,
     waiting: VecDeque<Task>,
     running: usize,
+    /// It is being waited for until it has nothing.
+    ends: bool,
 }
 
 impl Tasks {
@@ -77,25 +82,46 @@ impl Tasks {
         self.frontend(number_of(&task.to)).waiting.push_back(task);
     }
 
-    /// The next task of whoever waits longest for a turn and may have one more worker.
+    /// The next task of whoever waits longest for a turn and may have one more worker: who has
+    /// some leaves more than that to the others, so that each that hangs takes half of the rest.
     fn take(&mut self) -> Option<Task> {
-        let each = self.each;
-        let may = |frontend: &Frontend| !frontend.waiting.is_empty() && frontend.running < each;
+        let idle = self.idle;
+        let may = |frontend: &Frontend| !frontend.waiting.is_empty() && frontend.running < idle;
         let place = self.frontends.iter().position(may)?;
         let mut frontend = self.frontends.remove(place).expect("just found");
         let task = frontend.waiting.pop_front();
         frontend.running += 1;
+        self.idle -= 1;
         self.frontends.push_back(frontend);
         task
     }
 
-    /// A task of this frontend is done.
-    fn done(&mut self, mailbox: usize) {
+    /// A task of this frontend is done; whether somebody waited for that.
+    fn done(&mut self, mailbox: usize) -> bool {
+        self.idle += 1;
         let frontend = self.frontend(mailbox);
         frontend.running -= 1;
-        if frontend.running == 0 && frontend.waiting.is_empty() {
-            self.frontends.retain(|frontend| frontend.mailbox != mailbox);
-        }
+        let ends = frontend.ends;
+        self.tidy();
+        ends && !self.has(mailbox)
+    }
+
+    /// Forgets the tasks of a frontend that nobody has begun; the others are waited for.
+    fn forget(&mut self, mailbox: usize) -> VecDeque<Task> {
+        let frontend = self.frontend(mailbox);
+        frontend.ends = true;
+        let tasks = std::mem::take(&mut frontend.waiting);
+        self.tidy();
+        tasks
+    }
+
+    /// Keeps nothing of those who have nothing.
+    fn tidy(&mut self) {
+        self.frontends.retain(|frontend| frontend.running > 0 || !frontend.waiting.is_empty());
+    }
+
+    fn has(&self, mailbox: usize) -> bool {
+        self.frontends.iter().any(|frontend| frontend.mailbox == mailbox)
     }
 }
 
@@ -163,18 +189,22 @@ impl AsFd for Mailbox {
 }
 
 impl Workers {
-    /// One of them is kept for frontends that have none, where there are several.
     pub fn start(count: usize) -> std::io::Result<Workers> {
-        let each = count.saturating_sub(1).max(1);
-        let tasks = Mutex::new(Tasks { frontends: VecDeque::new(), each });
-        let queue = Arc::new(Queue { tasks, came: Condvar::new() });
+        let workers = Workers::absent(count);
         for _ in 0..count {
-            let queue = Arc::clone(&queue);
+            let queue = Arc::clone(&workers.queue);
             std::thread::Builder::new()
                 .name("file".to_string())
                 .spawn(move || work_for_ever(&queue))?;
         }
-        Ok(Workers { queue })
+        Ok(workers)
+    }
+
+    /// So many are wanted; nobody works as yet.
+    pub(crate) fn absent(count: usize) -> Workers {
+        let tasks = Mutex::new(Tasks { frontends: VecDeque::new(), idle: count });
+        let (came, emptied) = (Condvar::new(), Condvar::new());
+        Workers { queue: Arc::new(Queue { tasks, came, emptied }) }
     }
 
     pub fn run(&self, task: Task) {
@@ -182,11 +212,28 @@ impl Workers {
         self.queue.came.notify_one();
     }
 
-    /// Does the next task, as a worker would; false when there is none.
+    /// Forgets what is not begun of a frontend, and waits for what is. It gives no more tasks.
+    pub fn drain(&self, mailbox: &Arc<Mailbox>) {
+        let mailbox = number_of(mailbox);
+        let forgotten = self.queue.tasks.lock().expect(FREE).forget(mailbox);
+        // To close a file may take time, too.
+        drop(forgotten);
+        let tasks = self.queue.tasks.lock().expect(FREE);
+        drop(self.queue.emptied.wait_while(tasks, |tasks| tasks.has(mailbox)).expect(FREE));
+    }
+
+    /// Takes the next task, as a worker would; `None` when there is none.
+    #[cfg(test)]
+    pub fn begin(&self) -> Option<impl FnOnce() + Send + 'static> {
+        let queue = Arc::clone(&self.queue);
+        let task = self.queue.tasks.lock().expect(FREE).take()?;
+        Some(move || work(&queue, task))
+    }
+
+    /// Does it as well; false when there is none.
     #[cfg(test)]
     pub fn work_once(&self) -> bool {
-        let next = self.queue.tasks.lock().expect(FREE).take();
-        next.map(|task| work(&self.queue, task)).is_some()
+        self.begin().map(|work| work()).is_some()
     }
 }
 
@@ -206,8 +253,11 @@ fn work_for_ever(queue: &Queue) {
 
 fn work(queue: &Queue, Task { job, tag, ring, to }: Task) {
     let (outcome, buffer) = job.run();
-    queue.tasks.lock().expect(FREE).done(number_of(&to));
+    let is_awaited = queue.tasks.lock().expect(FREE).done(number_of(&to));
     to.put(Done { outcome, buffer, tag, ring });
+    if is_awaited {
+        queue.emptied.notify_all();
+    }
 }
 
 /// Would miss: workers that wait; these are asked what they would do next.
@@ -219,30 +269,53 @@ mod tests {
     fn frontends_take_turns_and_none_has_all_workers() {
         let file = Arc::new(std::fs::File::open("/").expect("a directory"));
         let mailboxes = [(), (), ()].map(|()| Arc::new(Mailbox::new().expect("a mailbox")));
-        let mut tasks = Tasks { frontends: VecDeque::new(), each: 2 };
+        let mut tasks = Tasks { frontends: VecDeque::new(), idle: 6 };
         let put = |tasks: &mut Tasks, of: usize, tag| {
             let job = Job::Sync { file: Arc::clone(&file), data_only: true };
             tasks.put(Task { job, tag, ring: 0, to: Arc::clone(&mailboxes[of]) });
         };
-        for tag in 0..4 {
-            put(&mut tasks, 0, tag);
-        }
-        put(&mut tasks, 1, 10);
-        put(&mut tasks, 1, 11);
-        put(&mut tasks, 2, 20);
         let next = |tasks: &mut Tasks| tasks.take().map(|task| task.tag);
-        let taken: Vec<_> = std::iter::from_fn(|| next(&mut tasks)).collect();
-        // Two of the first wait until one of its own is done.
-        assert_eq!(taken, [0, 10, 20, 1, 11]);
-        tasks.done(number_of(&mailboxes[1]));
-        assert_eq!(next(&mut tasks), None);
+        let all = |tasks: &mut Tasks| -> Vec<_> { std::iter::from_fn(|| next(tasks)).collect() };
+        (0..5).for_each(|tag| put(&mut tasks, 0, tag));
+        assert_eq!(all(&mut tasks), [0, 1, 2], "half of them are left to others");
+        // These hang: the second takes half of the rest, and there is one for a third.
+        (10..15).for_each(|tag| put(&mut tasks, 1, tag));
+        assert_eq!(all(&mut tasks), [10, 11]);
+        (20..22).for_each(|tag| put(&mut tasks, 2, tag));
+        assert_eq!(all(&mut tasks), [20]);
+        // Whoever waits longest and may have it gets the worker that is free again.
+        tasks.done(number_of(&mailboxes[2]));
+        assert_eq!(all(&mut tasks), [21]);
         tasks.done(number_of(&mailboxes[0]));
-        assert_eq!((next(&mut tasks), next(&mut tasks)), (Some(2), None));
-        for (of, count) in [(0, 2), (1, 1), (2, 1)] {
-            (0..count).for_each(|_| tasks.done(number_of(&mailboxes[of])));
+        assert_eq!(all(&mut tasks), []);
+        tasks.done(number_of(&mailboxes[2]));
+        assert_eq!(all(&mut tasks), []);
+        tasks.done(number_of(&mailboxes[0]));
+        assert_eq!(all(&mut tasks), [3]);
+        for (of, count) in [(0, 2), (1, 2)] {
+            (0..count).for_each(|_| _ = tasks.done(number_of(&mailboxes[of])));
         }
-        assert_eq!(next(&mut tasks), Some(3));
-        tasks.done(number_of(&mailboxes[0]));
+        assert_eq!(all(&mut tasks), [12, 4, 13, 14]);
+        for (of, count) in [(0, 1), (1, 3)] {
+            (0..count).for_each(|_| _ = tasks.done(number_of(&mailboxes[of])));
+        }
         assert!(tasks.frontends.is_empty(), "nothing is kept of those who have nothing");
+        assert_eq!(tasks.idle, 6);
+    }
+
+    #[test]
+    fn one_worker_is_enough() {
+        let workers = Workers::start(1).expect("a thread");
+        let mailbox = Arc::new(Mailbox::new().expect("a mailbox"));
+        let file = Arc::new(std::fs::File::open("/").expect("a directory"));
+        for tag in 0..3 {
+            let job = Job::Sync { file: Arc::clone(&file), data_only: true };
+            workers.run(Task { job, tag, ring: 0, to: Arc::clone(&mailbox) });
+        }
+        let mut done = 0;
+        while done < 3 {
+            done += std::iter::from_fn(|| mailbox.take()).count();
+            std::thread::yield_now();
+        }
     }
 }
