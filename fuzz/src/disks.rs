@@ -14,7 +14,7 @@ use platter_storage::meta::{Disks, MetaFault, ReadBlocks};
 use platter_storage::nvme::{ControllerInfo, Health, NamespaceInfo, parse_namespace_list};
 use platter_storage::partition::read_table;
 use platter_storage::pcifront::Pcifront;
-use platter_storage::resolve::resolve;
+use platter_storage::resolve::{Progress, resolve};
 use platter_storage::volume::Spot;
 use platter_storage::{Access, Store, StoreFault, Tag};
 use platter_xen::vbd::{BACK_KEYS, DiskNodes};
@@ -122,6 +122,9 @@ impl Disks for Sparse {
         }
         Ok(())
     }
+    fn is_written(&self, _: u8, _: u64, _: u64) -> bool {
+        false
+    }
 }
 
 /// One of the disks by itself.
@@ -168,7 +171,7 @@ pub fn paths(input: &[u8]) {
     }
     if let Ok(Some(volume)) = read_label(&One(&disks)) {
         for area in volume.areas {
-            let _ = read_text(&One(&disks), area);
+            let _ = read_text(&One(&disks), area, &|_| true);
         }
     }
     for path in PATHS {
@@ -179,7 +182,7 @@ pub fn paths(input: &[u8]) {
 }
 
 fn open(disks: &Sparse, path: &str, access: Access) {
-    let Ok(found) = resolve(disks, path, access, &mut Mapper::new()) else { return };
+    let Ok(found) = resolve(disks, path, access, &mut Progress::default()) else { return };
     let mut at = 0;
     // Bounded: a size may be exabytes of hole.
     for _ in 0..200 {

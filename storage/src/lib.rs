@@ -42,6 +42,7 @@ pub mod partition;
 pub mod pcifront;
 pub mod pool;
 pub mod resolve;
+mod scan;
 pub mod store;
 #[cfg(test)]
 mod vectors;

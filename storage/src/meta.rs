@@ -17,8 +17,22 @@ pub const META_BLOCK_BYTES: usize = 4096;
 /// Blocks of one opening: 4 MiB while it lasts, ours. A directory of 30,000 names, a file of
 /// 100,000 extents and a megabyte of LVM text each need less.
 pub const META_BLOCKS_MAX: usize = 1024;
+/// Left in the heap, in one piece, by all that is read here (ours): others' small allocations
+/// cannot fail without ending the domain.
+const SPARE_BYTES: usize = 512 << 10;
 /// Sectors of one cache block.
 const META_SECTORS: u64 = META_BLOCK_BYTES as u64 / 512;
+
+/// Room for so many items, if the heap has it and something to spare.
+pub fn reserve<T>(items: usize) -> Result<Vec<T>, StoreFault> {
+    let lack = StoreFault::Limit(u32::try_from(items).unwrap_or(u32::MAX));
+    let (mut room, mut spare) = (Vec::new(), Vec::<u8>::new());
+    room.try_reserve_exact(items).map_err(|_| lack)?;
+    spare.try_reserve_exact(SPARE_BYTES).map_err(|_| lack)?;
+    // An allocation that nobody uses may be left out, and with it its failure.
+    core::hint::black_box(&spare);
+    Ok(room)
+}
 
 /// Sectors that must be read before the parser can go on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -80,6 +94,9 @@ pub trait Disks {
     fn block_bytes(&self, disk: u8) -> u32;
     /// Fills `into` from byte `offset` of a disk; the range is inside its capacity.
     fn read(&self, disk: u8, offset: u64, into: &mut [u8]) -> Result<(), MetaFault>;
+    /// Whether an image that is open may be written on one of these sectors: what stands there is
+    /// its guest's word.
+    fn is_written(&self, disk: u8, sector: u64, sectors: u64) -> bool;
 }
 
 /// The blocks read so far.
@@ -99,10 +116,13 @@ impl MetaCache {
         self.blocks.len() < self.blocks_max
     }
 
-    /// Enters a block; the last block of a disk may be short.
-    pub fn fill(&mut self, miss: Miss, bytes: &[u8]) {
+    /// Enters a block; the last block of a disk may be short. False when the heap has no room.
+    pub fn fill(&mut self, miss: Miss, bytes: &[u8]) -> bool {
         assert!(bytes.len() <= META_BLOCK_BYTES, "length of a cache block");
-        self.blocks.insert((miss.disk, miss.block), Box::from(bytes));
+        let Ok(mut block) = reserve(bytes.len()) else { return false };
+        block.extend_from_slice(bytes);
+        self.blocks.insert((miss.disk, miss.block), block.into_boxed_slice());
+        true
     }
 
     pub fn has(&self, disk: u8, block: u64) -> bool {

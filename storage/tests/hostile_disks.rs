@@ -2,9 +2,8 @@
 //! opening ends with an answer and what it answers lies inside the disk. Misses: what coverage
 //! guidance finds (the fuzz targets start from the same vectors).
 
-use platter_storage::ext4::Mapper;
 use platter_storage::meta::{Disks, MetaFault};
-use platter_storage::resolve::resolve;
+use platter_storage::resolve::{Progress, resolve};
 use platter_storage::volume::Spot;
 use platter_storage::{Access, StoreFault};
 
@@ -30,6 +29,9 @@ impl Disks for Bent {
         let bytes = self.disks[usize::from(disk)].get(from..from + into.len());
         into.copy_from_slice(bytes.ok_or(StoreFault::BeyondEnd)?);
         Ok(())
+    }
+    fn is_written(&self, _: u8, _: u64, _: u64) -> bool {
+        false
     }
 }
 
@@ -65,7 +67,7 @@ impl Random {
 
 /// Opens a path and proves that all it answers lies inside the disks.
 fn open(bent: &Bent, path: &str, access: Access) -> bool {
-    let Ok(found) = resolve(bent, path, access, &mut Mapper::new()) else { return false };
+    let Ok(found) = resolve(bent, path, access, &mut Progress::default()) else { return false };
     let sectors = found.layout.size_bytes.div_ceil(512);
     let mut at = 0;
     // Bounded: a bent size may be exabytes of hole.

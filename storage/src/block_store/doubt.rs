@@ -143,9 +143,15 @@ impl<D> BlockStore<D> {
         let verdict = match found {
             Ok(found) if file.is_at(&found) => Doubt::None,
             Ok(_) => Doubt::Proved("another disk came under its name: its content is another one"),
-            // Away again, or an error of the moment.
-            Err(StoreFault::Gone | StoreFault::Io(_)) if looks < LOOKS_MAX => return,
-            Err(StoreFault::Gone | StoreFault::Io(_)) => Doubt::Proved("it cannot be read"),
+            // Away again, an error or a lack of memory of the moment.
+            Err(StoreFault::Gone | StoreFault::Io(_) | StoreFault::Limit(_))
+                if looks < LOOKS_MAX =>
+            {
+                return;
+            }
+            Err(StoreFault::Gone | StoreFault::Io(_) | StoreFault::Limit(_)) => {
+                Doubt::Proved("it cannot be read")
+            }
             Err(StoreFault::Refused(why)) => Doubt::Proved(why),
             Err(_) => Doubt::Proved("another disk came under its name: what was open is not there"),
         };

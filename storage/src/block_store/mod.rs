@@ -12,6 +12,8 @@
 #[cfg(test)]
 mod away_tests;
 mod doubt;
+#[cfg(test)]
+mod forged_tests;
 mod growth;
 #[cfg(test)]
 mod growth_tests;

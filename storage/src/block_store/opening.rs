@@ -8,11 +8,10 @@ use platter_xen::Hypervisor;
 use super::ops::{Kind, Op};
 use super::{BlockStore, Disk, Doubt, FILES_MAX, File};
 use crate::disk::{Device, Geometry};
-use crate::ext4::Mapper;
 use crate::meta::{
     Disks, META_BLOCK_BYTES, META_BLOCKS_MAX, MetaCache, MetaFault, Miss, block_sectors,
 };
-use crate::resolve::{Resolved, resolve};
+use crate::resolve::{Progress, Resolved, resolve};
 use crate::store::{Access, Answer, Done, FileId, Opened, StoreFault, Tag};
 use crate::volume::{Extent, Layout};
 
@@ -42,9 +41,11 @@ pub struct Look {
 pub struct Opening {
     request: Request,
     cache: MetaCache,
-    mapper: Mapper,
-    /// What the mapper had when the cache was last emptied.
-    mapped: u64,
+    progress: Progress,
+    /// Its steps when the cache was last emptied.
+    steps: u64,
+    /// The heap had no room for a block.
+    full: bool,
     /// A read is under way.
     reading: bool,
     fault: Option<StoreFault>,
@@ -57,16 +58,16 @@ impl Opening {
         self.anew = true;
     }
 
-    /// Room for another block. Extents that were collected stay: as long as they grow, the
-    /// blocks they came from may go.
+    /// Room for another block. What was found stays: as long as that grows, the blocks it came
+    /// from may go.
     fn make_room(&mut self) -> Result<(), StoreFault> {
-        if self.cache.has_room() {
+        if self.cache.has_room() && !self.full {
             return Ok(());
         }
-        if self.mapper.progress() <= self.mapped {
+        if self.progress.steps() <= self.steps {
             return Err(StoreFault::Limit(META_BLOCKS_MAX as u32));
         }
-        self.mapped = self.mapper.progress();
+        (self.steps, self.full) = (self.progress.steps(), false);
         self.cache.clear();
         Ok(())
     }
@@ -75,6 +76,7 @@ impl Opening {
 /// The disks as [`resolve`] sees them.
 struct View<'a> {
     disks: &'a [Disk],
+    files: &'a [Option<File>],
     geometries: Vec<Option<Geometry>>,
     cache: &'a MetaCache,
 }
@@ -109,6 +111,15 @@ impl Disks for View<'_> {
         }
         self.cache.read(disk, offset, into)
     }
+
+    fn is_written(&self, disk: u8, sector: u64, sectors: u64) -> bool {
+        let written = self.files.iter().flatten().filter(|file| file.access == Access::ReadWrite);
+        written.flat_map(|file| file.layout.volume.areas()).any(|area| {
+            area.disk == disk
+                && area.sector < sector.saturating_add(sectors)
+                && sector < area.sector.saturating_add(area.sectors)
+        })
+    }
 }
 
 impl<D> BlockStore<D> {
@@ -122,8 +133,9 @@ impl<D> BlockStore<D> {
             self.opening = Some(Opening {
                 request,
                 cache: MetaCache::new(self.meta_blocks_max),
-                mapper: Mapper::new(),
-                mapped: 0,
+                progress: Progress::default(),
+                steps: 0,
+                full: false,
                 reading: false,
                 fault: None,
                 anew: false,
@@ -131,17 +143,18 @@ impl<D> BlockStore<D> {
         }
         let Some(mut opening) = self.opening.take_if(|opening| !opening.reading) else { return };
         if core::mem::take(&mut opening.anew) {
-            (opening.fault, opening.mapped) = (None, 0);
-            opening.mapper = Mapper::new();
+            (opening.fault, opening.steps, opening.full) = (None, 0, false);
+            opening.progress = Progress::default();
             opening.cache.clear();
         }
         let count = self.disks.len() as u8;
         let geometries = (0..count).map(|disk| self.geometry::<H>(disk)).collect();
-        let view = View { disks: &self.disks, geometries, cache: &opening.cache };
+        let (disks, files) = (&self.disks, &self.files);
+        let view = View { disks, files, geometries, cache: &opening.cache };
         let request = &opening.request;
         let resolved = match opening.fault {
             Some(fault) => Err(fault.into()),
-            None => resolve(&view, &request.path, request.access, &mut opening.mapper),
+            None => resolve(&view, &request.path, request.access, &mut opening.progress),
         };
         let geometries = view.geometries;
         let resolved = match resolved {
@@ -212,7 +225,10 @@ impl<D> BlockStore<D> {
                 hv.read(run.region, run.offset, &mut block[..take]);
                 let first = op.sector * 512 / META_BLOCK_BYTES as u64;
                 let miss = Miss { disk: op.disk, block: first + number as u64 };
-                opening.cache.fill(miss, &block[..take]);
+                if !opening.cache.fill(miss, &block[..take]) {
+                    opening.full = true;
+                    break;
+                }
             }
         }
         self.free_pages(&op);

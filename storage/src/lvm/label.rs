@@ -4,7 +4,7 @@ use alloc::vec::Vec;
 
 use crate::StoreFault;
 use crate::bytes::{array_at, crc32_raw, u32_at, u64_at};
-use crate::meta::{MetaFault, ReadBlocks, read_vec};
+use crate::meta::{MetaFault, ReadBlocks, read_vec, reserve};
 
 /// `INITIAL_CRC` (lvm2 `lib/misc/crc.h`).
 const CRC_START: u32 = 0xF597_A6CF;
@@ -22,6 +22,9 @@ const LOCATION_IGNORED: u32 = 1;
 pub const AREAS_MAX: usize = 4;
 /// Longest text (ours): lvm2's default metadata area is 1 MiB and holds two of them.
 pub const TEXT_BYTES_MAX: u64 = 1 << 20;
+
+/// Bytes of a text that tell whose it is: a name of 127 bytes and an identity of 38.
+const HEAD_BYTES: u64 = 512;
 
 /// A UUID's 32 characters without dashes.
 pub type Uuid = [u8; 32];
@@ -92,8 +95,12 @@ fn parse_areas(sector: &[u8], mut at: usize) -> Option<(Vec<(u64, u64)>, usize)>
 
 /// The current text of a metadata area; `None` when it holds none (a new physical volume, an
 /// ignored area), or none that can be used: a header or text with a wrong sum, as a torn write
-/// leaves it, or longer than we read.
-pub fn read_text(device: &dyn ReadBlocks, area: (u64, u64)) -> Result<Option<Vec<u8>>, MetaFault> {
+/// leaves it, or longer than we read. One whose first bytes are not `wanted` is not read.
+pub fn read_text(
+    device: &dyn ReadBlocks,
+    area: (u64, u64),
+    wanted: &dyn Fn(&[u8]) -> bool,
+) -> Result<Option<Vec<u8>>, MetaFault> {
     let header = match read_vec(device, area.0, AREA_HEADER_BYTES as usize) {
         Err(MetaFault::Refused(StoreFault::BeyondEnd)) => return Ok(None),
         other => other?,
@@ -102,17 +109,23 @@ pub fn read_text(device: &dyn ReadBlocks, area: (u64, u64)) -> Result<Option<Vec
     if location.bytes > TEXT_BYTES_MAX {
         return Ok(None);
     }
-    let first = location.bytes.min(location.ring_end - location.offset);
-    let again = (location.ring_start, location.bytes - first);
-    let mut text = Vec::new();
-    for (at, bytes) in [(location.offset, first), again] {
-        match read_vec(device, at, bytes as usize) {
+    let head = location.bytes.min(HEAD_BYTES);
+    for bytes in [head, location.bytes] {
+        let mut text = reserve(bytes as usize)?;
+        text.resize(bytes as usize, 0);
+        match location.read(device, &mut text) {
             Err(MetaFault::Refused(StoreFault::BeyondEnd)) => return Ok(None),
-            part => text.extend(part?),
+            other => other?,
+        }
+        if !wanted(text.get(..head as usize).unwrap_or(&[])) {
+            return Ok(None);
+        }
+        if bytes == location.bytes {
+            let right = crc32_raw(CRC_START, &text) == location.crc;
+            return Ok(right.then_some(text));
         }
     }
-    let right = crc32_raw(CRC_START, &text) == location.crc;
-    Ok(right.then_some(text))
+    Ok(None)
 }
 
 /// Where a text stands in the ring of its area, in bytes of the device.
@@ -122,6 +135,16 @@ struct Location {
     crc: u32,
     ring_start: u64,
     ring_end: u64,
+}
+
+impl Location {
+    /// Reads its first bytes, around the ring's end.
+    fn read(&self, device: &dyn ReadBlocks, text: &mut [u8]) -> Result<(), MetaFault> {
+        let first = (text.len() as u64).min(self.ring_end - self.offset) as usize;
+        let (first, again) = text.split_at_mut(first);
+        device.read_at(self.offset, first)?;
+        device.read_at(self.ring_start, again)
+    }
 }
 
 /// `struct mda_header` with its first `struct raw_locn`, which names the committed text.

@@ -13,7 +13,7 @@ mod label;
 mod text;
 
 pub use group::{Group, Member};
-pub use label::{PhysicalVolume, Uuid, read_label, read_text};
+pub use label::{AREAS_MAX, LABEL_SECTORS, PhysicalVolume, Uuid, read_label, read_text};
 pub use text::{Text, Value};
 
 #[cfg(test)]

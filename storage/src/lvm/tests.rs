@@ -3,8 +3,9 @@
 
 use alloc::string::String;
 
-use super::*;
+use super::{read_text as read_wanted_text, *};
 use crate::StoreFault;
+use crate::meta::{MetaFault, ReadBlocks};
 use crate::vectors::expand;
 use crate::volume::Volume;
 use alloc::vec::Vec;
@@ -19,6 +20,10 @@ fn disks() -> [Vec<u8>; 3] {
         expand(include_bytes!("../../vectors/lvm-pv1.sparse"), BYTES),
         expand(include_bytes!("../../vectors/lvm-pv2.sparse"), BYTES),
     ]
+}
+
+fn read_text(device: &dyn ReadBlocks, area: (u64, u64)) -> Result<Option<Vec<u8>>, MetaFault> {
+    read_wanted_text(device, area, &|_| true)
 }
 
 /// Text of the group and its members, each on the disk of its number.

@@ -6,6 +6,7 @@
 use alloc::vec::Vec;
 
 use crate::StoreFault;
+use crate::meta::reserve;
 
 /// Nodes of one text (ours; 56 bytes each): some 2000 volumes.
 const NODES_MAX: usize = 32_768;
@@ -47,7 +48,10 @@ impl<'a> Text<'a> {
         let bytes = bytes.split(|&byte| byte == 0).next().unwrap_or(&[]);
         let source = core::str::from_utf8(bytes).map_err(|_| BAD)?;
         let root = Node { parent: 0, key: "", value: Value::Section, end: 0 };
-        let mut text = Text { nodes: alloc::vec![root] };
+        // Each node has an equals sign or a brace; strings may have more of them.
+        let marks = source.bytes().filter(|byte| matches!(byte, b'=' | b'{')).count();
+        let mut text = Text { nodes: reserve(marks.min(NODES_MAX) + 1)? };
+        text.nodes.push(root);
         let mut open: Vec<usize> = alloc::vec![0];
         let mut rest = skip(source);
         while !rest.is_empty() {
