@@ -150,7 +150,18 @@ fn extensions_and_names_stay_within_the_first_cluster() {
     refuse(extension(0x2385_2875, 24, directory.clone()), "bitmap_directory_size");
     put64(&mut directory, 8, 64);
     put64(&mut directory, 16, 513);
-    refuse(extension(0x2385_2875, 24, directory), "bitmap_directory_offset");
+    refuse(extension(0x2385_2875, 24, directory.clone()), "bitmap_directory_offset");
+    // It would end beyond all offsets; a dirty image is gone through at once.
+    put64(&mut directory, 8, 1 << 17);
+    for (offset, marks) in [(u64::MAX << 16, 0), (u64::MAX << 16, 1), (i64::MAX as u64, 1)] {
+        put64(&mut directory, 16, offset & !0xffff);
+        let directory = extension(0x2385_2875, 24, directory.clone());
+        let edit = |b: &mut Vec<u8>| {
+            directory(b);
+            b[79] = marks;
+        };
+        refuse(edit, "bitmap_directory_offset");
+    }
     let backing = |offset: u64, len: u32| {
         move |b: &mut Vec<u8>| {
             put64(b, 8, offset);

@@ -409,7 +409,9 @@ impl Header {
             let max = BITMAP_DIRECTORY_BYTES_MAX;
             return Err(ImageFault::limit(file, "bitmap_directory_size", bytes, max));
         }
-        if count == 0 || !offset.is_multiple_of(self.cluster_bytes()) || offset == 0 {
+        let end = offset.checked_add(bytes).filter(|&end| end <= i64::MAX as u64);
+        let placed = offset.is_multiple_of(self.cluster_bytes()) && offset != 0;
+        if count == 0 || !placed || end.is_none() {
             return Err(ImageFault::corrupt(file, "bitmap_directory_offset", at as u64, offset));
         }
         found.bitmaps = count;
