@@ -328,9 +328,9 @@ impl Disk {
             let Request { permit, .. } = request;
             return self.answer(hv, queue, permit, Err(fault));
         }
-        self.throttle.spend(now_ns, request.sectors * 512);
+        self.throttle.spend(now_ns, request.moves() * SECTOR_BYTES);
         self.requests += 1;
-        self.sectors += request.sectors;
+        self.sectors += request.moves();
         self.ordered += request.is_ordered() as usize;
         self.flush_waiters += (request.stage != Stage::Moving) as usize;
         request.segments = segments.len() as u16;
@@ -578,7 +578,7 @@ impl Disk {
     pub fn finish<H: Hypervisor, S>(&mut self, engine: &mut Engine<S>, hv: &mut H, id: Id) {
         let request = engine.requests.take(id).expect("a request is finished once");
         self.requests -= 1;
-        self.sectors -= request.sectors;
+        self.sectors -= request.moves();
         self.ordered -= request.is_ordered() as usize;
         self.flush_waiters -= (request.stage != Stage::Moving) as usize;
         self.kick = true;

@@ -30,6 +30,9 @@ pub const QUANTUM_SECTORS: u64 = 1024;
 /// The same while another disk, that asks for little, wants the store (128 KiB).
 pub const QUANTUM_CONTENDED_REQUESTS: usize = 16;
 pub const QUANTUM_CONTENDED_SECTORS: u64 = 256;
+/// Steps in which a request is planned before others have their turn: most take one, a discard of
+/// a whole disk one for each of its tables.
+pub const STEPS_MAX: usize = 64;
 /// Store operations in flight over all disks: about 100 bytes each.
 pub const OPS_MAX: usize = 256;
 /// Bytes of guests' requests that leave as one message when they follow each other: beyond that

@@ -11,7 +11,7 @@ use crate::disk::{Disk, Progress};
 use crate::engine::{Engine, Op, OpKind, Stretch, Submitted};
 use crate::fault::Fault;
 use crate::job::Job;
-use crate::limits::BOUNCE_BYTES;
+use crate::limits::{BOUNCE_BYTES, STEPS_MAX};
 use crate::request::{Kind, Request, Stage};
 use crate::table::Id;
 use crate::transfer::{Guest, Owner, Repeated};
@@ -38,7 +38,7 @@ impl Disk {
         if self.must_wait(engine, id) {
             return Progress::Parked;
         }
-        loop {
+        for _ in 0..STEPS_MAX {
             let request = engine.requests.get(id);
             if request.failed.is_some() || request.planned == request.sectors {
                 self.settle(engine, hv, id);
@@ -70,6 +70,9 @@ impl Disk {
                 }
             }
         }
+        // Others have their turn first.
+        self.kick = true;
+        Progress::Parked
     }
 
     /// A barrier holds back all that came after it; a discard and other requests never touch

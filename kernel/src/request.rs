@@ -85,6 +85,12 @@ impl Request {
             || (self.kind == Kind::Flush && self.sectors > 0)
     }
 
+    /// Sectors whose bytes move. A discard may name the whole disk, and several of them more
+    /// than can be counted.
+    pub fn moves(&self) -> u64 {
+        if self.kind == Kind::Discard { 0 } else { self.sectors }
+    }
+
     /// Other requests must keep an order with it.
     pub fn is_ordered(&self) -> bool {
         self.barrier || self.kind == Kind::Discard

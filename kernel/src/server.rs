@@ -408,7 +408,7 @@ impl Server {
                 let ready = disk.final_check(hv) && disk.may_take(&self.engine, 0);
                 match ready {
                     true if wait_ns == 0 => more = true,
-                    true => until_ns = until_ns.min(now_ns + wait_ns),
+                    true => until_ns = until_ns.min(now_ns.saturating_add(wait_ns)),
                     false => {}
                 }
             }

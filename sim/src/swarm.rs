@@ -238,6 +238,7 @@ fn habits(rng: &mut Rng, errors_allowed: bool, patience_ns: u64) -> Habits {
         flushes: *rng.pick(&[0, 20, 100]),
         barriers: *rng.pick(&[0, 0, 20]),
         discards: *rng.pick(&[0, 0, 30]),
+        wide: false,
         think_ns: *rng.pick(&[0, 0, 100_000, 2_000_000]),
         span: *rng.pick(&[u64::MAX, 64, 512]),
         errors_allowed,

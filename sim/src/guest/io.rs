@@ -222,10 +222,15 @@ impl Guest {
     fn make_discard(&mut self, machine: &mut Machine, queue: usize, now_ns: u64) {
         let id = self.new_id();
         let unit = u64::from(self.nodes.expect("connected").sector_bytes) / SECTOR as u64;
-        let sectors = self.rng.between(1, 256 / unit) * unit;
-        let sectors = sectors.min(self.oracle.sectors());
-        let sector = self.place(sectors);
-        let ticket = self.oracle.discard(sector, sectors);
+        let known = self.oracle.sectors();
+        let (sector, sectors) = match self.habits.wide {
+            true => (known, self.nodes.expect("connected").sectors - known),
+            false => {
+                let sectors = (self.rng.between(1, 256 / unit) * unit).min(known);
+                (self.place(sectors), sectors)
+            }
+        };
+        let ticket = self.oracle.discard(sector, if self.habits.wide { 0 } else { sectors });
         let abi = self.queues[queue].ring.abi();
         let raw = emit_discard(abi, id, sector, sectors, self.rng.chance(100));
         let pending = Pending {
