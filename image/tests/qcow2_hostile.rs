@@ -409,6 +409,49 @@ fn refcount_tables_that_lie_are_refused_when_they_are_used() {
     }
 }
 
+/// The region that holds the tables has no refcount block, on a store that cannot grow: what lies
+/// there counts as free. Neither a write nor a repair makes a block over it.
+#[test]
+fn no_refcount_block_is_made_over_what_is_in_use() {
+    // Counts of 256 clusters in a block: data lies in regions without one too.
+    let folder = RamFolder::new();
+    folder.put("a.qcow2", new(&[("cluster_size", "512")], 20480));
+    let mut engine = open(&folder, "a.qcow2", rw(Q));
+    engine.write(0, &vec![7; 600 * 512]).unwrap();
+    engine.close().unwrap();
+    let good = folder.bytes("a.qcow2").unwrap();
+    folder.fix(true);
+    let reftable = get64(&good, 48) as usize;
+    for region in 0..3 {
+        let mut bytes = good.clone();
+        put64(&mut bytes, reftable + region * 8, 0);
+        let size = bytes.len();
+        bytes.resize(2 * size, 0);
+        for repair in [false, true] {
+            folder.put("a.qcow2", bytes.clone());
+            let mut engine = open(&folder, "a.qcow2", rw(Q));
+            let all = CheckParams { repair: Repair::All, budget_bytes: 1 << 20 };
+            let told = match repair {
+                true => engine.check(all, |_, _| {}).err(),
+                false => engine.write(2000, &[9; 512]).err(),
+            };
+            let told = told.map(|fault| fault.to_string());
+            let says = match repair {
+                true => "a missing refcount block, on a store that cannot grow",
+                false => "the refcount of a cluster that holds",
+            };
+            // A guest cannot know that what counts as free is not.
+            if repair || region == 0 {
+                assert!(told.as_ref().is_some_and(|told| told.contains(says)), "{told:?}");
+                engine.close().unwrap();
+                let after = folder.bytes("a.qcow2").unwrap();
+                assert_eq!(after[..79], bytes[..79]);
+                assert!(after[80..] == bytes[80..], "region {region}, repair {repair}");
+            }
+        }
+    }
+}
+
 /// QEMU's overlap checks: a table that another one names, or an entry for guest data that names a
 /// table, is seen before it is written; the image is marked corrupt, as QEMU does, and says so
 /// to QEMU too.

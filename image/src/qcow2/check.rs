@@ -21,7 +21,6 @@ use crate::types::{Step, Stop};
 use super::Qcow2;
 use super::entry::{COMPRESSED, COPIED, Cluster, L1_RESERVED, L2_RESERVED, L2Entry, OFFSET};
 use super::header::{INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY, field};
-use super::refcount::Job;
 
 /// Clusters compared in one step.
 const COMPARE_AT_ONCE: u64 = 4096;
@@ -647,11 +646,14 @@ impl Qcow2 {
         if self.refcount_block(ctx, cluster)?.is_some() {
             return Ok(());
         }
+        if !ctx.files.info(self.file).can_grow {
+            return Err(self.missing_block(cluster));
+        }
         assert!(cluster < self.covered_clusters(), "the table was looked at");
         let end = self.writer().space.end();
         if end < self.covered_clusters() && self.refcount_block(ctx, end)?.is_none() {
             // The new block counts itself; it is the one wanted, or the next try finds it.
-            self.writer_mut().space.job = Job::Block { cluster: end, zeroed: 0 };
+            self.start_block(ctx, end)?;
             self.run_job(ctx)?;
             self.writer_mut().space.set_end(end + 1);
             return self.make_countable(ctx, cluster);

@@ -137,9 +137,14 @@ struct Lengths {
 }
 
 impl Run {
-    /// A cluster to be compared, whatever counts it.
+    /// Clusters to be compared, whatever counts them.
+    pub fn uncounted(first: u64, count: u64) -> Run {
+        Run { first, count, block: 0 }
+    }
+
+    /// A cluster to be compared.
     pub fn one(cluster: u64) -> Run {
-        Run { first: cluster, count: 1, block: 0 }
+        Run::uncounted(cluster, 1)
     }
 
     /// The first `count` clusters.
@@ -323,12 +328,19 @@ impl Qcow2 {
     /// block. Nothing is reserved yet: count them with [`Qcow2::take_run`] in the same step.
     pub(super) fn find_run(&mut self, ctx: &mut Ctx, want: u64, least: u64) -> Step<Run> {
         let run = self.find_any(ctx, Lengths { want, least })?;
+        self.check_free(ctx, run)?;
+        Ok(run)
+    }
+
+    /// Clusters that count as free, or that nothing counts, are about to be used: no table may lie
+    /// in them.
+    pub(super) fn check_free(&mut self, ctx: &mut Ctx, run: Run) -> Step<()> {
         self.check_run(run)?;
         if run.first < self.writer().space.old_end {
             let what = "the refcount of a cluster that holds a table: its place";
             self.compare_tables(ctx, run, what)?;
         }
-        Ok(run)
+        Ok(())
     }
 
     fn find_any(&mut self, ctx: &mut Ctx, want: Lengths) -> Step<Run> {
@@ -349,7 +361,7 @@ impl Qcow2 {
                 continue;
             }
             if self.refcount_block(ctx, at)?.is_none() {
-                self.writer_mut().space.job = Job::Block { cluster: at, zeroed: 0 };
+                self.start_block(ctx, at)?;
                 self.run_job(ctx)?;
                 continue;
             }
@@ -361,21 +373,35 @@ impl Qcow2 {
         }
     }
 
-    /// Free clusters after all that is used: for a repair, which cannot trust holes, and for what
-    /// must lie in a row.
+    /// So many free clusters in a row, after all that is known to be used: for a repair, which
+    /// cannot trust holes (of a store that cannot grow it gets no such place), and for an L1 table.
     pub(super) fn find_end(&mut self, ctx: &mut Ctx, want: u64) -> Step<Run> {
         let hole = core::mem::replace(&mut self.writer_mut().space.hole, u64::MAX);
-        let found = self.find_any(ctx, Lengths { want, least: 1 });
+        let found = self.find_any(ctx, Lengths { want, least: want });
         self.writer_mut().space.hole = hole;
-        found
+        let run = found?;
+        self.check_free(ctx, run)?;
+        Ok(run)
+    }
+
+    /// Plans a refcount block at `cluster`, for the region it lies in.
+    pub(super) fn start_block(&mut self, ctx: &mut Ctx, cluster: u64) -> Step<()> {
+        self.check_free(ctx, Run::one(cluster))?;
+        self.writer_mut().space.job = Job::Block { cluster, zeroed: 0 };
+        Ok(())
+    }
+
+    /// On a store that cannot grow a repair cannot tell what is free: no block is made there.
+    pub(super) fn missing_block(&self, cluster: u64) -> Stop {
+        let what = "a missing refcount block, on a store that cannot grow";
+        ImageFault::unsupported(self.file, what, cluster).into()
     }
 
     /// Makes the cluster of `run` the refcount block for the region of `cluster`.
     pub(super) fn block_for(&mut self, ctx: &mut Ctx, run: Run, cluster: u64) -> Step<()> {
         let offset = run.first << self.kind.cluster_bits;
         if !self.is_beyond_file(ctx, run.first) {
-            let what = "a missing refcount block, on a store that cannot grow";
-            return Err(ImageFault::unsupported(self.file, what, cluster).into());
+            return Err(self.missing_block(cluster));
         }
         let entry_at = self.reftable_entry_offset(cluster);
         // Its bytes are never written: beyond the file's end they are zeros.
@@ -421,7 +447,7 @@ impl Qcow2 {
                 return Err(ImageFault { value, limit: bytes, ..fault }.into());
             }
             if self.refcount_block(ctx, at)?.is_none() {
-                self.writer_mut().space.job = Job::Block { cluster: at, zeroed: 0 };
+                self.start_block(ctx, at)?;
                 self.run_job(ctx)?;
                 continue;
             }
@@ -568,6 +594,7 @@ impl Qcow2 {
             let fault = ImageFault::new(FaultKind::Full, self.file, "the refcount table");
             return Err(ImageFault { value: first + blocks + clusters, limit, ..fault }.into());
         }
+        self.check_free(ctx, Run::uncounted(first, blocks + clusters))?;
         self.writer_mut().space.job = Job::Table { first, blocks, clusters, written: 0 };
         Ok(())
     }

@@ -11,7 +11,7 @@ use crate::meta::Phase;
 use crate::types::Step;
 
 use super::Qcow2;
-use super::refcount::Job;
+use super::refcount::{Job, Run};
 
 impl Qcow2 {
     /// Finds the place for `clusters` in a row and starts to take them; the growth of the L1 table
@@ -27,6 +27,7 @@ impl Qcow2 {
                 return Err(ImageFault { value: end, limit, ..fault }.into());
             }
             if end <= self.covered_clusters() {
+                self.check_free(ctx, Run::uncounted(first, blocks + clusters))?;
                 self.writer_mut().space.job = Job::Row { first, blocks, clusters, written: 0 };
                 return Ok(());
             }
