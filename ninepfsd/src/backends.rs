@@ -4,7 +4,8 @@
 //! restart of the server every frontend is offered the share again, whatever state it was in.
 //! Guards that a frontend that writes its nodes in a loop costs one look at a time and few lines
 //! of log; and that it is told that it may use its pages for another connection only when nobody
-//! here touches them, nor its files for the old one. Must never: wait for a device's thread.
+//! here touches them, nor its files for the old one. Must never: wait for a device's thread, nor
+//! look at a share's files.
 
 use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -16,7 +17,7 @@ use platter_xen::ninepfs::{ORDER_MAX, RINGS_MAX, VERSION, parse_front_nodes};
 use platter_xen::xenbus::XenbusState;
 
 use crate::bell::Bell;
-use crate::device::{Device, Devices};
+use crate::device::{Device, Devices, Told};
 use crate::log::say;
 use crate::share::{Policy, Share};
 use crate::usage::{FILES_MAX, Usage};
@@ -54,38 +55,38 @@ struct Backend {
     number: u64,
 }
 
-/// A device's thread that has ended and let go of everything.
-pub struct Ended {
+/// What the thread of one device says.
+pub struct Report {
     be: String,
-    /// Which of all devices it was.
+    /// Which of all devices it is.
     number: u64,
-    why: String,
+    told: Told,
 }
 
-/// Where the threads of devices say that they ended; readable once one has.
-pub struct Ends {
-    list: Mutex<Vec<Ended>>,
+/// Where the threads of devices say what they have to; readable once one has.
+pub struct Reports {
+    list: Mutex<Vec<Report>>,
     bell: Bell,
 }
 
-impl Ends {
-    pub fn new() -> std::io::Result<Ends> {
-        Ok(Ends { list: Mutex::default(), bell: Bell::new()? })
+impl Reports {
+    pub fn new() -> std::io::Result<Reports> {
+        Ok(Reports { list: Mutex::default(), bell: Bell::new()? })
     }
 
-    fn put(&self, ended: Ended) {
-        self.list.lock().expect(FREE).push(ended);
+    fn put(&self, report: Report) {
+        self.list.lock().expect(FREE).push(report);
         self.bell.ring();
     }
 
-    /// All that ended since the last time.
-    pub fn take(&self) -> Vec<Ended> {
+    /// All since the last time.
+    pub fn take(&self) -> Vec<Report> {
         self.bell.silence();
         std::mem::take(&mut *self.list.lock().expect(FREE))
     }
 }
 
-impl AsFd for Ends {
+impl AsFd for Reports {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.bell.as_fd()
     }
@@ -97,7 +98,7 @@ pub struct Backends {
     allowed: Vec<Allowed>,
     devices: Devices,
     workers: Workers,
-    ends: Arc<Ends>,
+    reports: Arc<Reports>,
     known: HashMap<String, Backend>,
     /// Shares with a thread that has not ended, also when it was told to, or the share is gone.
     running: HashSet<String>,
@@ -112,10 +113,11 @@ impl Backends {
         allowed: Vec<Allowed>,
         devices: Devices,
         workers: Workers,
-        ends: Arc<Ends>,
+        reports: Arc<Reports>,
     ) -> Backends {
         let (known, running) = (HashMap::new(), HashSet::new());
-        Backends { home, allowed, devices, workers, ends, known, running, started: 0, seen: 0 }
+        let (started, seen) = (0, 0);
+        Backends { home, allowed, devices, workers, reports, known, running, started, seen }
     }
 
     /// Something changed in xenstore.
@@ -152,17 +154,32 @@ impl Backends {
         Ok(())
     }
 
-    /// A device's thread has ended: as it was told to, or because its frontend broke the protocol.
-    pub fn device_ended(&mut self, xs: &mut Xenstore, ended: &Ended) -> Result<()> {
-        self.running.remove(&ended.be);
-        if let Some(backend) = self.known.get_mut(&ended.be)
-            && backend.device.take_if(|_| backend.number == ended.number).is_some()
-        {
-            backend.say(&ended.be, &ended.why);
-            write_state(xs, &ended.be, backend, XenbusState::Closing)?;
+    /// A device's thread has something to say. When it has ended that was as it was told to, or
+    /// because its frontend broke the protocol.
+    pub fn told(&mut self, xs: &mut Xenstore, report: &Report) -> Result<()> {
+        let Report { be, number, told } = report;
+        let is_it = |backend: &&mut Backend| backend.device.is_some() && backend.number == *number;
+        let backend = self.known.get_mut(be).filter(is_it);
+        match told {
+            Told::Uncounted(errno) => {
+                if let Some(backend) = backend {
+                    let what = format!("what it holds ({FILES_MAX} files at most)");
+                    backend
+                        .say(be, &format!("{what} cannot be counted against its limit: {errno}"));
+                }
+                Ok(())
+            }
+            Told::Ended(why) => {
+                if let Some(backend) = backend {
+                    backend.device = None;
+                    backend.say(be, why);
+                    write_state(xs, be, backend, XenbusState::Closing)?;
+                }
+                self.running.remove(be);
+                // What waited for that.
+                self.look_at(xs, be)
+            }
         }
-        // What waited for that.
-        self.look_at(xs, &ended.be)
     }
 
     fn look_at(&mut self, xs: &mut Xenstore, be: &str) -> Result<()> {
@@ -273,15 +290,7 @@ impl Backends {
         let fault = |fault| format!("'{}' cannot be shared: {fault}", path.display());
         let below = path.strip_prefix(&allowed.directory).expect("it was just found to be");
         let policy = allowed.policy.within(bytes_max);
-        let share = Share::open_below(&allowed.directory, below, policy).map_err(fault)?;
-        match share.usage_now() {
-            Some(Err(errno)) => Err(format!(
-                "'{}' has a limit, and what it holds cannot be counted (of {FILES_MAX} files at \
-                 most): {errno}",
-                path.display()
-            )),
-            _ => Ok(share),
-        }
+        Share::open_below(&allowed.directory, below, policy).map_err(fault)
     }
 
     fn connect(&mut self, xs: &mut Xenstore, be: &str, fe: &str) -> Result<()> {
@@ -298,10 +307,10 @@ impl Backends {
             .map_err(|fault| format!("its nodes are refused: {fault:?}"))
             .and_then(|rings| Ok((rings, share?)))
             .and_then(|(rings, share)| {
-                let (ends, be) = (Arc::clone(&self.ends), be.to_string());
-                let on_end = move |why| ends.put(Ended { be, number, why });
+                let (reports, be) = (Arc::clone(&self.reports), be.to_string());
+                let tell = move |told| reports.put(Report { be: be.clone(), number, told });
                 let with = (&self.devices, &self.workers);
-                Device::start(domid, &rings, share, with, on_end)
+                Device::start(domid, &rings, share, with, tell)
                     .map_err(|fault| format!("cannot connect: {fault:#}"))
             });
         let Some(backend) = self.known.get_mut(be) else { return Ok(()) };

@@ -12,6 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 use platter_xen::{Gref, Port};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 
 use crate::os::evtchn::Evtchn;
 use crate::os::gntdev::Gntdev;
@@ -35,6 +36,14 @@ pub struct Devices {
 
 /// For one frontend; without io_uring where the kernel lacks or forbids it.
 type ForEach = (Evtchn, Option<Uring>);
+
+/// What a device's thread says.
+pub enum Told {
+    /// What the share holds cannot be counted: nothing that takes space is admitted.
+    Uncounted(Errno),
+    /// Why it has ended. It has let go of everything.
+    Ended(String),
+}
 
 /// A frontend being served; dropped, its thread is told to end.
 pub struct Device {
@@ -83,14 +92,13 @@ impl Drop for Lent {
 }
 
 impl Device {
-    /// Maps the rings and starts serving. `on_end` is told why that ended, when the thread has let
-    /// go of everything.
+    /// Maps the rings and starts serving; a share whose space is limited is counted first.
     pub fn start(
         domid: u16,
         rings: &[(Gref, Port)],
         share: Share,
         (devices, workers): (&Devices, &Workers),
-        on_end: impl FnOnce(String) + Send + 'static,
+        tell: impl Fn(Told) + Send + 'static,
     ) -> Result<Device> {
         let mut lent = devices.lend()?;
         let mut mapped = Vec::new();
@@ -100,9 +108,12 @@ impl Device {
             mapped.push(ring.map_err(|fault| anyhow!("cannot map a ring: {fault}"))?);
         }
         let mailbox = Arc::new(Mailbox::new()?);
-        let mut serving = Serving::new(mapped, share, workers.clone(), Arc::clone(&mailbox));
-        let theirs = Arc::clone(&mailbox);
+        let (theirs, workers) = (Arc::clone(&mailbox), workers.clone());
         std::thread::Builder::new().name("9pfs".to_string()).spawn(move || {
+            if let Some(Err(errno)) = share.usage_now() {
+                tell(Told::Uncounted(errno));
+            }
+            let mut serving = Serving::new(mapped, share, workers, Arc::clone(&theirs));
             serving.set_uring(lent.uring.take());
             let why = match run(&mut serving, lent.get(), &theirs) {
                 Ok(()) => "stopped".to_string(),
@@ -110,7 +121,7 @@ impl Device {
             };
             lent.uring = serving.take_uring();
             drop((serving, lent));
-            on_end(why);
+            tell(Told::Ended(why));
         })?;
         Ok(Device { mailbox })
     }
@@ -156,7 +167,7 @@ fn sleep(
     fds.extend(serving.uring().map(|uring| PollFd::new(uring, PollFlags::IN)));
     let patience = Timespec { tv_sec: 0, tv_nsec: patience.subsec_nanos().into() };
     match poll(&mut fds, serving.waits_for_room().then_some(&patience)) {
-        Ok(_) | Err(rustix::io::Errno::INTR) => {}
+        Ok(_) | Err(Errno::INTR) => {}
         Err(errno) => return Err(errno.into()),
     }
     let [events, rang] = [0, 1].map(|index| fds[index].revents().contains(PollFlags::IN));

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
 use platter_9pfsd::attach;
-use platter_9pfsd::backends::{Allowed, Backends, Ends, KINDS};
+use platter_9pfsd::backends::{Allowed, Backends, KINDS, Reports};
 use platter_9pfsd::device::Devices;
 use platter_9pfsd::log::say;
 use platter_9pfsd::sandbox::{self, Identity};
@@ -106,8 +106,8 @@ fn serve(arguments: &Serve) -> Result<()> {
         xs.watch(&format!("{home}/backend/{kind}"), TRUSTED)?;
     }
     let workers = Workers::start(arguments.workers.into()).context("cannot start threads")?;
-    let ends = Arc::new(Ends::new()?);
-    let mut backends = Backends::new(home, allowed, devices, workers, Arc::clone(&ends));
+    let reports = Arc::new(Reports::new()?);
+    let mut backends = Backends::new(home, allowed, devices, workers, Arc::clone(&reports));
     backends.look(&mut xs)?;
     say(format_args!("serving"));
     loop {
@@ -115,10 +115,10 @@ fn serve(arguments: &Serve) -> Result<()> {
         if let Some(event) = xs.event() {
             backends.heard(&mut xs, &event)?;
         }
-        for ended in ends.take() {
-            backends.device_ended(&mut xs, &ended)?;
+        for report in reports.take() {
+            backends.told(&mut xs, &report)?;
         }
-        let mut fds = [PollFd::new(&xs, PollFlags::IN), PollFd::new(&*ends, PollFlags::IN)];
+        let mut fds = [PollFd::new(&xs, PollFlags::IN), PollFd::new(&*reports, PollFlags::IN)];
         let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
         match poll(&mut fds, xs.has_event().then_some(&at_once)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}

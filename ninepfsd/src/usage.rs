@@ -590,6 +590,20 @@ mod tests {
     }
 
     #[test]
+    fn what_cannot_be_counted_grows_no_more() {
+        let (_dir, share) = share(256);
+        let file = share.create("file", 0o600, OFlags::EXCL).expect("a file");
+        assert_eq!(charge(&share, &file, 0, 64), Ok(()));
+        let ended = Instant::now();
+        let found = Err(Errno::NOSPC);
+        let last = Last { found, began: ended.checked_sub(REST_MAX).expect("an uptime"), ended };
+        share.usage().expect("a limit").lock().last = Some(last);
+        assert_eq!(charge(&share, &file, 64, 64), Err(Errno::NOSPC));
+        assert_eq!(share.create("more", 0o600, OFlags::EXCL).map(|_| ()), Err(Errno::NOSPC));
+        assert_eq!(charge(&share, &file, 0, 64), Ok(()), "it has this");
+    }
+
+    #[test]
     fn what_lies_in_a_directory_that_cannot_be_read_is_counted() {
         // Write and search alone: files could be made there, and no count saw them.
         let (dir, share) = share(256);
