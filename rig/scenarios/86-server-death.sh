@@ -1,6 +1,6 @@
 #: title When the 9p server dies, disks report errors and the storage domain lives
 #: needs platter.elf
-# Would miss: a server that hangs without dying.
+# Would miss: a server that hangs without dying, which is server-hangs.
 
 scenario() {
     make_image disk.raw 16M
