@@ -139,7 +139,8 @@ impl Disk {
             OpKind::JobRead { job, .. } | OpKind::JobWrite { job, .. } => {
                 self.end_job(engine, hv, job, Err(fault));
             }
-            OpKind::FlushWrite { .. } | OpKind::FlushSync => self.flush_op_done(Err(fault)),
+            OpKind::FlushWrite { .. } => self.flush_op_done(Err(fault)),
+            OpKind::FlushSync => self.flush_sync_failed(fault),
             OpKind::Punch { request, .. } => self.piece_done(engine, hv, request, None, Ok(())),
             OpKind::Open | OpKind::Size => unreachable!("the device handles its own"),
         }

@@ -68,6 +68,9 @@ pub struct FlushRun {
     /// Operations under way.
     ops: u16,
     failed: Option<Fault>,
+    /// A sync was answered with a failure. Systems report what they could not write once, of any
+    /// kind, to the sync that comes next: nobody else will hear of it.
+    sync_failed: bool,
     /// A write was done in part, and its bytes are gone from the scratch region: run it again.
     short: bool,
     /// How often this flush was run again.
@@ -92,6 +95,7 @@ impl FlushRun {
             pending: None,
             ops: 0,
             failed: None,
+            sync_failed: false,
             short: false,
             tries: 0,
             owed: None,
@@ -107,6 +111,13 @@ impl FlushRun {
     /// The last flush that ended did not make everything durable.
     pub fn failed_last(&self) -> bool {
         self.mode == Mode::Idle && self.failed.is_some()
+    }
+
+    /// A failure of long ago is no reason not to try: the store may be well again.
+    pub fn forget_failure(&mut self) {
+        if self.mode == Mode::Idle {
+            self.failed = None;
+        }
     }
 }
 
@@ -136,6 +147,12 @@ impl Disk {
         if let Err(fault) = result {
             self.flush.failed.get_or_insert(fault);
         }
+    }
+
+    /// The answer to a sync was a failure.
+    pub fn flush_sync_failed(&mut self, fault: Fault) {
+        self.flush.sync_failed = true;
+        self.flush_op_done(Err(fault));
     }
 
     /// Is there a reason to flush, and do the writes before it allow it?
@@ -349,6 +366,7 @@ impl Disk {
         let fault = self.flush.failed.or(self.flush.owed.filter(|_| told));
         self.flush.owed = match fault {
             Some(Fault::Store(StoreFault::Io(_))) if !told => fault,
+            Some(Fault::Store(_)) if !told && self.flush.sync_failed => fault,
             _ if told => None,
             _ => self.flush.owed,
         };

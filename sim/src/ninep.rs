@@ -45,6 +45,8 @@ pub struct Faults {
     /// Of these, those that end within a sector.
     pub ragged: u64,
     pub error: u64,
+    /// Syncs that find no space.
+    pub full: u64,
     /// Answers with a flipped bit in their size or kind, or in the count of what was read: lies
     /// that a client can find out.
     pub garbage: u64,
@@ -344,6 +346,9 @@ impl Server {
             matches!(request, Request::Read { .. } | Request::Write { .. } | Request::Fsync { .. });
         if io && self.rng.chance(self.faults.error) {
             return Answer::Lerror { ecode: EIO };
+        }
+        if matches!(request, Request::Fsync { .. }) && self.rng.chance(self.faults.full) {
+            return Answer::Lerror { ecode: ENOSPC };
         }
         match &request {
             Request::Version { msize, version } => {

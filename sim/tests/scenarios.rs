@@ -328,3 +328,50 @@ fn what_a_destroyed_guest_had_asked_for_is_not_begun_any_more() {
     // It took 1.8 s; a Closed stands for 0.3 s.
     assert!(verdict.took_ns < 1000 * MS, "{verdict:?}");
 }
+
+/// A guest that writes into a qcow2 and never flushes, until a flush of our own has failed for
+/// want of space: that is told once, to whoever syncs.
+fn after_a_flush_that_found_no_space(seed: u64) -> World {
+    let mut world = world(seed, seed % 2 == 0, 2);
+    let habits = Habits {
+        writes: 1000,
+        flushes: 0,
+        requests: 60,
+        think_ns: 400 * MS,
+        errors_allowed: true,
+        ..Habits::calm()
+    };
+    world.add_guest(Format::Qcow2, 2048, habits);
+    world.run_until("the connection", 10_000 * MS, |w| w.guests[0].is_running());
+    world.host.faults.full = 1000;
+    let synced = |world: &World| world.host.served.get(&id::TFSYNC).is_some_and(|n| *n > 0);
+    world.run_until("our own flush", 20_000 * MS, synced);
+    world.run_for(MS);
+    world.host.faults.full = 0;
+    assert_eq!(world.guests[0].errors, 0, "no request has failed");
+    world
+}
+
+#[test]
+fn a_guest_hears_of_a_sync_that_found_no_space_before_it_asked() {
+    // It was told that all was durable by a sync that came after the one that said what was not.
+    for seed in 0..4 {
+        let mut world = after_a_flush_that_found_no_space(seed);
+        world.guests[0].habits.flushes = 1000;
+        world.run_guests(60_000 * MS);
+        assert_eq!(world.guests[0].errors, 1, "seed {seed}: told once");
+        world.wind_up(true);
+    }
+}
+
+#[test]
+fn a_flush_that_failed_long_ago_does_not_keep_an_image_from_being_closed() {
+    // The rings were let go, and the image left as it was: what it had been told was lost.
+    for seed in 0..4 {
+        let mut world = after_a_flush_that_found_no_space(seed);
+        world.guests[0].stopping = true;
+        world.poke_guest(0);
+        world.run_guests(10_000 * MS);
+        world.wind_up(false);
+    }
+}

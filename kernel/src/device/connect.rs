@@ -90,6 +90,11 @@ impl Device {
         }
     }
 
+    pub(super) fn begin_release(&mut self) {
+        self.rings = Rings::Releasing;
+        self.disk.iter_mut().for_each(|disk| disk.flush.forget_failure());
+    }
+
     /// Carries a release on: what is in flight ends first, then every page and port is let go.
     pub(super) fn release_on<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
         if self.rings != Rings::Releasing {

@@ -296,7 +296,7 @@ impl Device {
     /// The domain ends: the image is made clean, whatever the guest does. True when it is.
     pub fn wind_up<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) -> bool {
         match self.rings {
-            Rings::Up | Rings::Broken => self.rings = Rings::Releasing,
+            Rings::Up | Rings::Broken => self.begin_release(),
             Rings::Down => self.begin_finish(world, Then::Forget),
             Rings::Releasing => {}
         }
@@ -512,7 +512,7 @@ impl Device {
             Action::Publish => self.publish(world),
             Action::Connect => self.read_shape(world),
             Action::Release => {
-                self.rings = Rings::Releasing;
+                self.begin_release();
                 if let Some(disk) = &mut self.disk {
                     use XenbusState::{Closed, Initialising};
                     disk.unheard = matches!(self.front_seen, None | Some(Closed | Initialising));

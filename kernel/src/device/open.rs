@@ -247,6 +247,7 @@ impl Device {
             Stage::Finishing(_) | Stage::Finished => {}
             Stage::Ready if self.disk.is_some() => {
                 self.stage = Stage::Finishing(then);
+                self.disk.iter_mut().for_each(|disk| disk.flush.forget_failure());
                 self.finish_on(world);
             }
             _ => self.finished(world, then),
