@@ -82,12 +82,16 @@ impl Tasks {
         self.frontend(number_of(&task.to)).waiting.push_back(task);
     }
 
-    /// The next task of whoever waits longest for a turn and may have one more worker: who has
-    /// some leaves more than that to the others, so that each that hangs takes half of the rest.
-    fn take(&mut self) -> Option<Task> {
+    /// Who waits longest for a turn and may have one more worker: who has some leaves more than
+    /// that to the others, so that each that hangs takes half of the rest.
+    fn next(&self) -> Option<usize> {
         let idle = self.idle;
         let may = |frontend: &Frontend| !frontend.waiting.is_empty() && frontend.running < idle;
-        let place = self.frontends.iter().position(may)?;
+        self.frontends.iter().position(may)
+    }
+
+    fn take(&mut self) -> Option<Task> {
+        let place = self.next()?;
         let mut frontend = self.frontends.remove(place).expect("just found");
         let task = frontend.waiting.pop_front();
         frontend.running += 1;
@@ -246,7 +250,12 @@ fn work_for_ever(queue: &Queue) {
                 None => tasks = queue.came.wait(tasks).expect(FREE),
             }
         };
+        // One that is done may let two begin: another's, and its own frontend's next.
+        let is_more = tasks.next().is_some();
         drop(tasks);
+        if is_more {
+            queue.came.notify_one();
+        }
         work(queue, task);
     }
 }
@@ -299,8 +308,27 @@ mod tests {
         for (of, count) in [(0, 1), (1, 3)] {
             (0..count).for_each(|_| _ = tasks.done(number_of(&mailboxes[of])));
         }
-        assert!(tasks.frontends.is_empty(), "nothing is kept of those who have nothing");
         assert_eq!(tasks.idle, 6);
+        // Of three one is done, and two begin: whoever finds the first must say so.
+        tasks.idle = 3;
+        (0..3).for_each(|tag| put(&mut tasks, 0, tag));
+        (10..13).for_each(|tag| put(&mut tasks, 1, tag));
+        assert_eq!(
+            (next(&mut tasks), next(&mut tasks), next(&mut tasks)),
+            (Some(0), Some(10), None)
+        );
+        tasks.done(number_of(&mailboxes[1]));
+        assert_eq!(next(&mut tasks), Some(1));
+        assert!(tasks.next().is_some(), "the second has none");
+        assert_eq!(all(&mut tasks), [11]);
+        for mailbox in &mailboxes {
+            tasks.forget(number_of(mailbox));
+        }
+        for (of, count) in [(0, 2), (1, 1)] {
+            (0..count).for_each(|_| _ = tasks.done(number_of(&mailboxes[of])));
+        }
+        assert_eq!(tasks.idle, 3);
+        assert!(tasks.frontends.is_empty(), "nothing is kept of those who have nothing");
     }
 
     #[test]
