@@ -262,6 +262,37 @@ fn a_disk_grows_and_its_new_end_reads_zeros() {
     }
 }
 
+/// On a store of fixed size whose free space is single clusters, more of them than can be given
+/// back at once, a longer L1 table has no place; where there is one, it is found behind them.
+#[test]
+fn a_disk_grows_on_a_store_in_shreds() {
+    let folder = RamFolder::new();
+    folder.put("a.qcow2", new(&[("cluster_size", "4096")], 32768));
+    let mut engine = open(&folder, "a.qcow2", rw(Q));
+    engine.write(0, &vec![1; 16 << 20]).unwrap();
+    for sector in (0..32768).step_by(16) {
+        engine.discard(sector, 8).unwrap();
+    }
+    engine.close().unwrap();
+    let shreds = folder.bytes("a.qcow2").unwrap();
+    folder.fix(true);
+    for (more, grows) in [(0, false), (16384, true)] {
+        let mut bytes = shreds.clone();
+        bytes.resize(shreds.len() + more, 0);
+        folder.put("a.qcow2", bytes);
+        let mut engine = open(&folder, "a.qcow2", rw(Q));
+        let told = engine.resize(2 << 21).err().map(|fault| fault.to_string());
+        assert_eq!(told.is_none(), grows, "{told:?}");
+        assert!(told.is_none_or(|told| told.contains("no room")));
+        assert_eq!(engine.sectors(), if grows { 2 << 21 } else { 32768 });
+        // A cluster that was too short for the table will do for this.
+        engine.write(0, &[3; 4096]).unwrap();
+        engine.close().unwrap();
+        let report = checked(&folder, "a.qcow2", Repair::Nothing);
+        assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:#?}");
+    }
+}
+
 /// QEMU saves a machine's state behind the disk (`savevm`); old ones left it there.
 #[test]
 fn a_disk_does_not_grow_over_saved_machine_state() {

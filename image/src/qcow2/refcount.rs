@@ -116,8 +116,9 @@ pub(super) struct Space {
     old_end: u64,
     /// Next cluster to look at for a hole, below `end`.
     hole: u64,
-    /// The store is full up to its end: every hole must be tried, from here on.
-    scan: Option<u64>,
+    /// The store is full up to its end: every hole must be tried, from here on; and the longest
+    /// run that was asked for on the way.
+    scan: Option<(u64, u64)>,
 }
 
 /// Free clusters, not yet counted.
@@ -209,6 +210,11 @@ impl Qcow2 {
     /// Counts in one refcount block, as a power of two.
     pub(super) fn block_counts_bits(&self) -> u32 {
         self.kind.cluster_bits + 3 - self.header.refcount_order
+    }
+
+    /// Counts in one block of the cache: a run has all of its counts in one.
+    pub(super) fn cached_counts(&self) -> u64 {
+        (BLOCK_BYTES * 8) >> self.header.refcount_order
     }
 
     /// Clusters that the refcount table can count.
@@ -438,9 +444,14 @@ impl Qcow2 {
             return Err(Stop::NeedFlush);
         }
         loop {
-            let at = self.writer().space.scan.unwrap_or(1);
+            let (at, longest) = self.writer().space.scan.unwrap_or((1, 0));
+            let longest = longest.max(want.least);
             if at >= limit.min(self.covered_clusters()) {
                 self.writer_mut().space.scan = None;
+                if longest > want.least {
+                    // What was too short for another may do.
+                    continue;
+                }
                 let fault = ImageFault::new(FaultKind::Full, self.file, "a new cluster");
                 let bytes = limit << self.kind.cluster_bits;
                 let value = bytes.saturating_add(self.cluster_bytes());
@@ -452,7 +463,7 @@ impl Qcow2 {
                 continue;
             }
             let (skipped, run) = self.scan(ctx, at, want, limit)?;
-            self.writer_mut().space.scan = Some(at + skipped);
+            self.writer_mut().space.scan = Some((at + skipped, longest));
             if let Some(run) = run {
                 return Ok(run);
             }

@@ -11,13 +11,12 @@ use crate::types::{ResizePlan, SECTOR_BYTES, Step, Stop};
 use super::Qcow2;
 use super::header::{L1_BYTES_MAX, field};
 
-/// A longer L1 table that is being made: its place, how many of its clusters are taken, and how
-/// many bytes are written.
+/// A longer L1 table that is being made: its clusters, which count as used, and how many bytes are
+/// written.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Growth {
     first: u64,
     clusters: u64,
-    taken: u64,
     written: u64,
     /// Changes of the L1 table when the copying began.
     changes: u64,
@@ -104,37 +103,17 @@ impl Qcow2 {
         // It may be what takes a row for the table.
         self.run_job(ctx)?;
         let clusters = (entries * 8).div_ceil(self.cluster_bytes());
-        let changes = self.writer().l1_changes;
-        let fresh = Growth { first: 0, clusters, taken: 0, written: 0, changes };
-        let mut growth = self.writer().growth.unwrap_or(fresh);
-        if growth.clusters != clusters {
+        if let Some(other) = self.writer().growth.filter(|growth| growth.clusters != clusters) {
             // Another size was asked for meanwhile.
-            if growth.taken > 0 {
-                self.writer_mut().space.frees.push(growth.first, growth.taken, true);
-            }
-            (growth, self.writer_mut().growth) = (fresh, None);
+            let writer = self.writer_mut();
+            writer.space.frees.push(other.first, other.clusters, true);
+            writer.growth = None;
         }
-        // A region starts with the refcount block that counts it: the rest is not enough.
-        if growth.taken < clusters && clusters >= 1 << self.block_counts_bits() {
-            self.start_row(ctx, clusters)?;
-            self.run_job(ctx)?;
-            growth = self.writer().growth.expect("the row is taken");
+        if self.writer().growth.is_none() {
+            self.take_l1(ctx, clusters)?;
         }
-        while growth.taken < clusters {
-            let run = self.find_end(ctx, clusters - growth.taken)?;
-            ctx.meta.reserve(self.file, self.run_place(run))?;
-            if growth.taken > 0 && run.first != growth.first + growth.taken {
-                let (first, taken) = (growth.first, growth.taken);
-                self.writer_mut().space.frees.push(first, taken, true);
-                growth.taken = 0;
-            }
-            if growth.taken == 0 {
-                growth.first = run.first;
-            }
-            growth.taken += run.count;
-            self.take_run(ctx, run);
-            self.writer_mut().growth = Some(growth);
-        }
+        let mut growth = self.writer().growth.expect("its clusters are taken");
+        let changes = self.writer().l1_changes;
         if growth.changes != changes {
             (growth.written, growth.changes) = (0, changes);
         }
@@ -155,10 +134,26 @@ impl Qcow2 {
         Ok(offset)
     }
 
-    /// The clusters for a longer L1 table were taken in a row.
+    /// Takes the clusters for a longer L1 table, in a row. Shorter stretches are passed over: on a
+    /// store in shreds there may be more of them than can be given back at once.
+    fn take_l1(&mut self, ctx: &mut Ctx, clusters: u64) -> Step<()> {
+        // A region starts with the refcount block that counts it: the rest is not enough. Nor is
+        // more looked at at once than the counts in a block of the cache.
+        if clusters >= 1 << self.block_counts_bits() || clusters > self.cached_counts() {
+            self.start_row(ctx, clusters)?;
+            return self.run_job(ctx);
+        }
+        let run = self.find_end(ctx, clusters)?;
+        ctx.meta.reserve(self.file, self.run_place(run))?;
+        self.take_run(ctx, run);
+        self.grow_into(run.first, clusters);
+        Ok(())
+    }
+
+    /// The clusters for a longer L1 table are taken.
     pub(super) fn grow_into(&mut self, first: u64, clusters: u64) {
         let writer = self.writer_mut();
         let changes = writer.l1_changes;
-        writer.growth = Some(Growth { first, clusters, taken: clusters, written: 0, changes });
+        writer.growth = Some(Growth { first, clusters, written: 0, changes });
     }
 }
