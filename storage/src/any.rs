@@ -55,6 +55,10 @@ impl<H: Hypervisor + Bus> Device<H> for AnyDevice {
         each!(self, device => Device::<H>::settle(&mut **device, verdict))
     }
 
+    fn is_left(&mut self, hv: &mut H) -> bool {
+        each!(self, device => device.is_left(hv))
+    }
+
     fn submit(
         &mut self,
         hv: &mut H,

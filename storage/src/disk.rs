@@ -80,9 +80,18 @@ pub enum DiskSubmit {
 pub struct DiskDone {
     pub tag: DiskTag,
     pub result: Result<(), StoreFault>,
-    /// The device may still write to the pages of this operation (it failed and could not be
-    /// stopped): they must never be used again.
-    pub pages_lost: bool,
+    pub held: Held,
+}
+
+/// Who may still write to the pages of an operation that failed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Held {
+    Nobody,
+    /// A backend, by its number as a peer of the pool: until [`Device::is_left`] says so and it
+    /// has let go of the pages.
+    Backend(usize),
+    /// A device that cannot be stopped: they are never used again.
+    Device,
 }
 
 /// Something with disks in it. Static dispatch: `H` is the machine or the simulator.
@@ -115,6 +124,13 @@ pub trait Device<H: Hypervisor> {
     /// [`StoreFault::Gone`], or, at `None`, kept waiting.
     fn settle(&mut self, verdict: &dyn Fn(DiskTag) -> Option<bool>) {
         let _ = verdict;
+    }
+
+    /// No backend takes requests any more off rings that we gave up: pages that are
+    /// [`Held::Backend`] come back as their grants end.
+    fn is_left(&mut self, hv: &mut H) -> bool {
+        let _ = hv;
+        false
     }
 
     /// Starts an operation.

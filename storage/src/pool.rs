@@ -2,13 +2,15 @@
 //! blkback that serves us, reachable by NVMe through its machine addresses.
 //!
 //! Guards: a run of pages belongs to one operation from [`Pool::take`] to [`Pool::give`]; a page
-//! that a device may still write to ([`Pool::lose`]) is never handed out again. Allocation is a
+//! that a device may still write to ([`Pool::lose`]) is not handed out again before that has ended
+//! for certain. Allocation is a
 //! bitmap search, bounded by the number of pages; nothing here touches the heap after start.
 
 use alloc::vec::Vec;
 
 use platter_xen::{DomId, Gref, Hypervisor, PAGE_BYTES, Refusal, Region};
 
+use crate::disk::Held;
 use crate::store::Run;
 
 /// Most pages of one operation: 128 KiB, 32 segments of blkif and one PRP list.
@@ -20,9 +22,20 @@ const PEERS_MAX: usize = 4;
 
 struct Peer {
     domid: DomId,
-    grefs: Vec<Gref>,
+    /// Of each page; none only where a page that was lost could not be granted anew.
+    grefs: Vec<Option<Gref>>,
     /// Disks that it serves.
     users: usize,
+}
+
+/// A page that somebody outside may still write to.
+struct Lost {
+    page: u16,
+    /// The device it was lost at, and who holds it there.
+    device: usize,
+    held: Held,
+    /// The grant that a peer had that was let go.
+    gref: Option<Gref>,
 }
 
 /// See the module's head.
@@ -34,6 +47,8 @@ pub struct Pool {
     /// Where the next search begins: spreads use, so that short runs do not always rescan.
     next: usize,
     peers: Vec<Option<Peer>>,
+    /// Room for all pages: it grows while requests are answered.
+    lost: Vec<Lost>,
 }
 
 impl Pool {
@@ -42,7 +57,8 @@ impl Pool {
         assert!((RUN_PAGES_MAX..=POOL_PAGES_MAX).contains(&pages), "pool size is ours");
         let region = hv.frames_alloc(pages)?;
         let used = alloc::vec![0; pages.div_ceil(64)];
-        Some(Pool { region, used, free_pages: pages, next: 0, peers: Vec::new() })
+        let (peers, lost) = (Vec::new(), Vec::with_capacity(pages));
+        Some(Pool { region, used, free_pages: pages, next: 0, peers, lost })
     }
 
     fn pages(&self) -> usize {
@@ -100,11 +116,54 @@ impl Pool {
         self.free_pages += count;
     }
 
-    /// Never gives a run back: a device that could not be stopped may still write to it.
-    pub fn lose(&mut self, first: u16, count: usize) {
-        for page in first as usize..first as usize + count {
-            assert!(self.is_used(page), "only a page in use can be lost");
+    /// Keeps a run from use while somebody may write to it.
+    pub fn lose(&mut self, first: u16, count: usize, (device, held): (usize, Held)) {
+        for page in first..first + count as u16 {
+            assert!(self.is_used(usize::from(page)), "only a page in use can be lost");
+            self.lost.push(Lost { page, device, held, gref: None });
         }
+    }
+
+    /// Pages of `device` that are kept from use.
+    pub fn lost_at(&self, device: usize) -> usize {
+        self.lost.iter().filter(|lost| lost.device == device).count()
+    }
+
+    /// Whether a backend of `device` holds some.
+    pub fn is_held_at(&self, device: usize) -> bool {
+        self.lost.iter().any(|lost| lost.device == device && lost.held != Held::Device)
+    }
+
+    /// Takes back what the backends of `device`, which take no more requests, have let go of. One
+    /// that still maps a page, for this disk or another, keeps it. How many came back.
+    pub fn regain<H: Hypervisor>(&mut self, hv: &mut H, device: usize) -> usize {
+        let before = self.lost.len();
+        for index in (0..before).rev() {
+            let Lost { page, device: at, held, gref } = self.lost[index];
+            let ended = match (held, gref) {
+                _ if at != device => false,
+                (_, Some(gref)) => hv.revoke(gref),
+                (Held::Backend(peer), None) => self.regrant(hv, peer, page),
+                (Held::Nobody | Held::Device, None) => held == Held::Nobody,
+            };
+            if ended {
+                self.lost.swap_remove(index);
+                self.give(page, 1);
+            }
+        }
+        before - self.lost.len()
+    }
+
+    /// Ends a page's grant to a peer and makes another.
+    fn regrant<H: Hypervisor>(&mut self, hv: &mut H, peer: usize, page: u16) -> bool {
+        let region = self.page(page);
+        let Some(peer) = self.peers.get_mut(peer).and_then(Option::as_mut) else { return false };
+        let place = &mut peer.grefs[usize::from(page)];
+        if place.is_some_and(|gref| !hv.revoke(gref)) {
+            return false;
+        }
+        *place = hv.grant(peer.domid, region, true).ok();
+        place.is_some()
     }
 
     /// One page as a region of its own.
@@ -140,9 +199,9 @@ impl Pool {
         let mut grefs = Vec::with_capacity(self.pages());
         for page in 0..self.pages() {
             match hv.grant(domid, self.region.page(page), true) {
-                Ok(gref) => grefs.push(gref),
+                Ok(gref) => grefs.push(Some(gref)),
                 Err(refusal) => {
-                    for gref in grefs {
+                    for gref in grefs.into_iter().flatten() {
                         // Nobody was told of these grants: nobody can have mapped them.
                         hv.revoke(gref);
                     }
@@ -164,17 +223,24 @@ impl Pool {
         let place = &mut self.peers[peer];
         let Some(of) = place.as_mut() else { unreachable!("a peer is let go once by each disk") };
         of.users -= 1;
-        if of.users == 0 {
-            of.grefs.iter().for_each(|gref| {
-                hv.revoke(*gref);
-            });
-            *place = None;
+        if of.users > 0 {
+            return;
         }
+        for (page, gref) in of.grefs.iter().enumerate() {
+            let kept = gref.filter(|gref| !hv.revoke(*gref));
+            let of_peer = |lost: &&mut Lost| {
+                usize::from(lost.page) == page && lost.held == Held::Backend(peer)
+            };
+            if let Some(lost) = self.lost.iter_mut().find(of_peer) {
+                (lost.held, lost.gref) = (Held::Nobody, kept);
+            }
+        }
+        *place = None;
     }
 
     /// The grant of a page for a peer.
     pub fn gref(&self, peer: usize, page: u16) -> Gref {
         let peer = self.peers[peer].as_ref().expect("a peer that serves a disk");
-        peer.grefs[page as usize]
+        peer.grefs[page as usize].expect("a page in use that is not lost is granted")
     }
 }

@@ -28,6 +28,10 @@ pub struct Fake {
     pub taken: usize,
     /// Page of each gref, `None` once revoked.
     pub grants: Vec<Option<u32>>,
+    /// So many grants at once, if that is bounded.
+    pub grants_max: Option<usize>,
+    /// Grants that the other side still maps.
+    pub keeps: Vec<Gref>,
     /// Pending bit of each port; index is the port.
     pub ports: Vec<bool>,
     /// Notifications sent, per port.
@@ -128,10 +132,16 @@ impl Hypervisor for Fake {
     }
     fn grant(&mut self, _: DomId, page: Region, _: bool) -> Result<Gref, Refusal> {
         assert_eq!(page.pages, 1);
+        if self.grants_max.is_some_and(|most| self.grants.iter().flatten().count() >= most) {
+            return Err(Refusal::Full);
+        }
         self.grants.push(Some(page.first_page));
         Ok(Gref(self.grants.len() as u32 - 1))
     }
     fn revoke(&mut self, gref: Gref) -> bool {
+        if self.keeps.contains(&gref) {
+            return false;
+        }
         self.grants[gref.0 as usize].take().is_some()
     }
     fn map(&mut self, _: DomId, grefs: &[Gref]) -> Result<Region, Refusal> {

@@ -25,6 +25,8 @@ pub(super) struct Said {
     refused: u64,
     /// Images on another disk than they were opened on.
     strange: u64,
+    /// Pages that cannot be used.
+    lost_pages: usize,
 }
 
 impl FrontSlot {
@@ -56,7 +58,7 @@ impl FrontSlot {
 
 impl Said {
     fn show(&mut self, xs: &mut Xs, name: &str, text: String, growth: Growth) {
-        let Growth { grown, refused, why, strange } = growth;
+        let Growth { grown, refused, why, strange, lost_pages } = growth;
         if core::mem::replace(&mut self.strange, strange) != strange {
             let why = why.unwrap_or("");
             log::warn!("an image on '{name}' is not served any more, attach it anew: {why}");
@@ -67,7 +69,14 @@ impl Said {
                 "a partition or volume on '{name}' changed in use and is served as it was: {why}"
             );
         }
-        let text = format!("{text} grown={grown} not_grown={refused} strange={strange}");
+        if core::mem::replace(&mut self.lost_pages, lost_pages) < lost_pages {
+            log::warn!(
+                "'{name}' was left and may still write to {lost_pages} pages: kept from use"
+            );
+        }
+        let text = format!(
+            "{text} grown={grown} not_grown={refused} strange={strange} lost_pages={lost_pages}"
+        );
         if self.text != text {
             xs.write(&format!("data/store/{name}"), &text, Purpose::None);
             self.text = text;

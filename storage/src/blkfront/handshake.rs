@@ -13,7 +13,7 @@ use platter_xen::ring::FrontRing;
 use platter_xen::vbd::{BACK_KEYS, BackFault, Connect, DiskNodes, Queue, front_nodes};
 use platter_xen::xenbus::XenbusState;
 use platter_xen::xenstore::decimal;
-use platter_xen::{Gref, Hypervisor, Refusal, Region};
+use platter_xen::{DomId, Hypervisor, Refusal, Region};
 
 use super::{Blkfront, INDIRECT_PAGES, QUEUES_MAX, RING_PAGES, Shared};
 use crate::bytes::Mark;
@@ -176,21 +176,37 @@ impl Blkfront {
     }
 
     /// Grants the pool, the ring and the pages of descriptors: once for all cycles.
-    fn share<H: Hypervisor>(&self, hv: &mut H, pool: &mut Pool) -> Result<Shared, FrontFault> {
-        let peer = pool.grant_to(hv, self.domid).map_err(FrontFault::Refused)?;
+    fn share<H: Hypervisor>(&mut self, hv: &mut H, pool: &mut Pool) -> Result<Shared, FrontFault> {
+        if self.peer.is_none() {
+            self.peer = Some(pool.grant_to(hv, self.domid).map_err(FrontFault::Refused)?);
+        }
         let rings = hv.frames_alloc(RING_PAGES).ok_or(FrontFault::Memory)?;
         let Some(indirect) = hv.frames_alloc(INDIRECT_PAGES) else {
             hv.frames_free(rings);
             return Err(FrontFault::Memory);
         };
-        let mut grant_all = |region: Region| -> Result<Vec<Gref>, Refusal> {
-            (0..region.pages as usize)
-                .map(|page| hv.grant(self.domid, region.page(page), true))
-                .collect()
-        };
-        let ring_grefs = grant_all(rings).map_err(FrontFault::Refused)?;
-        let indirect_grefs = grant_all(indirect).map_err(FrontFault::Refused)?;
-        Ok(Shared { peer, rings, ring_grefs, indirect, indirect_grefs })
+        let (ring_grefs, indirect_grefs) = (Vec::new(), Vec::new());
+        let mut shared = Shared { rings, ring_grefs, indirect, indirect_grefs };
+        match shared.grant_all(hv, self.domid) {
+            Ok(()) => Ok(shared),
+            Err(refusal) => {
+                // It is tried again at every event of the backend.
+                shared.end(hv);
+                Err(FrontFault::Refused(refusal))
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn grant_all<H: Hypervisor>(&mut self, hv: &mut H, domid: DomId) -> Result<(), Refusal> {
+        let parts = [(self.rings, &mut self.ring_grefs), (self.indirect, &mut self.indirect_grefs)];
+        for (region, grefs) in parts {
+            for page in 0..region.pages as usize {
+                grefs.push(hv.grant(domid, region.page(page), true)?);
+            }
+        }
+        Ok(())
     }
 }
 

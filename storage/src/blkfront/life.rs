@@ -10,7 +10,7 @@ use platter_xen::xenbus::XenbusState;
 use platter_xen::{DomId, Hypervisor};
 
 use super::{Blkfront, Shared};
-use crate::disk::DiskDone;
+use crate::disk::{DiskDone, Held};
 use crate::pool::Pool;
 use crate::store::StoreFault;
 
@@ -29,6 +29,7 @@ impl Blkfront {
     /// The toolstack removed the device for good: everything outstanding fails, nothing is taken.
     pub fn remove(&mut self) {
         self.gone = true;
+        self.left.extend(self.shared.take());
         self.wanted = false;
         self.rings.clear();
         for index in 0..self.slots.len() {
@@ -54,14 +55,21 @@ impl Blkfront {
         self.rings.clear();
         self.close_ports(hv);
         (self.queues_named, self.pages_named) = (false, false);
-        if domid != self.domid
-            && let Some(shared) = self.shared.take()
-        {
-            let_go(hv, pool, shared);
+        if domid != self.domid {
+            self.left.extend(self.shared.take());
+        }
+        self.end_left(hv);
+        if let Some(peer) = self.peer.take_if(|_| domid != self.domid) {
+            pool.let_go(hv, peer);
         }
         self.domid = domid;
         (self.gone, self.wanted, self.vanished) = (false, true, false);
         self.own = XenbusState::Initialising;
+    }
+
+    /// Ends what was shared with backends that were left, as far as they have let go.
+    pub(super) fn end_left<H: Hypervisor>(&mut self, hv: &mut H) {
+        self.left.retain_mut(|shared| !shared.end(hv));
     }
 
     /// Asks for an orderly close: our domain ends. Nothing may be outstanding. True at the first
@@ -93,23 +101,26 @@ impl Blkfront {
         self.waits_in_vain = now_ns >= until_ns;
     }
 
-    /// Fails a request that a backend may still be at: its pages are never used again.
+    /// Fails a request that a backend may still be at: its pages are not used before it let go.
     pub(super) fn fail_unfinished(&mut self, work: super::Work) {
         self.counters.errors += 1;
         let result = Err(StoreFault::Gone);
-        self.done.push_back(DiskDone { tag: work.tag, result, pages_lost: true });
+        let held = self.peer.map_or(Held::Nobody, Held::Backend);
+        self.done.push_back(DiskDone { tag: work.tag, result, held });
     }
 }
 
-/// Ends the grants to a domain that serves us no more. A frame that it still maps stays as it
-/// is, lost to us.
-fn let_go<H: Hypervisor>(hv: &mut H, pool: &mut Pool, shared: Shared) {
-    pool.let_go(hv, shared.peer);
-    let regions = [(shared.rings, shared.ring_grefs), (shared.indirect, shared.indirect_grefs)];
-    for (region, grefs) in regions {
-        let ended = grefs.iter().filter(|gref| hv.revoke(**gref)).count();
-        if ended == grefs.len() {
-            hv.frames_free(region);
+impl Shared {
+    /// Ends its grants and frees its frames; false while a backend maps some.
+    pub(super) fn end<H: Hypervisor>(&mut self, hv: &mut H) -> bool {
+        for grefs in [&mut self.ring_grefs, &mut self.indirect_grefs] {
+            grefs.retain(|gref| !hv.revoke(*gref));
         }
+        let ended = self.ring_grefs.is_empty() && self.indirect_grefs.is_empty();
+        if ended {
+            hv.frames_free(self.rings);
+            hv.frames_free(self.indirect);
+        }
+        ended
     }
 }

@@ -27,7 +27,7 @@ use platter_xen::xenbus::XenbusState;
 use platter_xen::{DomId, Gref, Hypervisor, Port, Region};
 
 use crate::bytes::Mark;
-use crate::disk::{Device, DiskDone, DiskIo, DiskOp, DiskSubmit, DiskTag, Geometry};
+use crate::disk::{Device, DiskDone, DiskIo, DiskOp, DiskSubmit, DiskTag, Geometry, Held};
 use crate::pool::{Pool, RUN_PAGES_MAX};
 use crate::store::StoreFault;
 
@@ -82,10 +82,8 @@ pub struct Counters {
     pub broken: u64,
 }
 
-/// What is granted to the backend beside the pool, once and for ever.
+/// What is granted to the backend beside the pool, for all its cycles.
 struct Shared {
-    /// Number of the peer in the pool.
-    peer: usize,
     rings: Region,
     ring_grefs: Vec<Gref>,
     indirect: Region,
@@ -99,7 +97,11 @@ pub struct Blkfront {
     handle: u16,
     own: XenbusState,
     wanted: bool,
+    /// Number of the backend's domain in the pool.
+    peer: Option<usize>,
     shared: Option<Shared>,
+    /// What backends that were left have perhaps not let go of.
+    left: Vec<Shared>,
     /// One for each queue; they outlive the rings, until the backend has let go.
     ports: heapless::Vec<Port, QUEUES_MAX>,
     /// None while no backend is connected, or when one of them was found broken.
@@ -144,7 +146,9 @@ impl Blkfront {
             handle,
             own: XenbusState::Initialising,
             wanted: true,
+            peer: None,
             shared: None,
+            left: Vec::new(),
             ports: heapless::Vec::new(),
             rings: heapless::Vec::new(),
             next_ring: 0,
@@ -188,7 +192,7 @@ impl Blkfront {
 
     fn answer(&mut self, work: Work, result: Result<(), StoreFault>) {
         self.counters.errors += u64::from(result.is_err());
-        self.done.push_back(DiskDone { tag: work.tag, result, pages_lost: false });
+        self.done.push_back(DiskDone { tag: work.tag, result, held: Held::Nobody });
     }
 
     /// The rings are not used any more: what was on them is ours again.
@@ -277,6 +281,13 @@ impl<H: Hypervisor> Device<H> for Blkfront {
                 None => self.held.push_back(work),
             }
         }
+    }
+
+    fn is_left(&mut self, hv: &mut H) -> bool {
+        // Once nobody maps a ring, nobody reads it; and a backend connects when the one before has
+        // let go.
+        self.end_left(hv);
+        self.left.is_empty() && (self.shared.is_none() || self.is_connected())
     }
 
     fn submit(

@@ -101,14 +101,14 @@ impl Blkfront {
         sector: u64,
         slot: &mut Slot,
     ) -> Option<platter_xen::blkif::RawRequest> {
-        let shared = self.shared.as_ref()?;
+        let (shared, peer) = (self.shared.as_ref()?, self.peer?);
         // Parts are whole pages, so each begins at one.
         let first = slot.work.io.page + (slot.work.done / PAGE_SECTORS) as u16;
         let count = slot.sectors.div_ceil(PAGE_SECTORS) as usize;
         let mut segments = [Segment::EMPTY; RUN_PAGES_MAX];
         for (index, segment) in segments.iter_mut().take(count).enumerate() {
             let left = slot.sectors - index as u32 * PAGE_SECTORS;
-            let gref = pool.gref(shared.peer, first + index as u16);
+            let gref = pool.gref(peer, first + index as u16);
             let last_sect = (left.min(PAGE_SECTORS) - 1) as u8;
             *segment = Segment { gref, first_sect: 0, last_sect };
         }

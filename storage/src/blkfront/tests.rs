@@ -436,17 +436,85 @@ fn discards_go_out_and_a_resize_is_seen() {
 }
 
 #[test]
-fn removal_fails_everything_and_keeps_the_pages_that_a_backend_may_write() {
+fn pages_that_a_removed_disk_s_backend_may_write_come_back_when_it_lets_go() {
+    let mut world = World::new(1 << 20, 512);
+    let file = world.open();
+    world.poll();
+    let frames = world.hv.taken;
+    world.back.faults.stalled = true;
+    world.store.read(&mut world.hv, Tag(1), file, 0, 8192).unwrap();
+    // It maps its rings and the pages of that read.
+    let (rings, pages) = (512..516, 0..512);
+    world.hv.keeps = rings.clone().chain(pages.clone()).map(Gref).collect();
+    world.store.device_mut(0).0.remove();
+    let mut now_ns = 0;
+    let mut free = |world: &mut World| {
+        now_ns += 1_000_000_000;
+        world.store.release(&mut world.hv);
+        assert_eq!(world.store.poll(&mut world.hv, now_ns), None);
+        (world.store.device_mut(0).1.free_pages(), world.store.growth(0).lost_pages)
+    };
+    assert_eq!(world.done().result, Err(StoreFault::Gone));
+    assert_eq!(free(&mut world), (510, 2));
+    assert!(Store::<Fake>::poll_at_ns(&world.store).is_some());
+    // While it can read its rings a page's grant is not made anew, though it maps no page.
+    world.hv.keeps = rings.map(Gref).collect();
+    assert_eq!(free(&mut world), (510, 2));
+    world.hv.keeps = pages.map(Gref).collect();
+    assert_eq!(free(&mut world), (510, 2));
+    world.hv.keeps.clear();
+    assert_eq!(free(&mut world), (512, 0));
+    assert!(Store::<Fake>::made_room(&mut world.store));
+    assert_eq!(world.hv.taken, frames - 4 - INDIRECT_PAGES);
+    assert_eq!(world.store.read(&mut world.hv, Tag(1), file, 0, 512), Err(StoreFault::Gone));
+    // The same domain serves it again.
+    let (front, pool) = world.store.device_mut(0);
+    front.replug(&mut world.hv, pool, DomId(0));
+    world.back.disconnect(&mut world.hv);
+    world.back.faults.stalled = false;
+    world.state = Some(2);
+    world.settle();
+    world.write_all(file, 0, &pattern(4096));
+    assert_eq!(world.hv.grants.iter().flatten().count(), 512 + 4 + INDIRECT_PAGES);
+}
+
+#[test]
+fn a_pool_that_is_lost_fails_operations_instead_of_waiting_for_nothing() {
     let mut world = World::new(1 << 20, 512);
     let file = world.open();
     world.poll();
     world.back.faults.stalled = true;
-    world.store.read(&mut world.hv, Tag(1), file, 0, 8192).unwrap();
-    world.store.device_mut(0).0.remove();
-    assert_eq!(world.done().result, Err(StoreFault::Gone));
+    let mut sent = 0;
+    while world.write(sent, file, 0, &[1; 131_072]) > 0 {
+        sent += 1;
+    }
+    world.hv.keeps = (0..world.hv.grants.len() as u32).map(Gref).collect();
+    let (front, pool) = world.store.device_mut(0);
+    front.remove();
+    front.replug(&mut world.hv, pool, DomId(0));
+    for _ in 0..sent {
+        assert_eq!(world.done().result, Err(StoreFault::Gone));
+    }
     world.poll();
-    assert_eq!(world.store.device_mut(0).1.free_pages(), 510);
-    assert_eq!(world.store.read(&mut world.hv, Tag(1), file, 0, 512), Err(StoreFault::Gone));
+    assert_eq!(world.store.growth(0).lost_pages, 512);
+    let lack = world.store.read(&mut world.hv, Tag(1), file, 0, 512);
+    assert_eq!(lack, Err(StoreFault::Limit(0)));
+}
+
+#[test]
+fn grants_that_are_refused_cost_nothing() {
+    let mut world = World::new(1 << 20, 512);
+    let frames = world.hv.taken;
+    for most in [10, 512, 515, 520] {
+        world.hv.grants_max = Some(most);
+        for _ in 0..3 {
+            assert!(matches!(world.update(), FrontStep::Refused(FrontFault::Refused(_))));
+            assert_eq!(world.hv.taken, frames);
+        }
+    }
+    world.hv.grants_max = None;
+    world.open();
+    assert_eq!(world.hv.grants.iter().flatten().count(), 512 + 4 + INDIRECT_PAGES);
 }
 
 #[test]

@@ -26,6 +26,8 @@ pub struct Growth {
     pub why: Option<&'static str>,
     /// Files that are not served any more because the disk under them is another one.
     pub strange: u64,
+    /// Pages that cannot be used: a backend or controller that was left may still write to them.
+    pub lost_pages: usize,
 }
 
 impl File {
@@ -38,7 +40,8 @@ impl File {
 impl<D> BlockStore<D> {
     /// What became of the partitions and volumes that begin on a device.
     pub fn growth(&self, device: usize) -> Growth {
-        self.devices[device].growth
+        let lost_pages = self.pool.lost_at(device);
+        Growth { lost_pages, ..self.devices[device].growth }
     }
 
     /// The account of the device that a file begins on.

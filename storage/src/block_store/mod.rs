@@ -30,7 +30,7 @@ use alloc::vec::Vec;
 use platter_xen::Hypervisor;
 
 use crate::bytes::Mark;
-use crate::disk::{Device, Geometry, SECTORS_MAX};
+use crate::disk::{Device, Geometry, Held, SECTORS_MAX};
 use crate::meta::META_BLOCKS_MAX;
 use crate::pool::Pool;
 use crate::store::{Access, Answer, Done, FileId, Store, StoreFault, Submit, Tag, Window};
@@ -112,6 +112,9 @@ pub struct BlockStore<D> {
     look_at: usize,
     /// Some file is doubted.
     doubts: bool,
+    /// When to look again for pages that backends hold, and whether some came back.
+    regain_at_ns: Option<u64>,
+    made_room: bool,
     /// Cache blocks of one opening; less than [`META_BLOCKS_MAX`] only in tests.
     meta_blocks_max: usize,
     /// Operations whose windows answers have given out.
@@ -140,6 +143,8 @@ impl<D> BlockStore<D> {
             next_look_ns: 0,
             look_at: 0,
             doubts: false,
+            regain_at_ns: None,
+            made_room: false,
             meta_blocks_max: META_BLOCKS_MAX,
             lent: Vec::with_capacity(ops_max),
         })
@@ -244,10 +249,14 @@ impl<D> BlockStore<D> {
 
     fn free_pages(&mut self, op: &Op) {
         for (first, count) in [(op.page, op.pages), (op.scratch, op.scratch_pages)] {
-            match (count, op.pages_lost) {
+            let device = self.disks.get(usize::from(op.disk)).map_or(0, |disk| disk.device);
+            match (count, op.held) {
                 (0, _) => {}
-                (_, true) => self.pool.lose(first, usize::from(count)),
-                (_, false) => self.pool.give(first, usize::from(count)),
+                (_, Held::Nobody) => self.pool.give(first, usize::from(count)),
+                (_, held) => {
+                    self.pool.lose(first, usize::from(count), (device, held));
+                    self.regain_at_ns.get_or_insert(0);
+                }
             }
         }
     }
@@ -374,12 +383,16 @@ impl<H: Hypervisor, D: Device<H>> Store<H> for BlockStore<D> {
         let may_look = self.looks_asked && self.opening.is_none();
         let look_ns = may_look.then_some(self.next_look_ns);
         let devices = self.devices.iter().filter_map(|attached| attached.device.poll_at_ns());
+        let devices = devices.chain(self.regain_at_ns);
         devices.chain(look_ns).chain(self.doubts_at_ns()).min()
     }
 
     fn poll(&mut self, hv: &mut H, now_ns: u64) -> Option<Done> {
         if self.ops.nothing_ready() {
             self.poll_devices(hv, now_ns);
+            if self.regain_at_ns.is_some_and(|at_ns| at_ns <= now_ns) {
+                self.regain_pages(hv, now_ns);
+            }
             self.look_at_doubted::<H>(now_ns);
             self.restart_waiting(hv);
             self.look_for_growth(now_ns);
@@ -397,5 +410,9 @@ impl<H: Hypervisor, D: Device<H>> Store<H> for BlockStore<D> {
             self.end_loans();
             self.restart_waiting(hv);
         }
+    }
+
+    fn made_room(&mut self) -> bool {
+        core::mem::take(&mut self.made_room)
     }
 }

@@ -201,7 +201,12 @@ impl<D> BlockStore<D> {
         }
         let len = sectors * 512;
         let op = Op { kind: Kind::Meta, disk: miss.disk, sector, sectors, len, ..Op::NEW };
-        let Some(index) = self.enter(op) else { return };
+        let Some(index) = self.enter(op) else {
+            if let Some(opening) = self.opening.as_mut().filter(|_| self.ops.is_empty()) {
+                opening.fault = Some(StoreFault::Limit(self.pool.free_pages() as u32));
+            }
+            return;
+        };
         if let Some(opening) = &mut self.opening {
             opening.reading = true;
         }

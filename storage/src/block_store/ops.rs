@@ -9,6 +9,7 @@
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 
+use crate::disk::Held;
 use crate::store::{FileId, StoreFault, Tag};
 
 /// What an operation is.
@@ -68,7 +69,7 @@ pub struct Op {
     /// Operations at devices that have not answered.
     pub parts: u8,
     pub result: Result<(), StoreFault>,
-    pub pages_lost: bool,
+    pub held: Held,
     /// Order of taking; given by [`Ops::take`].
     pub seq: u64,
 }
@@ -93,7 +94,7 @@ impl Op {
         flush_left: 0,
         parts: 0,
         result: Ok(()),
-        pages_lost: false,
+        held: Held::Nobody,
         seq: 0,
     };
 
@@ -136,6 +137,11 @@ impl Ops {
 
     pub fn has_room(&self) -> bool {
         !self.free.is_empty()
+    }
+
+    /// Nothing is under way.
+    pub fn is_empty(&self) -> bool {
+        self.free.len() == self.table.len()
     }
 
     pub fn get(&self, index: u16) -> &Op {

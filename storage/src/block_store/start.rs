@@ -4,13 +4,16 @@ use platter_xen::{Hypervisor, PAGE_BYTES};
 
 use super::ops::{Kind, Op};
 use super::{BlockStore, Doubt, File};
-use crate::disk::{Device, DiskDone, DiskIo, DiskOp, DiskSubmit, DiskTag, Geometry};
+use crate::disk::{Device, DiskDone, DiskIo, DiskOp, DiskSubmit, DiskTag, Geometry, Held};
 use crate::pool::RUN_PAGES_MAX;
 use crate::store::{FileId, StoreFault, Submit, Tag, Window};
 use crate::volume::Spot;
 
 /// Bytes that any one operation moves at most.
 const RUN_BYTES: u64 = (RUN_PAGES_MAX * PAGE_BYTES) as u64;
+
+/// Between two looks whether a backend has let go of pages (ours).
+const REGAIN_NS: u64 = 1_000_000_000;
 
 /// The answer to a file's first flush after a device lost its volatile cache: EIO.
 const CACHE_LOST: StoreFault = StoreFault::Io(5);
@@ -88,7 +91,7 @@ impl<D> BlockStore<D> {
                 (Op { disk: cut.disk, sector, sectors, within, len, ..op }, true)
             }
         };
-        let Some(index) = self.enter(op) else { return Ok(Submit::NoRoom) };
+        let Some(index) = self.enter(op) else { return self.no_room() };
         if from_disk {
             self.try_start(hv, index);
         } else {
@@ -136,7 +139,7 @@ impl<D> BlockStore<D> {
             let within = within as u32;
             Op { kind: Kind::Modify, sector, sectors, within, len, ..op }
         };
-        let Some(index) = self.enter(op) else { return Ok(Submit::NoRoom) };
+        let Some(index) = self.enter(op) else { return self.no_room() };
         let window = self.window(self.ops.get(index));
         if !fill(hv, window) {
             let op = self.ops.cancel(index);
@@ -195,6 +198,33 @@ impl<D> BlockStore<D> {
             _ => self.try_start(hv, index),
         }
         Ok(Submit::Taken(len))
+    }
+
+    /// No room now; never when nothing is under way that could make some.
+    fn no_room(&self) -> Result<Submit, StoreFault> {
+        match self.ops.is_empty() {
+            true => Err(StoreFault::Limit(self.pool.free_pages() as u32)),
+            false => Ok(Submit::NoRoom),
+        }
+    }
+
+    /// Pages that backends held come back as these let go.
+    pub(super) fn regain_pages<H: Hypervisor>(&mut self, hv: &mut H, now_ns: u64)
+    where
+        D: Device<H>,
+    {
+        self.regain_at_ns = None;
+        for device in 0..self.devices.len() {
+            if !self.pool.is_held_at(device) {
+                continue;
+            }
+            if self.devices[device].device.is_left(hv) {
+                self.made_room |= self.pool.regain(hv, device) > 0;
+            }
+            if self.pool.is_held_at(device) {
+                self.regain_at_ns = Some(now_ns.saturating_add(REGAIN_NS));
+            }
+        }
     }
 
     /// Enters an operation with its pages; `None` when there is no room for either.
@@ -386,7 +416,9 @@ impl<D> BlockStore<D> {
         let op = self.ops.get_mut(index);
         assert!(op.parts > 0, "a device answered what it was not asked");
         op.parts -= 1;
-        op.pages_lost |= done.pages_lost;
+        if done.held != Held::Nobody {
+            op.held = done.held;
+        }
         if let Err(fault) = done.result {
             op.result = Err(fault);
         }

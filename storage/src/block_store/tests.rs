@@ -138,7 +138,7 @@ impl Device<Fake> for Mem {
         if result.is_ok() {
             self.act(hv, pool, io);
         }
-        Some(DiskDone { tag, result, pages_lost: false })
+        Some(DiskDone { tag, result, held: Held::Nobody })
     }
     fn poll_at_ns(&self) -> Option<u64> {
         None

@@ -3,7 +3,7 @@
 //! Guards: an operation that was taken is answered once, whatever the controller does. A command
 //! that takes too long is aborted, then the controller is reset and everything that was with it
 //! is sent again (reads, writes of the same bytes, flushes and deallocations may be repeated);
-//! a controller that cannot be stopped keeps its pages for ever (`pages_lost`). Completions are
+//! a controller that cannot be stopped keeps its pages for ever ([`Held::Device`]). Completions are
 //! polled: no interrupt is enabled. Must never: wait, or use a page that the controller may
 //! still write.
 
@@ -22,7 +22,7 @@ use alloc::vec::Vec;
 
 use platter_xen::{Bus, Hypervisor, Mmio, PAGE_BYTES, Region};
 
-use crate::disk::{Device, DiskDone, DiskIo, DiskOp, DiskSubmit, DiskTag, Geometry};
+use crate::disk::{Device, DiskDone, DiskIo, DiskOp, DiskSubmit, DiskTag, Geometry, Held};
 use crate::pool::{Pool, RUN_PAGES_MAX};
 use crate::store::StoreFault;
 use bringup::Phase;
@@ -293,7 +293,7 @@ impl Nvme {
     fn send<H: Hypervisor + Bus>(&mut self, hv: &mut H, pool: &Pool, work: Work) -> bool {
         let Some((nsid, info)) = self.namespace(usize::from(work.unit)) else {
             let gone = Err(StoreFault::Gone);
-            self.done.push_back(DiskDone { tag: work.tag, result: gone, pages_lost: false });
+            self.done.push_back(DiskDone { tag: work.tag, result: gone, held: Held::Nobody });
             return true;
         };
         for _ in 0..self.pairs_live {
@@ -349,7 +349,7 @@ impl Nvme {
             }
             result = Err(status.fault());
         }
-        self.done.push_back(DiskDone { tag: work.tag, result, pages_lost: false });
+        self.done.push_back(DiskDone { tag: work.tag, result, held: Held::Nobody });
     }
 
     /// Sends what waits while there is room.

@@ -11,7 +11,7 @@ use super::bringup::{Phase, SLOT_ABORT, SLOT_EVENT, SLOT_HEALTH};
 use super::command::{Command, Completion};
 use super::queue::Work;
 use super::{Health, Nvme, RETRIES_MAX, regs};
-use crate::disk::DiskDone;
+use crate::disk::{DiskDone, Held};
 use crate::store::StoreFault;
 
 /// A command that takes longer is aborted (ours; Linux: 30 s, then reset).
@@ -47,7 +47,7 @@ impl Nvme {
             while let Some(slot) = self.pairs[index].take_back() {
                 let Some(mut work) = slot.work else { continue };
                 if work.retries == RETRIES_MAX {
-                    self.fail(work, StoreFault::Gone, false);
+                    self.fail(work, StoreFault::Gone, Held::Nobody);
                     continue;
                 }
                 work.retries += 1;
@@ -63,18 +63,19 @@ impl Nvme {
         for index in 0..self.pairs.len() {
             while let Some(slot) = self.pairs[index].take_back() {
                 if let Some(work) = slot.work {
-                    self.fail(work, StoreFault::Gone, !stopped);
+                    let held = if stopped { Held::Nobody } else { Held::Device };
+                    self.fail(work, StoreFault::Gone, held);
                 }
             }
         }
         while let Some(work) = self.pending.pop_front() {
             // It was given back before: nobody writes to its pages.
-            self.fail(work, StoreFault::Gone, false);
+            self.fail(work, StoreFault::Gone, Held::Nobody);
         }
     }
 
-    fn fail(&mut self, work: Work, fault: StoreFault, pages_lost: bool) {
-        self.done.push_back(DiskDone { tag: work.tag, result: Err(fault), pages_lost });
+    fn fail(&mut self, work: Work, fault: StoreFault, held: Held) {
+        self.done.push_back(DiskDone { tag: work.tag, result: Err(fault), held });
     }
 
     /// Looks, now and then, whether the controller still lives.
