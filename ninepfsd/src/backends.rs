@@ -231,6 +231,10 @@ impl Backends {
                     backend.say(be, &why);
                     backend.refusal = why;
                 }
+                if hears_no_refusal(be, backend.state, state(xs, be)?) {
+                    backend.state = XenbusState::Closed;
+                    return xs.remove(&format!("{be}/state"));
+                }
                 // Written once more it would make us look once more.
                 match backend.state {
                     XenbusState::Closed => Ok(()),
@@ -265,8 +269,12 @@ impl Backends {
             device: None,
             number: 0,
         };
-        self.offer(xs, be, &mut backend)?;
-        xs.watch(&format!("{}/state", backend.fe), token)?;
+        if xs.watch(&format!("{}/state", backend.fe), token)? {
+            self.offer(xs, be, &mut backend)?;
+        } else {
+            backend.say(be, "xenstored refuses to tell of its frontend");
+            write_state(xs, be, &mut backend, XenbusState::Closed)?;
+        }
         self.known.insert(be.to_string(), backend);
         Ok(())
     }
@@ -385,6 +393,13 @@ fn next(
     }
 }
 
+/// libxl waits for the answer to a share that it has just made as xen_9pfs, and of all refusals
+/// understands only that the state is missing.
+fn hears_no_refusal(be: &str, known: XenbusState, own: XenbusState) -> bool {
+    let is_new = (known, own) == (XenbusState::Unknown, XenbusState::Initialising);
+    is_new && be.rsplit('/').nth(2) == Some("xen_9pfs")
+}
+
 /// What was allowed of a directory. Compared by names: `..` would lead elsewhere.
 fn allowed_for<'a>(all: &'a [Allowed], path: &Path) -> Option<&'a Allowed> {
     let leads_up = path.components().any(|part| part == Component::ParentDir);
@@ -473,6 +488,18 @@ mod tests {
             let meanwhile = meanwhile.unwrap_or(expected);
             assert_eq!(next(known, own, front, online, true), meanwhile, "{which:?}, it runs");
         }
+    }
+
+    #[test]
+    fn a_refusal_is_told_as_whoever_waits_for_it_understands() {
+        use XenbusState::{Connected, InitWait, Initialising, Unknown};
+        let (old, new) =
+            ("/local/domain/0/backend/9pfs/7/0", "/local/domain/0/backend/xen_9pfs/7/0");
+        assert!(hears_no_refusal(new, Unknown, Initialising));
+        assert!(!hears_no_refusal(old, Unknown, Initialising), "nobody waits, or `attach`");
+        // After a restart of the server, and to a frontend that comes back.
+        assert!(!hears_no_refusal(new, Unknown, Connected));
+        assert!(!hears_no_refusal(new, InitWait, Initialising));
     }
 
     #[test]

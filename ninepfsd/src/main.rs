@@ -1,4 +1,4 @@
-//! `platter-9pfsd`: a 9p server for Xen's 9pfs, for dom0 (or any Linux backend domain).
+//! `platter-9pfsd`: a 9p server for Xen's 9pfs, for dom0.
 //!
 //! It knows files and nothing of image formats, rings of disks or guests. One process serves
 //! all domains; it opens nothing but regular files and directories below the directories that
@@ -103,7 +103,10 @@ fn serve(arguments: &Serve) -> Result<()> {
         sandbox::enter(&open, &identity)?;
     }
     for kind in KINDS {
-        xs.watch(&format!("{home}/backend/{kind}"), TRUSTED)?;
+        let tree = format!("{home}/backend/{kind}");
+        if !xs.watch(&tree, TRUSTED)? {
+            bail!("xenstored refuses a watch on {tree}");
+        }
     }
     let workers = Workers::start(arguments.workers.into()).context("cannot start threads")?;
     let reports = Arc::new(Reports::new()?);

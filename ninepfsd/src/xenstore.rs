@@ -91,11 +91,14 @@ impl Xenstore {
         Ok(self.optional(kind::SET_PERMS, &payload)?.is_some())
     }
 
-    pub fn watch(&mut self, path: &str, token: u32) -> Result<()> {
-        match self.optional(kind::WATCH, &watch(path, token))? {
-            Some(_) => Ok(()),
-            None => bail!("xenstored refuses a watch on {path}"),
-        }
+    /// Removes a node and all below it; there may be none.
+    pub fn remove(&mut self, path: &str) -> Result<()> {
+        self.optional(kind::RM, &nul(path)).map(|_| ())
+    }
+
+    /// Has changes told of; false when that may not be, or there are too many watches.
+    pub fn watch(&mut self, path: &str, token: u32) -> Result<bool> {
+        Ok(self.optional(kind::WATCH, &watch(path, token))?.is_some())
     }
 
     /// Ends a watch; there may be none.

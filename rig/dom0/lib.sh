@@ -152,6 +152,7 @@ ninep_server() {
 }
 
 # start_9p_server DOMAIN: a server for the domain's 9p shares; the one place that knows how.
+# NINEP_OPTIONS holds more options of platter-9pfsd.
 start_9p_server() {
     case $(ninep_server) in
     libxl) ;;
@@ -159,7 +160,7 @@ start_9p_server() {
         # One serves all domains; two would fight over each share.
         if ! pgrep -x platter-9pfsd >/dev/null; then
             /usr/lib/platter/platter-9pfsd serve --allow "$IMAGES" --user "${NINEP_USER:-root}" \
-                </dev/null >"$RUN/9p-$1.log" 2>&1 &
+                ${NINEP_OPTIONS:-} </dev/null >"$RUN/9p-$1.log" 2>&1 &
         fi
         # There is no p9= line where libxl would start QEMU for it.
         [ "$SUITE" != bookworm ] ||

@@ -40,7 +40,7 @@ scenario() {
         rmdir /mnt/folder
         [ "$(cat /mnt/b)" = one ]
         [ "$(echo $(ls /mnt))" = "b root-only" ]
-        ! cat /mnt/root-only 2>/dev/null
+        if cat /mnt/root-only 2>/dev/null; then exit 1; fi
         rm /mnt/b
         for name in $(seq 80); do echo "$name" >"/mnt/a-name-that-is-rather-long-$name"; done
         [ "$(ls /mnt | wc -l)" = 81 ]
