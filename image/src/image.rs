@@ -557,12 +557,19 @@ impl Image {
 
     /// Takes in bytes that a `Miss` asked for.
     pub fn fill(&mut self, block: BlockRef, bytes: &[u8]) {
+        self.resolved.filled(block);
         self.unpacker.fill(block, bytes);
         self.meta.fill(block, bytes);
     }
 
     /// The read that a `Miss` asked for failed.
     pub fn fill_failed(&mut self, block: BlockRef) {
+        self.resolved.fill_failed(block);
+        self.fill_put_off(block);
+    }
+
+    /// The read that a `Miss` asked for was not made: it will be asked for again.
+    pub fn fill_put_off(&mut self, block: BlockRef) {
         self.unpacker.fill_failed(block);
         self.meta.fill_failed(block);
     }

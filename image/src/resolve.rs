@@ -11,7 +11,7 @@ use alloc::vec::Vec;
 use crate::fault::ImageFault;
 use crate::format::{AnyLayer, Ctx, Found};
 use crate::memory::{SPARE_BYTES, as_much_as_fits, filled, is_left};
-use crate::types::{Extent, FileNo, Place, SECTOR_BYTES, SectorRange, Step};
+use crate::types::{BlockRef, Extent, FileNo, Place, SECTOR_BYTES, SectorRange, Step, Stop};
 
 /// Chunks resolved in one walk.
 const GROUP: u64 = 64;
@@ -73,6 +73,9 @@ pub(crate) struct Resolved {
     clock: usize,
     chunk_sectors: u64,
     walk: Option<Walk>,
+    /// The block that the walk waits for, and the last one of those that could not be read.
+    awaited: Option<BlockRef>,
+    failed: Option<BlockRef>,
 }
 
 impl Resolved {
@@ -86,13 +89,20 @@ impl Resolved {
         })?;
         let sets = (entries.len() / WAYS) as u64;
         let chunk_sectors = 1 << grain.ilog2();
-        Ok(Resolved { entries, sets, clock: 0, chunk_sectors, walk: None })
+        Ok(Resolved { entries, sets, chunk_sectors, ..Resolved::none() })
     }
 
     /// For an image of one layer, which needs none.
     pub fn none() -> Resolved {
-        let (entries, walk) = (Vec::new(), None);
-        Resolved { entries, sets: 1, clock: 0, chunk_sectors: CHUNK_SECTORS_MAX, walk }
+        Resolved {
+            entries: Vec::new(),
+            sets: 1,
+            clock: 0,
+            chunk_sectors: CHUNK_SECTORS_MAX,
+            walk: None,
+            awaited: None,
+            failed: None,
+        }
     }
 
     fn slot(&self, chunk: u64) -> Option<usize> {
@@ -133,7 +143,11 @@ impl Resolved {
                 ZERO => ZERO,
                 Known(word) => {
                     let chunks = chunk + 1 - range.start / self.chunk_sectors;
-                    Known(word + ((chunks * self.chunk_sectors) << 16))
+                    // A place further on than any can be is none.
+                    let Some(next) = word.checked_add((chunks * self.chunk_sectors) << 16) else {
+                        break;
+                    };
+                    Known(next)
                 }
             };
             if self.known(chunk + 1) != Some(next) {
@@ -173,6 +187,18 @@ impl Resolved {
         self.entries.iter_mut().for_each(|entry| entry.tag = 0);
     }
 
+    /// A block was read.
+    pub fn filled(&mut self, block: BlockRef) {
+        self.failed = self.failed.filter(|&failed| failed != block);
+    }
+
+    /// A block could not be read: a walk that waits for it passes over the chunks that need it.
+    pub fn fill_failed(&mut self, block: BlockRef) {
+        if self.awaited == Some(block) {
+            self.failed = Some(block);
+        }
+    }
+
     /// Resolves the chunk of `sector` and its neighbours; false when a walk for others is under
     /// way. Called again after each stop, it goes on where it was.
     pub fn resolve(&mut self, ctx: &mut Ctx, layers: &mut [AnyLayer], sector: u64) -> Step<bool> {
@@ -188,7 +214,19 @@ impl Resolved {
             Walk { first, layer: 0, at: 0, pending, known: [ZERO; GROUP as usize] }
         });
         while walk.layer < layers.len() && walk.pending != 0 {
-            walk.step(ctx, layers[walk.layer].get(), size, disk)?;
+            match walk.step(ctx, layers[walk.layer].get(), size, disk) {
+                // Who asks for this chunk will be told, and nobody else.
+                Err(Stop::Fault(_)) => walk.pass_over(),
+                Err(Stop::Miss(block)) if self.failed == Some(block) => {
+                    ctx.meta.fill_failed(block);
+                    walk.pass_over();
+                }
+                Err(Stop::Miss(block)) => {
+                    self.awaited = Some(block);
+                    return Err(Stop::Miss(block));
+                }
+                other => other?,
+            }
             if walk.at >= GROUP {
                 (walk.layer, walk.at) = (walk.layer + 1, 0);
             }
@@ -203,6 +241,13 @@ impl Resolved {
 }
 
 impl Walk {
+    /// The next chunk cannot be looked at in this layer: whoever asks for it starts here.
+    fn pass_over(&mut self) {
+        self.known[self.at as usize] = Known::layer(self.layer);
+        self.pending &= !(1 << self.at);
+        self.at += 1;
+    }
+
     /// Looks at the next pending chunks of one layer.
     fn step(
         &mut self,
@@ -270,6 +315,20 @@ mod tests {
         assert!(index.find(SectorRange::new(300, 1)).is_none());
         index.forget(SectorRange::new(0, 1 << 50));
         assert!(index.find(SectorRange::new(512, 1)).is_none());
+    }
+
+    #[test]
+    fn chunks_at_the_end_of_all_places_are_no_row() {
+        let mut index = Resolved::new(1 << 16, 128).unwrap();
+        let last = (1u64 << 57) - 65536;
+        index.keep(0, Known::data(FileNo(0), last).unwrap());
+        let Some(Hit::Extent(extent)) = index.find(SectorRange::new(0, 1000)) else {
+            panic!("known")
+        };
+        assert_eq!(
+            extent,
+            Extent { sectors: 128, place: Place::File { file: FileNo(0), offset: last } }
+        );
     }
 
     #[test]

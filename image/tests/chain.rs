@@ -9,7 +9,8 @@ use std::time::Instant;
 
 use foreign::*;
 use platter_image::{
-    Backing, CreateParams, Extent, Format, Merge, MergeStep, Options, Place, SectorRange,
+    Backing, CreateParams, Extent, FileNo, Format, Merge, MergeStep, Options, Place, SectorRange,
+    Stop,
 };
 use platter_tool::engine::Engine;
 use platter_tool::medium::RamFolder;
@@ -54,6 +55,58 @@ fn every_layer_shows_where_those_above_have_nothing() {
         assert_eq!(engine.depth(), 40);
         assert!(read_all(&mut engine) == model);
         assert!(read_all(&mut engine) == model);
+    }
+}
+
+/// One bad entry of a table below, or a block of it that cannot be read, fails whoever needs it and
+/// nobody else, and the rest is in the index all the same.
+#[test]
+fn damage_below_fails_no_read_of_what_lies_beside_it() {
+    let folder = RamFolder::new();
+    folder.put("a.qcow2", made(&CreateParams { cluster_bytes: 4096, ..params(Q, 512) }));
+    let mut engine = open(&folder, "a.qcow2", rw(Q));
+    engine.write(0, &[1; 512 * 512]).unwrap();
+    engine.close().unwrap();
+    let backing = Backing { name: "a.qcow2", format: Q, identity: None, sectors: 512 };
+    let overlay = CreateParams { backing: Some(backing), cluster_bytes: 4096, ..params(Q, 512) };
+    folder.put("b.qcow2", made(&overlay));
+    let mut engine = open(&folder, "b.qcow2", rw(Q));
+    engine.write(0, &[2; 512 * 64]).unwrap();
+    engine.close().unwrap();
+    let mut bytes = folder.bytes("a.qcow2").unwrap();
+    let get64 = |at: u64| u64::from_be_bytes(bytes[at as usize..][..8].try_into().unwrap());
+    let l2 = get64(get64(40)) & !(1 << 63);
+    let map = |bad: Option<u64>| {
+        let mut engine = open(&folder, "b.qcow2", ro(Q));
+        (0..64u64).map(|cluster| ask(&mut engine, cluster * 8, bad)).collect::<Vec<bool>>()
+    };
+    assert!(map(None).iter().all(|&good| good));
+    // What the overlay does not hold is behind that block.
+    assert_eq!(map(Some(l2)), (0..64).map(|cluster| cluster < 8).collect::<Vec<_>>());
+    bytes[l2 as usize + 30 * 8 + 6] |= 2;
+    folder.put("a.qcow2", bytes);
+    assert_eq!(map(None), (0..64).map(|cluster| cluster != 30).collect::<Vec<_>>());
+}
+
+/// Asks for one cluster; the block of file 1 at `bad` cannot be read: who asks for it twice fails.
+fn ask(engine: &mut Engine, sector: u64, bad: Option<u64>) -> bool {
+    let mut failed = false;
+    loop {
+        match engine.image().map_read(SectorRange::new(sector, 8)) {
+            Ok(_) => return true,
+            Err(Stop::Miss(block)) if block.file == FileNo(1) && Some(block.offset) == bad => {
+                engine.image().fill_failed(block);
+                if std::mem::replace(&mut failed, true) {
+                    return false;
+                }
+            }
+            Err(Stop::Miss(block)) => {
+                let mut bytes = vec![0; block.len as usize];
+                engine.medium(block.file).read_at(block.offset, &mut bytes).unwrap();
+                engine.image().fill(block, &bytes);
+            }
+            Err(_) => return false,
+        }
     }
 }
 

@@ -474,8 +474,10 @@ impl Disk {
             }
             Stop::Miss(block) => {
                 let asked = self.read_block(engine, hv, block);
-                if !matches!(asked, Ok(true)) {
-                    self.image.fill_failed(block);
+                match asked {
+                    Ok(true) => {}
+                    Ok(false) => self.image.fill_put_off(block),
+                    Err(_) => self.image.fill_failed(block),
                 }
                 asked.map(|_| ())
             }
