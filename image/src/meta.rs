@@ -287,6 +287,13 @@ impl Meta {
     fn forget_slot(&mut self, index: usize, offset: u64, end: u64) {
         let slot = &mut self.slots[index];
         let start = slot.block.saturating_mul(BLOCK_BYTES);
+        let whole = start >= offset && start.saturating_add(BLOCK_BYTES) <= end;
+        if slot.state == State::Loading && whole {
+            // What was asked for is the old bytes: the answer finds no block that waits for it.
+            *slot = EMPTY;
+            self.loading -= 1;
+            return;
+        }
         if slot.state != State::Ready || start >= end {
             return;
         }
@@ -303,7 +310,6 @@ impl Meta {
             self.dirty_slots -= 1;
         }
         // A block touched in part stays: tables of others in it would be read again and again.
-        let whole = start >= offset && start.saturating_add(BLOCK_BYTES) <= end;
         if whole && clean && slot.writing == 0 && slot.pins == 0 {
             *slot = EMPTY;
         }
@@ -378,7 +384,7 @@ impl Meta {
     /// sync, and [`Meta::flush_next_phase`].
     pub fn flush_next(&mut self) -> Option<(FileNo, u64, &[u8])> {
         let cursor = self.flush.expect("flush_next outside a flush");
-        // Around the end: a plan prepared meanwhile may have changed a block before the cursor.
+        // Around the end: a block before the cursor may have been changed meanwhile.
         let count = self.slots.len();
         for index in (cursor.slot..count).chain(0..cursor.slot) {
             let Some((first, count)) = self.slots[index].dirty_run(Phase(cursor.phase)) else {
@@ -568,5 +574,22 @@ mod tests {
         assert_eq!(meta.get_u8(file, 0), Ok(7));
         meta.forget(file, 0, BLOCK_BYTES);
         assert!(matches!(meta.get_u8(file, 0), Err(Stop::Miss(_))));
+    }
+
+    #[test]
+    fn a_late_answer_does_not_fill_a_block_that_changed_hands() {
+        let mut meta = Meta::new(0).unwrap();
+        let file = FileNo(0);
+        let Err(Stop::Miss(late)) = meta.get_u8(file, 0) else { panic!("not resident") };
+        meta.forget(file, 0, 2 * BLOCK_BYTES);
+        assert_eq!(meta.loading, 0);
+        meta.create(file, 0, Phase::TABLE).unwrap();
+        meta.forget(file, 0, BLOCK_BYTES);
+        meta.fill(late, &[7; BLOCK_BYTES as usize]);
+        assert!(matches!(meta.get_u8(file, 0), Err(Stop::Miss(_))));
+        // In part: it is still the place of others' tables.
+        meta.forget(file, 512, 512);
+        meta.fill(late, &[7; BLOCK_BYTES as usize]);
+        assert_eq!(meta.get_u8(file, 0), Ok(7));
     }
 }
