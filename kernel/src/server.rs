@@ -263,7 +263,14 @@ impl Server {
                 XsEvent::Reply { purpose, result } => {
                     self.reply(hv, now_ns, purpose, result);
                 }
-                XsEvent::Reset => self.control.begin(&mut self.xs),
+                XsEvent::Reset => {
+                    log::warn!("the connection to xenstore began anew");
+                    self.control.begin(&mut self.xs);
+                    let devices = self.devices.iter_mut().flatten();
+                    devices.for_each(|device| device.begin_anew(&mut self.xs));
+                    let fronts = self.control.fronts_mut();
+                    fronts.for_each(|front| front.begin_anew(&mut self.xs));
+                }
                 XsEvent::Dead => log::error!("the connection to xenstore is dead"),
             }
         }

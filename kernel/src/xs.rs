@@ -323,8 +323,11 @@ impl Xs {
                 Event::Watch { path, watch: _ } => XsEvent::Watch { path },
                 Event::Reset => {
                     self.purposes.clear();
-                    self.insisted.clear();
-                    self.late.clear();
+                    // Watches and lists are asked for by whoever began with them.
+                    let made = core::mem::take(&mut self.insisted).into_values();
+                    self.late.extend(made.map(|made| (now_ns, made)));
+                    self.late
+                        .retain(|(_, late)| matches!(late.ask, Ask::Write(..) | Ask::Remove(_)));
                     XsEvent::Reset
                 }
                 Event::Dead(_) => XsEvent::Dead,

@@ -25,6 +25,8 @@ const REQ_CONS: usize = 2048;
 const REQ_PROD: usize = 2052;
 const RSP_CONS: usize = 2056;
 const RSP_PROD: usize = 2060;
+const SERVER_FEATURES: usize = 2064;
+const CONNECTION: usize = 2068;
 const HEADER_BYTES: usize = 16;
 const PAYLOAD_BYTES_MAX: usize = 4096;
 const ERROR: u32 = 16;
@@ -353,6 +355,7 @@ impl Xenstore {
     /// to do without an event.
     pub fn run(&mut self, machine: &mut Machine) -> bool {
         machine.view(XENSTORED).take_pending(self.port);
+        self.begin_anew(machine);
         let pulled = self.pull(machine);
         let served = self.serve_one();
         let pushed = self.push(machine);
@@ -360,6 +363,31 @@ impl Xenstore {
             machine.view(XENSTORED).notify(self.port);
         }
         served || pulled
+    }
+
+    /// What platter asked for and has no answer to is lost, and platter is made to see it: the
+    /// ring is not what it was (as after a restart of xenstored).
+    pub fn lose_connection(&mut self, machine: &mut Machine) {
+        let hv = &mut machine.view(self.wired);
+        hv.store_u32(self.page, SERVER_FEATURES, 1);
+        let cons = hv.load_u32(self.page, RSP_CONS);
+        hv.store_u32(self.page, RSP_PROD, cons.wrapping_add(2 * RING_BYTES));
+        machine.view(XENSTORED).notify(self.port);
+    }
+
+    /// Platter asked for it (xenstore-ring.txt, reconnection).
+    fn begin_anew(&mut self, machine: &mut Machine) {
+        let hv = &mut machine.view(self.wired);
+        if hv.load_u32(self.page, CONNECTION) == 0 {
+            return;
+        }
+        self.incoming.clear();
+        self.outgoing.clear();
+        self.watches.retain(|watch| !watch.wired);
+        for index in [REQ_CONS, REQ_PROD, RSP_CONS, RSP_PROD, CONNECTION] {
+            hv.store_u32(self.page, index, 0);
+        }
+        machine.view(XENSTORED).notify(self.port);
     }
 
     fn pull(&mut self, machine: &mut Machine) -> bool {
@@ -385,7 +413,7 @@ impl Xenstore {
     fn push(&mut self, machine: &mut Machine) -> bool {
         let hv = &mut machine.view(self.wired);
         let (cons, prod) = (hv.load_u32(self.page, RSP_CONS), hv.load_u32(self.page, RSP_PROD));
-        let room = RING_BYTES - prod.wrapping_sub(cons);
+        let room = RING_BYTES.saturating_sub(prod.wrapping_sub(cons));
         let bytes: Vec<u8> =
             self.outgoing.drain(..self.outgoing.len().min(room as usize)).collect();
         let at = (prod % RING_BYTES) as usize;

@@ -4,12 +4,13 @@
 use platter_image::Format;
 use platter_sim::guest::{Habits, MANNERS, Manner};
 use platter_sim::oracle::Oracle;
-use platter_sim::toolstack::{Carrier, Outcome};
+use platter_sim::toolstack::{Carrier, DiskLine, Outcome};
 use platter_sim::world::World;
 use platter_storage::ninep::message::id;
 use platter_xen::blkif::Abi;
 
 const MS: u64 = 1_000_000;
+const XENSTORED_LATE_MS: [u64; 10] = [0, 1, 2, 3, 5, 8, 203, 206, 230, 400];
 const S_HOME: &str = "/local/domain/1";
 
 /// A world whose share has this shape.
@@ -332,7 +333,7 @@ fn what_a_destroyed_guest_had_asked_for_is_not_begun_any_more() {
 /// A guest that writes into a qcow2 and never flushes, until a flush of our own has failed for
 /// want of space: that is told once, to whoever syncs.
 fn after_a_flush_that_found_no_space(seed: u64) -> World {
-    let mut world = world(seed, seed % 2 == 0, 2);
+    let mut world = world(seed, true, 2);
     let habits = Habits {
         writes: 1000,
         flushes: 0,
@@ -372,6 +373,45 @@ fn a_flush_that_failed_long_ago_does_not_keep_an_image_from_being_closed() {
         world.guests[0].stopping = true;
         world.poke_guest(0);
         world.run_guests(10_000 * MS);
+        world.wind_up(false);
+    }
+}
+
+#[test]
+fn a_connection_to_xenstore_that_begins_anew_leaves_no_disk_waiting() {
+    // Whoever had asked for something waited for the answer for ever, and no watch stood.
+    for (seed, after_ms) in XENSTORED_LATE_MS.into_iter().enumerate() {
+        let mut world = world(seed as u64, true, 2);
+        world.add_guest(Format::Qcow2, 2048, Habits { requests: 30, ..Habits::calm() });
+        world.run_for(after_ms * MS);
+        world.xs.lose_connection(&mut world.machine);
+        world.run_for(after_ms * MS);
+        world.add_guest(Format::Raw, 512, Habits { requests: 30, ..Habits::calm() });
+        world.run_for(after_ms * MS);
+        world.xs.lose_connection(&mut world.machine);
+        world.run_guests(60_000 * MS);
+        world.wind_up(false);
+    }
+}
+
+#[test]
+fn another_disk_at_the_same_path_is_not_served_from_the_old_image() {
+    // Its directory was taken for our own with a state that somebody had overwritten.
+    for seed in 0..6 {
+        let mut world = world(seed, true, 2);
+        world.host.files.put("a.raw", vec![1; 64 * 512]);
+        world.host.files.put("b.raw", vec![2; 128 * 512]);
+        let line = world.line("/images/a.raw");
+        world.attach(&line);
+        world.run_until("a verdict", 11_000 * MS, |w| w.toolstack.verdict(&line, true).is_some());
+        world.run_for(seed * 100 * MS);
+        world.xs.remove(0, &line.be()).expect("dom0 may");
+        let other = DiskLine { params: "/images/b.raw".into(), ..line.clone() };
+        world.attach(&other);
+        let sectors = format!("{}/sectors", line.be());
+        world.run_until("the other", 11_000 * MS, |w| w.xs.number(0, &sectors) == Some(128));
+        world.detach(&other, true);
+        world.run_until("the removal", 30_000 * MS, |w| !w.toolstack.is_busy());
         world.wind_up(false);
     }
 }

@@ -105,6 +105,12 @@ impl Memory {
         self.wrote_at_ns = now_ns;
     }
 
+    /// Does our node hold what we did not write, after we had written something? dom0 asks for
+    /// removal so, or has made the directory anew for another disk.
+    pub fn is_overwritten(&self, own: Option<XenbusState>) -> bool {
+        self.wrote.is_some() && own.is_some() && self.wrote != own
+    }
+
     /// `online` was read: before each [`decide`].
     pub fn saw_online(&mut self, online: bool, now_ns: u64) {
         self.offline_since_ns = (!online).then(|| self.offline_since_ns.unwrap_or(now_ns));

@@ -31,6 +31,9 @@ use crate::xs::{self, Awaited, Purpose, Xs};
 const DESCRIBE: [&str; 7] =
     ["frontend", "frontend-id", "params", "mode", "dev", "device-type", "discard-enable"];
 
+/// Those of them that say which disk it is.
+const IDENTITY: [&str; 3] = ["frontend", "params", "mode"];
+
 /// What a batch of reads is for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Batch {
@@ -38,6 +41,8 @@ enum Batch {
     Describe,
     /// Both ends' states.
     Look,
+    /// Whether the directory describes the same disk still.
+    Identity,
     /// The frontend's shape: how many queues and pages.
     Shape,
     /// The frontend's rings.
@@ -83,6 +88,8 @@ enum Stage {
 enum Then {
     DeleteBackend,
     Forget,
+    /// Another disk lies at the same path: forget this one, then look there.
+    Replace,
 }
 
 /// What the server does after a device's turn.
@@ -139,6 +146,10 @@ pub struct Device {
     stage: Stage,
     since_ns: u64,
     said_waiting: bool,
+    /// What it was described by.
+    identity: [Option<Vec<u8>>; 3],
+    /// To be done if that is so still.
+    due: Option<Action>,
     paths: Vec<String>,
     held: Vec<Held>,
     pub disk: Option<Disk>,
@@ -202,6 +213,8 @@ impl Device {
             stage: Stage::Unread,
             since_ns: 0,
             said_waiting: false,
+            identity: [const { None }; 3],
+            due: None,
             paths: Vec::new(),
             held: Vec::new(),
             disk: None,
@@ -370,6 +383,7 @@ impl Device {
         match batch {
             Batch::Describe => self.described(world),
             Batch::Look => self.decide(world),
+            Batch::Identity => self.identity_read(world),
             Batch::Shape => self.shape_read(world),
             Batch::Keys => self.keys_read(world),
             Batch::Last => self.last_read(world),
@@ -451,6 +465,7 @@ impl Device {
             return;
         };
         self.fe = Some(String::from(fe));
+        self.identity = self.identity_shown();
         self.vdev = self.text("dev").unwrap_or("?").to_string();
         self.read_only = self.text("mode") != Some("w");
         self.cdrom = self.text("device-type") == Some("cdrom");
@@ -502,7 +517,40 @@ impl Device {
             now_ns: world.now_ns,
         };
         let action = xenbus::decide(&view);
+        if self.memory.is_overwritten(own) {
+            self.due = Some(action);
+            return self.read(world, Batch::Identity, &IDENTITY.map(|key| self.below_be(key)));
+        }
         self.act(world, action);
+    }
+
+    fn identity_shown(&self) -> [Option<Vec<u8>>; 3] {
+        IDENTITY.map(|key| self.values.get(&self.below_be(key)).cloned())
+    }
+
+    /// Our state was overwritten: does the directory describe the disk that we serve?
+    fn identity_read<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>) {
+        let Some(action) = self.due.take() else { return };
+        let shown = self.identity_shown();
+        if shown == self.identity {
+            return self.act(world, action);
+        }
+        if shown.iter().all(Option::is_none) {
+            // It went meanwhile: the next look says so.
+            self.look = true;
+        } else if self.rings == Rings::Down {
+            self.begin_finish(world, Then::Replace);
+        } else {
+            self.act(world, Action::Release);
+        }
+    }
+
+    /// The connection to xenstore began anew: no answer will come, no watch stands.
+    pub fn begin_anew(&mut self, xs: &mut Xs) {
+        (self.busy, self.showing, self.look) = (Busy::No, None, true);
+        if let (Some(fe), false) = (&self.fe, self.stage == Stage::Finished) {
+            xs.watch(&format!("{fe}/state"), self.watch());
+        }
     }
 
     fn act<H: Hypervisor + Bus>(&mut self, world: &mut Surroundings<'_, H>, action: Action) {

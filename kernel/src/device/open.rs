@@ -307,6 +307,10 @@ impl Device {
                 self.delete(world);
             }
             Then::Forget => self.nowhere(world),
+            Then::Replace => {
+                log::info!("guest {} disk {}: replaced by another", self.guest.0, self.vdev);
+                self.deleted(world);
+            }
         }
     }
 

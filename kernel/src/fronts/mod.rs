@@ -257,6 +257,16 @@ impl FrontSlot {
         self.wake_ns = Some(now_ns + pause_ns(self.refusals));
     }
 
+    /// The connection to xenstore began anew: no answer will come, no watch stands.
+    pub fn begin_anew(&mut self, xs: &mut Xs) {
+        self.busy = Busy::No;
+        self.look = true;
+        self.look_at_own(None);
+        if !self.be.is_empty() {
+            self.watch_backend(xs);
+        }
+    }
+
     /// A key was answered.
     pub fn key_read<H: Hypervisor + Bus>(
         &mut self,
