@@ -39,6 +39,10 @@ impl<H: Hypervisor + Bus> Device<H> for AnyDevice {
         each!(self, device => Device::<H>::geometry(&**device, unit))
     }
 
+    fn is_away(&self) -> bool {
+        each!(self, device => Device::<H>::is_away(&**device))
+    }
+
     fn losses(&self) -> u32 {
         each!(self, device => Device::<H>::losses(&**device))
     }

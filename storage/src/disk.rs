@@ -106,6 +106,11 @@ pub trait Device<H: Hypervisor> {
     /// Geometry of one unit; `None` while it is not ready, absent or gone.
     fn geometry(&self, unit: usize) -> Option<Geometry>;
 
+    /// It waits for somebody who may not come for a long time, and operations with it.
+    fn is_away(&self) -> bool {
+        false
+    }
+
     /// How often a volatile cache was lost so far, and with it perhaps writes that were answered
     /// and not flushed.
     fn losses(&self) -> u32;

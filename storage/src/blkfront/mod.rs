@@ -260,6 +260,10 @@ impl<H: Hypervisor> Device<H> for Blkfront {
         })
     }
 
+    fn is_away(&self) -> bool {
+        !self.is_connected()
+    }
+
     fn losses(&self) -> u32 {
         self.losses
     }

@@ -97,10 +97,17 @@ impl<D> BlockStore<D> {
                 self.say(at, verdict);
                 continue;
             }
+            let at_ns = now_ns.saturating_add(RETRY_NS);
+            if self.is_away::<H>(file.disks) {
+                // Another of its disks, or the same one again: it would not be found.
+                self.files[at].as_mut().into_iter().for_each(|file| {
+                    file.doubt = Doubt::Open { looks, at_ns };
+                });
+                continue;
+            }
             let look = Look { file: FileId(at as u16), opened: file.opened, doubted: true };
             let (path, access) = (file.path.clone(), file.access);
             let request = Request { tag: Tag(0), path, access, look: Some(look) };
-            let at_ns = now_ns.saturating_add(RETRY_NS);
             if let Some(file) = self.files[at].as_mut() {
                 file.doubt = Doubt::Open { looks: looks.saturating_add(1), at_ns };
             }
@@ -133,11 +140,14 @@ impl<D> BlockStore<D> {
     }
 
     /// A look at a doubted file ended.
-    pub(super) fn judge(&mut self, look: Look, found: Result<Resolved, StoreFault>) {
+    pub(super) fn judge<H: Hypervisor>(&mut self, look: Look, found: Result<Resolved, StoreFault>)
+    where
+        D: Device<H>,
+    {
         let at = usize::from(look.file.0);
         let Some(file) = self.files.get(at).and_then(Option::as_ref) else { return };
         let Doubt::Open { looks, .. } = file.doubt else { return };
-        if file.opened != look.opened {
+        if file.opened != look.opened || self.is_away::<H>(file.disks) {
             return;
         }
         let verdict = match found {

@@ -60,14 +60,20 @@ impl<D> BlockStore<D> {
     }
 
     /// Starts the next look when it is time; files take turns.
-    pub(super) fn look_for_growth(&mut self, now_ns: u64) {
+    pub(super) fn look_for_growth<H: Hypervisor>(&mut self, now_ns: u64)
+    where
+        D: Device<H>,
+    {
         let busy = self.opening.is_some() || !self.requests.is_empty();
         if !self.looks_asked || busy || now_ns < self.next_look_ns {
             return;
         }
         let count = self.files.len();
         let mut turns = (0..count).map(|step| (self.look_at + step) % count);
-        let asked = |at: &usize| self.files[*at].as_ref().is_some_and(|file| file.asked);
+        let asked = |at: &usize| {
+            let file = self.files[*at].as_ref().filter(|file| file.asked);
+            file.is_some_and(|file| !self.is_away::<H>(file.disks))
+        };
         let next = turns.find(asked);
         let Some((at, open)) = next.and_then(|at| Some((at, self.files[at].as_mut()?))) else {
             self.looks_asked = false;

@@ -104,8 +104,9 @@ pub struct BlockStore<D> {
     answers: VecDeque<Done>,
     requests: VecDeque<Request>,
     opening: Option<Opening>,
-    /// Files opened so far.
+    /// Files opened so far, and openings and looks begun.
     opened: u64,
+    openings: u64,
     /// Some file is asked for its size; the next look, and at which file to begin.
     looks_asked: bool,
     next_look_ns: u64,
@@ -139,6 +140,7 @@ impl<D> BlockStore<D> {
             requests: VecDeque::new(),
             opening: None,
             opened: 0,
+            openings: 0,
             looks_asked: false,
             next_look_ns: 0,
             look_at: 0,
@@ -219,6 +221,16 @@ impl<D> BlockStore<D> {
         let disk = self.disks.get(usize::from(disk))?;
         let geometry = self.devices.get(disk.device)?.device.geometry(disk.unit)?;
         Some(Geometry { sectors: geometry.sectors.min(SECTORS_MAX), ..geometry })
+    }
+
+    /// Whether some of a mask of disks waits for its backend.
+    fn is_away<H: Hypervisor>(&self, disks: u32) -> bool
+    where
+        D: Device<H>,
+    {
+        let mut of =
+            (0..).zip(&self.disks).filter(|(number, _): &(u32, _)| disks >> number & 1 == 1);
+        of.any(|(_, disk)| self.devices.get(disk.device).is_some_and(|at| at.device.is_away()))
     }
 
     /// Names the units that devices have found since the last time.
@@ -377,7 +389,8 @@ impl<H: Hypervisor, D: Device<H>> Store<H> for BlockStore<D> {
     }
 
     fn poll_at_ns(&self) -> Option<u64> {
-        if !self.ops.nothing_ready() || !self.answers.is_empty() || !self.requests.is_empty() {
+        let begins = self.opening.is_none() && !self.requests.is_empty();
+        if !self.ops.nothing_ready() || !self.answers.is_empty() || begins {
             return Some(0);
         }
         let may_look = self.looks_asked && self.opening.is_none();
@@ -395,7 +408,7 @@ impl<H: Hypervisor, D: Device<H>> Store<H> for BlockStore<D> {
             }
             self.look_at_doubted::<H>(now_ns);
             self.restart_waiting(hv);
-            self.look_for_growth(now_ns);
+            self.look_for_growth::<H>(now_ns);
             self.advance_opening(hv);
         }
         if let Some(done) = self.answers.pop_front() {

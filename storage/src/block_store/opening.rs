@@ -46,8 +46,9 @@ pub struct Opening {
     steps: u64,
     /// The heap had no room for a block.
     full: bool,
-    /// A read is under way.
-    reading: bool,
+    /// Its number, and the disk that it reads from just now.
+    number: u64,
+    reading: Option<u8>,
     fault: Option<StoreFault>,
     /// A disk came back meanwhile: nothing that was read counts.
     anew: bool,
@@ -130,25 +131,31 @@ impl<D> BlockStore<D> {
     {
         if self.opening.is_none() {
             let Some(request) = self.requests.pop_front() else { return };
+            self.openings += 1;
             self.opening = Some(Opening {
                 request,
                 cache: MetaCache::new(self.meta_blocks_max),
                 progress: Progress::default(),
                 steps: 0,
                 full: false,
-                reading: false,
+                number: self.openings,
+                reading: None,
                 fault: None,
                 anew: false,
             });
         }
-        let Some(mut opening) = self.opening.take_if(|opening| !opening.reading) else { return };
+        self.give_up_read::<H>();
+        let Some(mut opening) = self.opening.take_if(|it| it.reading.is_none()) else { return };
         if core::mem::take(&mut opening.anew) {
             (opening.fault, opening.steps, opening.full) = (None, 0, false);
             opening.progress = Progress::default();
             opening.cache.clear();
         }
         let count = self.disks.len() as u8;
-        let geometries = (0..count).map(|disk| self.geometry::<H>(disk)).collect();
+        // What is away is not there: nobody's opening waits for it.
+        let is_there = |disk: &u8| !self.is_away::<H>(1 << disk);
+        let geometry = |disk| Some(disk).filter(is_there).and_then(|disk| self.geometry::<H>(disk));
+        let geometries = (0..count).map(geometry).collect();
         let (disks, files) = (&self.disks, &self.files);
         let view = View { disks, files, geometries, cache: &opening.cache };
         let request = &opening.request;
@@ -171,13 +178,29 @@ impl<D> BlockStore<D> {
         };
         let Request { tag, path, access, look } = opening.request;
         match look {
-            Some(look) if look.doubted => return self.judge(look, resolved),
+            Some(look) if look.doubted => return self.judge::<H>(look, resolved),
             Some(look) => return self.looked(look, resolved, &geometries),
             None => {}
         }
         let entered =
             resolved.and_then(|found| self.enter_file::<H>(found, path, access, &geometries));
         self.answers.push_back(Done { tag, result: entered.map(Answer::Opened) });
+    }
+
+    /// A read whose disk went away is not waited for: others want to be opened too.
+    fn give_up_read<H: Hypervisor>(&mut self)
+    where
+        D: Device<H>,
+    {
+        let disk = self.opening.as_ref().and_then(|opening| opening.reading);
+        if !disk.is_some_and(|disk| self.is_away::<H>(1 << disk)) {
+            return;
+        }
+        self.openings += 1;
+        if let Some(opening) = &mut self.opening {
+            (opening.number, opening.reading) = (self.openings, None);
+            opening.fault = Some(StoreFault::Gone);
+        }
     }
 
     /// Starts reading a missing block, or leaves it for the next poll when there is no room.
@@ -199,8 +222,8 @@ impl<D> BlockStore<D> {
                 _ => break,
             }
         }
-        let len = sectors * 512;
-        let op = Op { kind: Kind::Meta, disk: miss.disk, sector, sectors, len, ..Op::NEW };
+        let (len, mark) = (sectors * 512, opening.number);
+        let op = Op { kind: Kind::Meta, mark, disk: miss.disk, sector, sectors, len, ..Op::NEW };
         let Some(index) = self.enter(op) else {
             if let Some(opening) = self.opening.as_mut().filter(|_| self.ops.is_empty()) {
                 opening.fault = Some(StoreFault::Limit(self.pool.free_pages() as u32));
@@ -208,7 +231,7 @@ impl<D> BlockStore<D> {
             return;
         };
         if let Some(opening) = &mut self.opening {
-            opening.reading = true;
+            opening.reading = Some(miss.disk);
         }
         self.try_start(hv, index);
     }
@@ -216,8 +239,9 @@ impl<D> BlockStore<D> {
     /// A metadata read came back.
     pub(super) fn finish_meta<H: Hypervisor>(&mut self, hv: &mut H, index: u16) {
         let op = self.ops.cancel(index);
-        if let Some(opening) = &mut self.opening {
-            opening.reading = false;
+        // Another one may run by now.
+        if let Some(opening) = self.opening.as_mut().filter(|it| it.number == op.mark) {
+            opening.reading = None;
             opening.fault = op.result.err();
             let mut block = [0; META_BLOCK_BYTES];
             let bytes = op.len as usize;

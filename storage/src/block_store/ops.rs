@@ -47,7 +47,8 @@ pub struct Op {
     pub state: State,
     pub tag: Tag,
     pub file: FileId,
-    /// Of a flush: the file's writes that were answered before it.
+    /// Of a flush: the file's writes that were answered before it. Of a read for an opening: its
+    /// number.
     pub mark: u64,
     pub disk: u8,
     /// The range on the disk, whole blocks, in 512-byte sectors.

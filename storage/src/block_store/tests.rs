@@ -27,6 +27,7 @@ pub(super) struct Mem {
     losses: Rc<Cell<u32>>,
     pub returns: Rc<Cell<u32>>,
     pub identity: Rc<Cell<u64>>,
+    pub away: Rc<Cell<bool>>,
     io_bytes_max: Rc<Cell<u32>>,
     /// What it says that it has.
     pub sectors: Rc<Cell<Option<u64>>>,
@@ -46,6 +47,7 @@ impl Mem {
             losses: Rc::default(),
             returns: Rc::default(),
             identity: Rc::default(),
+            away: Rc::default(),
             sectors: Rc::default(),
             io_bytes_max: Rc::new(Cell::new(64 * 1024)),
         }
@@ -96,6 +98,9 @@ impl Device<Fake> for Mem {
     fn losses(&self) -> u32 {
         self.losses.get()
     }
+    fn is_away(&self) -> bool {
+        self.away.get()
+    }
     fn returns(&self) -> u32 {
         self.returns.get()
     }
@@ -121,14 +126,14 @@ impl Device<Fake> for Mem {
         let len = io.sectors * 512;
         assert!(!moves || len <= self.io_bytes_max.get(), "longer than the device takes");
         let mut queue = self.queue.borrow_mut();
-        if queue.len() == self.room {
+        if queue.len() == self.room || self.away.get() {
             return DiskSubmit::NoRoom;
         }
         queue.push((tag, io));
         DiskSubmit::Taken
     }
     fn poll(&mut self, hv: &mut Fake, pool: &Pool, _: u64) -> Option<DiskDone> {
-        if self.allowed.get() == 0 || self.queue.borrow().is_empty() {
+        if self.away.get() || self.allowed.get() == 0 || self.queue.borrow().is_empty() {
             return None;
         }
         self.allowed.set(self.allowed.get() - 1);

@@ -280,7 +280,7 @@ impl Nvme {
         self.start_background(hv);
     }
 
-    /// Looks at the namespaces again, while operations go on.
+    /// Looks at the namespaces again: operations wait, for some admin commands, until it is done.
     pub(super) fn relist<H: Hypervisor + Bus>(&mut self, hv: &mut H) {
         self.ask(hv, Phase::Changes);
     }

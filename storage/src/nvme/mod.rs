@@ -152,6 +152,21 @@ pub enum Unfit {
 /// usual stride.
 pub const MMIO_PAGES: usize = 2;
 
+/// The admin queue, so many pairs and a page for answers: all of it or nothing.
+fn memory<H: Hypervisor>(hv: &mut H, pairs_max: usize) -> Option<(Queue, Vec<Queue>, Region)> {
+    let mut queues: Vec<Queue> =
+        (0..=pairs_max as u16).map_while(|id| Queue::new(hv, id, id > 0)).collect();
+    let page = hv.frames_alloc(1);
+    if let Some(page) = page
+        && queues.len() == pairs_max + 1
+    {
+        return Some((queues.remove(0), queues, page));
+    }
+    queues.into_iter().for_each(|queue| queue.free(hv));
+    page.into_iter().for_each(|page| hv.frames_free(page));
+    None
+}
+
 impl Nvme {
     /// Starts a controller whose first [`MMIO_PAGES`] pages of BAR0 are mapped.
     pub fn new<H: Hypervisor + Bus>(hv: &mut H, mmio: Mmio) -> Result<Nvme, Unfit> {
@@ -169,12 +184,7 @@ impl Nvme {
         if pairs_max == 0 {
             return Err(Unfit::Doorbells);
         }
-        let admin = Queue::new(hv, 0, false).ok_or(Unfit::Memory)?;
-        let page = hv.frames_alloc(1).ok_or(Unfit::Memory)?;
-        let mut pairs = Vec::new();
-        for id in 1..=pairs_max as u16 {
-            pairs.push(Queue::new(hv, id, true).ok_or(Unfit::Memory)?);
-        }
+        let (admin, pairs, page) = memory(hv, pairs_max).ok_or(Unfit::Memory)?;
         let entries_max = cap.entries_max().min(u32::from(ENTRIES_MAX)) as u16;
         let work_max = pairs_max * usize::from(ENTRIES_MAX);
         let mut nvme = Nvme {

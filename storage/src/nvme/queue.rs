@@ -67,11 +67,18 @@ impl Queue {
     /// Takes its frames: 2, and 4 for lists when `with_lists`.
     pub fn new<H: Hypervisor>(hv: &mut H, id: u16, with_lists: bool) -> Option<Queue> {
         let pages = usize::from(ENTRIES_MAX).div_ceil(LISTS_PER_PAGE);
+        let sq = hv.frames_alloc(1);
+        let cq = hv.frames_alloc(1);
+        let lists = if with_lists { hv.frames_alloc(pages) } else { None };
+        let (Some(sq), Some(cq), true) = (sq, cq, lists.is_some() == with_lists) else {
+            [sq, cq, lists].into_iter().flatten().for_each(|region| hv.frames_free(region));
+            return None;
+        };
         Some(Queue {
             id,
-            sq: hv.frames_alloc(1)?,
-            cq: hv.frames_alloc(1)?,
-            lists: if with_lists { Some(hv.frames_alloc(pages)?) } else { None },
+            sq,
+            cq,
+            lists,
             entries: ENTRIES_MAX,
             tail: 0,
             head: 0,

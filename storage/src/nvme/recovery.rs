@@ -168,7 +168,11 @@ impl Nvme {
     pub(super) fn background<H: Hypervisor + Bus>(&mut self, hv: &mut H, completion: Completion) {
         let good = completion.status.is_success();
         match completion.cid {
-            SLOT_HEALTH if good => self.health = Health::parse(&self.answer(hv)),
+            SLOT_HEALTH if good => {
+                // A disk that nobody uses comes back too.
+                self.resets_in_vain = 0;
+                self.health = Health::parse(&self.answer(hv));
+            }
             SLOT_EVENT if good => {
                 let (kind, information) = (completion.result & 7, completion.result >> 8 & 0xFF);
                 self.namespaces_changed |=

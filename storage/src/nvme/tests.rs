@@ -667,3 +667,29 @@ fn identify_answers_of_noise_never_panic() {
         assert!(limit.is_none_or(|bytes| bytes >= 8192), "{mdts}");
     }
 }
+
+#[test]
+fn a_controller_for_which_there_are_no_frames_takes_none() {
+    let mut world = World::new(1 << 20, 512);
+    let mmio = world.hv.map_mmio(0xFEB0_0000, MMIO_PAGES).unwrap();
+    let taken = world.hv.taken;
+    for left in 0..12 {
+        world.hv.frames_max = taken + left;
+        assert_eq!(Nvme::new(&mut world.hv, mmio).err(), Some(Unfit::Memory));
+        assert_eq!(world.hv.taken, taken, "{left} frames left");
+    }
+}
+
+#[test]
+fn a_controller_that_nobody_uses_is_not_given_up_for_falling_now_and_then() {
+    let mut world = World::new(1 << 20, 512);
+    world.open();
+    for _ in 0..8 {
+        world.model.borrow_mut().faults.fatal = true;
+        for _ in 0..50 {
+            assert_eq!(world.poll(), None);
+            world.step(100);
+        }
+    }
+    assert_eq!((world.nvme().is_dead(), world.nvme().counters().resets), (false, 8));
+}
