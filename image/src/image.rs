@@ -41,7 +41,7 @@ pub struct Options {
     /// Memory for cached metadata, bytes, or less where there is less: all that this image will
     /// ever hold, but for as much again for the index of a chain, some hundred bytes for each of
     /// its layers, and, for compressed formats, one or two clusters and a decoder (130 KiB for
-    /// zstd).
+    /// zstd). A dirty qcow2 takes up to 1 MiB more while it is opened for writing.
     pub budget_bytes: usize,
     /// Freshness for identifiers that a format wants new (VMDK CID, VHDX GUIDs).
     pub seed: u64,

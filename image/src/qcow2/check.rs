@@ -8,13 +8,13 @@
 //! made anew elsewhere (`rebuild`) or left alone.
 
 use alloc::boxed::Box;
-use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
 
 use crate::check::{CheckParams, CheckProgress, CheckReport, Repair};
 use crate::fault::ImageFault;
 use crate::format::Ctx;
+use crate::memory::{SPARE_BYTES, as_much_as_fits, filled, is_left};
 use crate::meta::{BLOCK_BYTES, Phase};
 use crate::types::{Step, Stop};
 
@@ -24,6 +24,8 @@ use super::header::{INCOMPATIBLE_CORRUPT, INCOMPATIBLE_DIRTY, field};
 
 /// Clusters compared in one step.
 const COMPARE_AT_ONCE: u64 = 4096;
+/// Clusters in a window at least (ours): with fewer, the tables are gone through too often.
+const WINDOW_MIN: usize = 4096;
 /// L1 entries looked at in one step.
 const L1_AT_ONCE: u64 = 512;
 /// Bits of a bitmap's table entry that are 0 (docs/interop/qcow2.rst, "Bitmap table").
@@ -152,9 +154,19 @@ impl Checker {
 
 impl Qcow2 {
     /// `replaces`: the refcount table may be made anew if it is broken.
-    pub(super) fn begin_check(&mut self, ctx: &mut Ctx, params: CheckParams, replaces: bool) {
+    pub(super) fn begin_check(
+        &mut self,
+        ctx: &mut Ctx,
+        params: CheckParams,
+        replaces: bool,
+    ) -> Result<(), ImageFault> {
         let limit = ctx.files.size(self.file).div_ceil(self.cluster_bytes());
-        let room = (params.budget_bytes / 2).max(4096) as u64;
+        let room = (params.budget_bytes / 2).max(WINDOW_MIN) as u64;
+        let most = room.min(limit.max(1)) as usize;
+        let counts = as_much_as_fits(most, |count| {
+            let enough = count >= most.min(WINDOW_MIN);
+            enough.then(|| filled(0, count)).flatten().filter(|_| is_left(SPARE_BYTES))
+        })?;
         let clusters = self.header.size_bytes.div_ceil(self.cluster_bytes());
         let mends = params.repair != Repair::Nothing;
         let mut report = CheckReport { clusters, ..CheckReport::default() };
@@ -163,9 +175,9 @@ impl Qcow2 {
             params,
             report,
             stage: Stage::Start,
-            pass: if mends && room < limit { Pass::Look } else { Pass::Whole },
+            pass: if mends && (counts.len() as u64) < limit { Pass::Look } else { Pass::Whole },
             window: 0,
-            counts: vec![0; room.min(limit.max(1)) as usize],
+            counts,
             limit,
             tables: 0,
             broken: false,
@@ -174,6 +186,7 @@ impl Qcow2 {
             replaces,
             after: None,
         }));
+        Ok(())
     }
 
     /// One bounded part of the check.
@@ -582,8 +595,11 @@ impl Qcow2 {
 
     fn compare(&mut self, ctx: &mut Ctx, c: &mut Checker, mut cluster: u64) -> Step<Stage> {
         let end = c.window_end();
-        let stop = end.min(cluster + COMPARE_AT_ONCE);
-        while cluster < stop {
+        for _ in 0..COMPARE_AT_ONCE {
+            cluster += self.uncounted(ctx, c, cluster..end)?;
+            if cluster >= end {
+                break;
+            }
             self.compare_one(ctx, c, cluster)?;
             cluster += 1;
             c.stage = Stage::Compare(cluster);
@@ -596,6 +612,21 @@ impl Qcow2 {
             return Ok(Stage::Start);
         }
         Ok(if c.pass == Pass::Rebuild { Stage::Switch } else { Stage::Flags(self.active()) })
+    }
+
+    /// Clusters at the start of `part` that no block counts and nothing refers to.
+    fn uncounted(&self, ctx: &mut Ctx, c: &Checker, part: Range<u64>) -> Step<u64> {
+        let bits = self.block_counts_bits();
+        let end = part.end.min(((part.start >> bits) + 1) << bits);
+        let counts = &c.counts[(part.start - c.window) as usize..(end - c.window) as usize];
+        if counts.first() != Some(&0) {
+            return Ok(0);
+        }
+        match self.refcount_block(ctx, part.start) {
+            Ok(Some(_)) | Err(Stop::Fault(_)) => Ok(0),
+            Ok(None) => Ok(counts.iter().take_while(|&&count| count == 0).count() as u64),
+            Err(stop) => Err(stop),
+        }
     }
 
     fn compare_one(&mut self, ctx: &mut Ctx, c: &mut Checker, cluster: u64) -> Step<()> {
@@ -754,24 +785,4 @@ impl Qcow2 {
         }
         Ok(())
     }
-
-    /// Before a dirty image is written: its refcounts are made right.
-    pub(super) fn rebuild(&mut self, ctx: &mut Ctx) -> Step<()> {
-        let dirty = self.header.incompatible & INCOMPATIBLE_DIRTY != 0;
-        let corrupt = self.header.incompatible & INCOMPATIBLE_CORRUPT != 0;
-        if self.writer.is_none() || !dirty || corrupt || self.rebuilt {
-            return Ok(());
-        }
-        if self.checker.is_none() {
-            let params = CheckParams { repair: Repair::All, budget_bytes: REBUILD_BYTES };
-            self.begin_check(ctx, params, false);
-        }
-        while let CheckProgress::More { .. } = self.step_check(ctx)? {}
-        // Not sound: it stays dirty, and writes are refused.
-        self.rebuilt = true;
-        if ctx.meta.is_dirty() { Err(Stop::NeedFlush) } else { Ok(()) }
-    }
 }
-
-/// Memory for the rebuild of a dirty image, given back after it (ours).
-const REBUILD_BYTES: usize = 1 << 20;

@@ -8,6 +8,7 @@
 
 mod check;
 mod create;
+mod dirty;
 mod discard;
 mod end;
 mod entry;
@@ -250,8 +251,7 @@ impl Layer for Qcow2 {
 
 impl Inspect for Qcow2 {
     fn check_begin(&mut self, ctx: &mut Ctx, params: CheckParams) -> Result<(), ImageFault> {
-        self.begin_check(ctx, params, true);
-        Ok(())
+        self.begin_check(ctx, params, true)
     }
 
     fn check_step(&mut self, ctx: &mut Ctx) -> Step<CheckProgress> {

@@ -12,7 +12,7 @@ use crate::append::Shape;
 use crate::fault::ImageFault;
 use crate::format::Ctx;
 use crate::meta::Phase;
-use crate::types::Step;
+use crate::types::{Step, Stop};
 
 /// Clusters that one pass looks at: 64 KiB of bits, 32 GiB of file in clusters of 64 KiB.
 const WINDOW_CLUSTERS: u64 = 64 * WORDS as u64;
@@ -34,18 +34,17 @@ impl Scan {
         Scan { used: Box::new([0; WORDS]), window: 0, started: false, l1_index: 0, l2_index: None }
     }
 
-    /// Goes on; `Ok` when all windows are done.
+    /// Goes on; `Ok` when all windows are done. It stops after each, so that others are served.
     pub fn step(&mut self, ctx: &mut Ctx, tables: &Tables) -> Step<()> {
         let clusters = ctx.files.size(tables.file).div_ceil(tables.header.cluster_bytes);
-        loop {
-            self.pass(ctx, tables)?;
-            if clusters - self.window.min(clusters) <= WINDOW_CLUSTERS {
-                return Ok(());
-            }
-            self.used.fill(0);
-            self.window += WINDOW_CLUSTERS;
-            (self.started, self.l1_index) = (false, 0);
+        self.pass(ctx, tables)?;
+        if clusters - self.window.min(clusters) <= WINDOW_CLUSTERS {
+            return Ok(());
         }
+        self.used.fill(0);
+        self.window += WINDOW_CLUSTERS;
+        (self.started, self.l1_index) = (false, 0);
+        Err(Stop::NeedFlush)
     }
 
     fn pass(&mut self, ctx: &mut Ctx, tables: &Tables) -> Step<()> {
