@@ -269,9 +269,11 @@ impl Vhdx {
         Ok(())
     }
 
-    /// Keeps free places as long as a block.
+    /// Keeps free places as long as a block. New blocks go behind `next`, so that all of these lie
+    /// before it: in a store of fixed size the rest is free too, and would be given out twice.
     fn find_spares(&self, writer: &mut Writer, mib: u64) {
         let Some(used) = writer.used.take() else { return };
+        let mib = if writer.can_grow { mib } else { mib.min(writer.next / MIB) };
         let per_block = self.block_bytes() / MIB;
         let is_used = |at: u64| used[(at / 64) as usize] & (1 << (at % 64)) != 0;
         let mut at = 1;
@@ -412,6 +414,12 @@ impl Vhdx {
         let data = offset + span.first * SECTOR_BYTES;
         let mut plan = self.write_plan(slot, span.count, data);
         self.copy_around(&mut plan, span, whole);
+        if all && span.count < self.geometry.block_sectors {
+            // The disk ends in this block. What lies behind becomes present too, and shows if it
+            // grows.
+            let end = offset + span.count * SECTOR_BYTES;
+            self.zero(&mut plan, end, offset + self.block_bytes() - end);
+        }
         Ok(plan)
     }
 
@@ -491,17 +499,9 @@ impl Vhdx {
         let place = spare.unwrap_or_else(|| take(self.block_bytes()));
         self.check_room(ctx, writer, end)?;
         let bits_at = self.bits_at(bitmap, whole);
-        if old_bitmap.is_none() && !writer.can_grow {
-            // The store holds anything there: the cache starts from zeros, not from a read.
-            ctx.meta.create(self.file, bits_at / BLOCK_BYTES * BLOCK_BYTES, Phase::TABLE)?;
-        }
-        let entry_at = self.entry_at(span.block);
         let pins = match old_bitmap {
-            Some(_) => pin_all(ctx, self.file, &[entry_at, bits_at])?,
-            None => {
-                let bitmap_entry_at = self.bitmap_entry_at(span.block);
-                pin_all(ctx, self.file, &[entry_at, bits_at, bitmap_entry_at])?
-            }
+            Some(_) => pin_all(ctx, self.file, &[self.entry_at(span.block), bits_at])?,
+            None => self.pin_new_bitmap(ctx, writer, span.block, bits_at)?,
         };
         self.take_place(ctx, writer, spare, end);
         writer.clearing = None;
@@ -524,6 +524,34 @@ impl Vhdx {
             pins,
         });
         Ok(plan)
+    }
+
+    /// Pins what changes when a block's sector bitmap is new. A store of fixed size holds anything
+    /// there, so the cache starts from zeros, not from a read; that comes last, for zeros left by
+    /// a plan that stops would lie over whatever gets the place instead.
+    fn pin_new_bitmap(
+        &self,
+        ctx: &mut Ctx,
+        writer: &Writer,
+        block: u64,
+        bits_at: u64,
+    ) -> Step<heapless::Vec<u64, PINS_MAX>> {
+        let entries = [self.entry_at(block), self.bitmap_entry_at(block)];
+        if writer.can_grow {
+            return pin_all(ctx, self.file, &[entries[0], entries[1], bits_at]);
+        }
+        if ctx.meta.flushing() {
+            // What the log entry under way holds must not change.
+            return Err(Stop::Busy);
+        }
+        let mut pins = pin_all(ctx, self.file, &entries)?;
+        let bits_block = bits_at / BLOCK_BYTES * BLOCK_BYTES;
+        if let Err(stop) = ctx.meta.create_pinned(self.file, bits_block, Phase::TABLE) {
+            pins.iter().for_each(|&pinned| ctx.meta.unpin(self.file, pinned));
+            return Err(stop);
+        }
+        pins.push(bits_at).expect("no more than there are kinds of them");
+        Ok(pins)
     }
 
     fn zero(&self, plan: &mut WritePlan, offset: u64, len: u64) {
@@ -554,6 +582,10 @@ impl Vhdx {
             let piece = &mut unit[..room.min(len - done) as usize];
             ctx.meta.get(self.file, at, piece)?;
             if piece.iter().any(|&b| b != 0) {
+                if ctx.meta.flushing() {
+                    // What the log entry under way holds must not change.
+                    return Err(Stop::Busy);
+                }
                 writer.begin(ctx.meta, self.log, PINS_MAX + 1)?;
                 piece.fill(0);
                 ctx.meta.set(self.file, at, piece, Phase::TABLE)?;
