@@ -10,6 +10,7 @@ mod fault;
 pub mod flight;
 pub mod flow;
 mod lock;
+mod made;
 pub mod medium;
 mod pool;
 mod writeback;

@@ -4,7 +4,8 @@
 //! Would miss: what the engine's own tests find; it looks at words, codes and files.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
@@ -314,6 +315,93 @@ fn what_another_program_writes_to_is_left_alone() {
     ours.kill().unwrap();
     ours.wait().unwrap();
     assert!(refused && !resized, "QEMU does not see our locks");
+}
+
+#[test]
+fn what_a_new_image_comes_from_or_lies_over_is_never_replaced() {
+    let folder = Folder::new("sources");
+    sample(&folder.path("a.raw"));
+    folder.good(&["convert", "-q", "a.raw", "base.qcow2"]);
+    folder.good(&["create", "-q", "-b", "base.qcow2", "-F", "qcow2", "mid.qcow2"]);
+    fs::hard_link(folder.path("base.qcow2"), folder.path("link.qcow2")).unwrap();
+    let held = fs::read(folder.path("base.qcow2")).unwrap();
+    let over = ["create", "--force", "-F", "qcow2", "-b"];
+    let convert = ["convert", "--force"];
+    for args in [
+        &[&over[..], &["base.qcow2", "base.qcow2"]].concat()[..],
+        &[&over[..], &["mid.qcow2", "base.qcow2"]].concat(),
+        &[&over[..], &["mid.qcow2", "-U", "link.qcow2"]].concat(),
+        &[&convert[..], &["base.qcow2", "base.qcow2"]].concat(),
+        &[&convert[..], &["-B", "mid.qcow2", "-F", "qcow2", "a.raw", "base.qcow2"]].concat(),
+        &[&convert[..], &["-U", "mid.qcow2", "base.qcow2"]].concat(),
+        &[&convert[..], &["-U", "mid.qcow2", "link.qcow2"]].concat(),
+        &[&convert[..], &["-U", "-c", "mid.qcow2", "link.qcow2"]].concat(),
+    ] {
+        let said = folder.refused(args, args[args.len() - 1]);
+        assert!(said.contains("they are one file"), "{args:?}: {said}");
+        assert!(fs::read(folder.path("base.qcow2")).unwrap() == held, "{args:?}");
+    }
+    folder.good(&["convert", "-q", "--force", "mid.qcow2", "a.raw"]);
+}
+
+#[test]
+fn only_an_ordinary_file_is_replaced() {
+    let folder = Folder::new("ordinary");
+    sample(&folder.path("a.raw"));
+    Command::new("mkfifo").arg(folder.path("pipe.raw")).status().unwrap();
+    Command::new("mkfifo").arg(folder.path("pipe.vmdk")).status().unwrap();
+    let stream = ["convert", "--force", "-o", "subformat=streamOptimized", "a.raw", "pipe.vmdk"];
+    for (args, name) in [
+        (&["create", "--force", "pipe.raw", "1M"][..], "pipe.raw"),
+        (&["convert", "--force", "a.raw", "pipe.raw"], "pipe.raw"),
+        (&stream, "pipe.vmdk"),
+    ] {
+        let said = folder.refused(args, name);
+        assert!(said.contains("no ordinary file"), "{args:?}: {said}");
+        let kind = fs::symlink_metadata(folder.path(name)).unwrap().file_type();
+        assert!(kind.is_fifo(), "{args:?}");
+    }
+}
+
+/// A half made image looks like one that is complete.
+#[test]
+fn a_convert_that_fails_or_is_ended_leaves_nothing_behind() {
+    let folder = Folder::new("failed");
+    sample(&folder.path("a.raw"));
+    folder.good(&["create", "-q", "base.qcow2", "9M"]);
+    let names = || {
+        let names = fs::read_dir(&folder.0).unwrap().map(|entry| entry.unwrap().file_name());
+        let mut names: Vec<_> = names.collect();
+        names.sort();
+        names
+    };
+    let before = names();
+    let program = env!("CARGO_BIN_EXE_platter");
+    for rest in [
+        "a.raw b.qcow2",
+        "-B base.qcow2 -F qcow2 a.raw b.qcow2",
+        "-o subformat=twoGbMaxExtentSparse a.raw b.vmdk",
+        "-c a.raw b.qcow2",
+    ] {
+        // No file may be longer than 32 KiB.
+        let shell = format!("trap '' XFSZ; ulimit -f 64; exec {program} convert -q {rest}");
+        let output = Command::new("sh").args(["-c", &shell]).current_dir(&folder.0).output();
+        let output = output.unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && error.contains("cannot"), "{rest}: {error}");
+        assert_eq!(names(), before, "{rest}");
+    }
+    fs::write(folder.path("large.raw"), vec![1; 256 << 20]).unwrap();
+    let args = ["convert", "-q", "-c", "large.raw", "b.qcow2"];
+    let mut convert = Command::new(program);
+    let mut convert = convert.args(args).current_dir(&folder.0).spawn().unwrap();
+    while !folder.path("b.qcow2").exists() {
+        assert!(convert.try_wait().unwrap().is_none(), "it ended");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(Command::new("kill").arg(convert.id().to_string()).status().unwrap().success());
+    let status = convert.wait().unwrap();
+    assert!(status.signal() == Some(15) && !folder.path("b.qcow2").exists(), "{status}");
 }
 
 /// An image made by qemu-img and then changed by hand.

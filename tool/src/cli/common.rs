@@ -209,6 +209,11 @@ pub fn beside(image: &Path, name: &str) -> PathBuf {
     image.with_file_name(name)
 }
 
+/// The files that are open for an image at `image`.
+pub fn files_of(image: &Path, engine: &Engine) -> Vec<PathBuf> {
+    engine.paths().iter().map(|path| beside(image, path)).collect()
+}
+
 /// Bytes of a disk.
 pub fn disk_bytes(engine: &mut Engine) -> u64 {
     engine.sectors() * SECTOR_BYTES

@@ -1,7 +1,7 @@
 //! `platter convert`: one image into another. Pieces are read ahead while this thread writes;
 //! zeros and holes are left out.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
 use indicatif::ProgressBar;
@@ -10,9 +10,11 @@ use platter_image::{Access, CreateParams, FileNo, Format, SECTOR_BYTES};
 use super::common::{self, Failure, OpenFlags, Outcome, OutputFlags};
 use super::create::{Base, FormatOptions, NewImage};
 use super::{size, stream};
+use crate::create::Replace;
 use crate::engine::Engine;
 use crate::fault::Fault;
 use crate::flow::{Flow, Piece};
+use crate::made::Made;
 use crate::writeback::Writeback;
 
 /// Turn an image into another
@@ -70,13 +72,10 @@ impl Convert {
         if let Some(format) = self.stream_format()? {
             return self.stream(reader, format, sectors).map(|code| self.done(code, sectors));
         }
-        let has_base = self.make_target(sectors)?;
-        let result = self.copy(reader, sectors, has_base);
-        if result.is_err() && !has_base {
-            // What is half made is of no use; its extents, if any, are named after it.
-            let _ = std::fs::remove_file(&self.target);
-        }
-        result.map(|code| self.done(code, sectors))
+        let (made, has_base) = self.make_target(&reader, sectors)?;
+        self.copy(reader, sectors, has_base)?;
+        made.keep();
+        Ok(self.done(0, sectors))
     }
 
     fn done(&self, code: u8, sectors: u64) -> u8 {
@@ -118,16 +117,20 @@ impl Convert {
             seed: common::seed(),
             unix_seconds: common::unix_seconds(),
         };
-        let replace = self.force && !same_file(&self.source, &self.target);
+        let replace = self.replace(&reader);
         let quiet = (self.quiet || self.output.json()) && !self.progress;
         let bar = common::progress(sectors * SECTOR_BYTES, "converting", quiet);
-        let result = stream::write(reader, &params, (&self.target, replace), &bar);
+        let result = stream::write(reader, &params, (&self.target, &replace), &bar);
         bar.finish_and_clear();
         result.map(|()| 0)
     }
 
+    fn replace(&self, reader: &Engine) -> Replace {
+        Replace::when(self.force).but(&common::files_of(&self.source, reader))
+    }
+
     /// Makes the empty target and says whether it has a base.
-    fn make_target(&self, sectors: u64) -> Result<bool, Failure> {
+    fn make_target(&self, reader: &Engine, sectors: u64) -> Result<(Made, bool), Failure> {
         let format = common::format_of(&self.target, self.output_format.as_deref())?;
         let options = FormatOptions::parse(&self.options)?;
         let name = self.backing.as_ref().or(options.backing.as_ref());
@@ -142,13 +145,12 @@ impl Convert {
             sectors,
             options: &options,
             base: base.as_ref(),
-            replace: self.force && !same_file(&self.source, &self.target),
+            replace: self.replace(reader),
         };
-        new.make()?;
-        Ok(base.is_some())
+        Ok((new.make()?, base.is_some()))
     }
 
-    fn copy(&self, reader: Engine, sectors: u64, has_base: bool) -> Outcome {
+    fn copy(&self, reader: Engine, sectors: u64, has_base: bool) -> Result<(), Failure> {
         let format = self.output_format.as_deref();
         let target = common::open(&self.target, format, Access::ReadWrite, &self.open)?;
         let mut writer = target.engine;
@@ -165,8 +167,7 @@ impl Convert {
         moved?;
         let synced = sink.writeback.finish();
         synced.map_err(|error| Fault::io(&self.target.to_string_lossy(), "sync", error))?;
-        writer.finish().map_err(|fault| common::in_folder(&self.target, fault))?;
-        Ok(0)
+        writer.finish().map_err(|fault| common::in_folder(&self.target, fault))
     }
 
     fn move_pieces(
@@ -185,13 +186,6 @@ impl Convert {
             bar.inc(piece.count * SECTOR_BYTES);
             spare = piece.bytes;
         }
-    }
-}
-
-fn same_file(a: &Path, b: &Path) -> bool {
-    match (a.canonicalize(), b.canonicalize()) {
-        (Ok(a), Ok(b)) => a == b,
-        _ => false,
     }
 }
 

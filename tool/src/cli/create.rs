@@ -7,6 +7,9 @@ use platter_image::{Access, Backing, CreateParams, Format, SECTOR_BYTES};
 
 use super::common::{self, Failure, OpenFlags, Outcome, OutputFlags};
 use super::size::{self, Bytes};
+use crate::create::{Replace, carry_out};
+use crate::engine::Engine;
+use crate::made::Made;
 
 /// Make a new image
 #[derive(Args)]
@@ -78,12 +81,14 @@ impl FormatOptions {
     }
 }
 
-/// A base as a new image will name it.
+/// A base as a new image will name it, open and locked until that is made.
 pub struct Base {
     pub name: String,
     pub format: Format,
     pub identity: Option<u128>,
     pub sectors: u64,
+    files: Vec<PathBuf>,
+    _engine: Engine,
 }
 
 impl Base {
@@ -98,11 +103,13 @@ impl Base {
         let opened = common::open(&path, format, Access::ReadOnly, flags)?;
         let mut engine = opened.engine;
         let (identity, sectors) = (engine.image().identity(), engine.sectors());
-        Ok(Base { name: String::from(name), format: opened.format, identity, sectors })
+        let (name, format) = (String::from(name), opened.format);
+        let files = common::files_of(&path, &engine);
+        Ok(Base { name, format, identity, sectors, files, _engine: engine })
     }
 
     pub fn backing(&self) -> Backing<'_> {
-        let Base { name, format, identity, sectors } = self;
+        let Base { name, format, identity, sectors, .. } = self;
         Backing { name, format: *format, identity: *identity, sectors: *sectors }
     }
 }
@@ -114,11 +121,12 @@ pub struct NewImage<'a> {
     pub sectors: u64,
     pub options: &'a FormatOptions,
     pub base: Option<&'a Base>,
-    pub replace: bool,
+    pub replace: Replace,
 }
 
 impl NewImage<'_> {
-    pub fn make(&self) -> Result<(), Failure> {
+    /// Makes its files, which go again unless the caller keeps them.
+    pub fn make(self) -> Result<Made, Failure> {
         let pairs = self.options.pairs();
         let name = self.path.file_name().map(|name| name.to_string_lossy()).unwrap_or_default();
         let params = CreateParams {
@@ -134,7 +142,8 @@ impl NewImage<'_> {
         let plan = platter_image::Create::new(&params);
         let refused = |why| Failure::new(format!("{}: {why}", self.path.display()));
         let mut plan = plan.map_err(refused)?;
-        Ok(crate::create::carry_out(&mut plan, self.path, self.replace)?)
+        let below = self.base.map_or(&[][..], |base| &base.files);
+        Ok(carry_out(&mut plan, self.path, &self.replace.but(below))?)
     }
 }
 
@@ -162,9 +171,9 @@ impl Create {
             sectors,
             options: &options,
             base: base.as_ref(),
-            replace: self.force,
+            replace: Replace::when(self.force),
         };
-        new.make()?;
+        new.make()?.keep();
         let bytes = sectors * SECTOR_BYTES;
         let text = format!("Created {}: {}, {}", self.file.display(), format.name(), Bytes(bytes));
         common::say_done(&self.output, self.quiet, &text, &self.file, bytes);

@@ -46,6 +46,7 @@ enum Command {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
+    crate::made::watch_signals();
     let result = match Args::parse().command {
         Command::Info(command) => command.run(),
         Command::Map(command) => command.run(),

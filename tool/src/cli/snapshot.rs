@@ -11,6 +11,7 @@ use super::common::{self, OpenFlags, Outcome, OutputFlags};
 use super::create::{Base, FormatOptions, NewImage};
 use super::info;
 use super::size::Bytes;
+use crate::create::Replace;
 
 /// List the snapshots in an image, or lay an overlay over it
 #[derive(Args)]
@@ -83,9 +84,9 @@ impl Snapshot {
             sectors: base.sectors,
             options: &FormatOptions::parse(&self.options)?,
             base: Some(&base),
-            replace: false,
+            replace: Replace::default(),
         };
-        new.make()?;
+        new.make()?.keep();
         let text = format!("Created {} over {}", overlay.display(), self.file.display());
         common::say_done(&self.output, false, &text, overlay, base.sectors * SECTOR_BYTES);
         Ok(0)

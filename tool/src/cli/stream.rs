@@ -11,9 +11,10 @@ use indicatif::ProgressBar;
 use platter_image::{CreateFault, CreateParams, Format, Qcow2Stream, SECTOR_BYTES, VmdkStream};
 
 use super::common::Failure;
-use crate::create::claim;
+use crate::create::{Replace, claim, empty};
 use crate::engine::Engine;
 use crate::flow::{Flow, Piece, is_zero};
+use crate::made::Made;
 use crate::pool::{Desk, Pool};
 
 /// The level at which zlib is usually run.
@@ -28,18 +29,16 @@ const CLUSTERS_MAX: usize = 32;
 pub fn write(
     reader: Engine,
     params: &CreateParams,
-    (path, replace): (&Path, bool),
+    (path, replace): (&Path, &Replace),
     bar: &ProgressBar,
 ) -> Result<(), Failure> {
     let layout = Layout::new(params).map_err(|why| refused(path, &why))?;
-    let file = claim(path, replace)?;
-    file.set_len(0).map_err(|error| failed(path, "empty", &error))?;
-    let result = fill(reader, layout, (path, file), params.sectors, bar);
-    if result.is_err() {
-        // What is half made is of no use.
-        let _ = std::fs::remove_file(path);
-    }
-    result
+    let mut made = Made::default();
+    let file = claim(path, replace, &mut made)?;
+    empty(path, &file, &mut made)?;
+    fill(reader, layout, (path, file), params.sectors, bar)?;
+    made.keep();
+    Ok(())
 }
 
 fn refused(path: &Path, why: &CreateFault) -> Failure {
@@ -282,7 +281,9 @@ mod tests {
             unix_seconds: 0,
         };
         let path = root.join("s.vmdk");
-        assert!(write(reader, &params, (&path, false), &ProgressBar::hidden()).is_ok());
+        assert!(
+            write(reader, &params, (&path, &Replace::default()), &ProgressBar::hidden()).is_ok()
+        );
         assert!(std::fs::metadata(&path).unwrap().len() < 400_000);
         let vmdk = options(Format::Vmdk, Access::ReadOnly);
         let mut engine = Engine::open(&DiskFolder::new(&root), "s.vmdk", vmdk).unwrap();
