@@ -176,6 +176,21 @@ fn looked_at(engine: &mut Engine, old: u64) -> Vec<u8> {
     bytes
 }
 
+/// As `platter resize` does it: nothing is written once it is grown.
+#[test]
+fn a_disk_that_only_grows_needs_no_mending() {
+    for case in CASES.iter().chain([&case(Format::Vhd, &[], 0, (3001, 3 << 21))]) {
+        let what = format!("{} {:?} to {}", case.format.name(), case.options, case.sizes.1);
+        let (folder, _) = written(case, "a.img");
+        let mut engine = open(&folder, "a.img", rw(case.format));
+        engine.resize(case.sizes.1).unwrap_or_else(|fault| panic!("{what}: {fault}"));
+        engine.close().unwrap();
+        let mut engine = open(&folder, "a.img", ro(case.format));
+        assert_eq!(engine.sectors(), case.sizes.1, "{what}");
+        assert_eq!(engine.image().notes().next(), None, "{what}");
+    }
+}
+
 #[test]
 fn a_grown_disk_keeps_what_it_held_and_reads_zeros_behind() {
     let scratch = Scratch::new("grow");

@@ -7,7 +7,7 @@
 mod foreign;
 
 use foreign::*;
-use platter_image::{Backing, CreateParams, Format};
+use platter_image::{Backing, CreateParams, FlushStep, Format};
 use platter_tool::engine::Engine;
 use platter_tool::medium::{Event, RamFolder, apply};
 
@@ -250,6 +250,48 @@ fn a_guests_footer_at_the_end_loses_against_the_copy() {
     assert_eq!(open(&folder, "f.vhd", ro(Format::Vhd)).sectors(), 64);
 }
 
+/// What a guest wrote decides nothing: a dynamic disk's could bring a footer of a fixed one to the
+/// end, and a fixed disk's all of a dynamic one to the start.
+#[test]
+fn a_fixed_disk_with_a_dynamic_one_at_its_start_is_refused() {
+    let options = [("subformat", "fixed")];
+    let mut bytes = made(&CreateParams { options: &options, ..params(Format::Vhd, 9000) });
+    bytes[..1536].copy_from_slice(&dynamic(9000)[..1536]);
+    let said = refused(bytes.clone(), "a.vhd", ro(Format::Vhd));
+    assert!(said.contains("all of a dynamic one at the start"), "{said}");
+    bytes[512] = 0;
+    let folder = RamFolder::new();
+    folder.put("a.vhd", bytes);
+    let info = open(&folder, "a.vhd", ro(Format::Vhd)).image().info();
+    assert_eq!(info[0].details.variant, "fixed", "a copy without its header is a guest's bytes");
+}
+
+/// A footer that is missing comes with the first write, and not with a flush that began before.
+#[test]
+fn a_missing_footer_is_written_whatever_flush_is_under_way() {
+    let folder = RamFolder::new();
+    folder.put("a.vhd", dynamic(9000));
+    let mut engine = open(&folder, "a.vhd", rw(Format::Vhd));
+    engine.write(0, &[3; 512]).unwrap();
+    engine.close().unwrap();
+    let mut bytes = folder.bytes("a.vhd").unwrap();
+    bytes.truncate(bytes.len() - 512);
+    folder.put("a.vhd", bytes);
+    let mut engine = open(&folder, "a.vhd", rw(Format::Vhd));
+    assert!(engine.image().notes().next().is_some());
+    engine.image().flush_begin();
+    while !matches!(engine.image().flush_step(), FlushStep::Done) {}
+    let plan = prepare(&mut engine, 0, 8);
+    engine.image().flush_end(true);
+    if let Some(plan) = plan {
+        engine.image().commit(plan.prepared);
+    } else {
+        engine.write(0, &[4; 512]).unwrap();
+    }
+    engine.close().unwrap();
+    assert_eq!(open(&folder, "a.vhd", ro(Format::Vhd)).image().notes().next(), None);
+}
+
 /// A file as libvhd lays it out: BAT, batmap, three locators, then blocks.
 fn xenserver() -> Vec<u8> {
     let mut bytes = dynamic(5 * 4096);
@@ -437,6 +479,33 @@ fn growing_survives_a_power_cut_at_any_write() {
         assert_eq!(disk.len() as u64, to * 512);
         assert!(disk[..model.len()] == model && disk[disk.len() - 1] == 9);
         assert!(events.iter().any(|e| matches!(e, Event::Sync { .. })));
+    }
+}
+
+/// Virtual PC's disks are as long as their geometry says, and may hold more before the footer.
+#[test]
+fn a_fixed_disk_grows_up_to_its_footer_and_past_it() {
+    let options = [("subformat", "fixed")];
+    let mut bytes = made(&CreateParams { options: &options, ..params(Format::Vhd, 2100) });
+    let footer = &mut bytes[2100 * 512..];
+    footer[28..32].copy_from_slice(b"vpc ");
+    // Cylinders, heads, and sectors of a track: 2040 sectors.
+    footer[56..60].copy_from_slice(&[0, 30, 4, 17]);
+    seal(footer, 64);
+    let folder = RamFolder::new();
+    folder.put("a.vhd", bytes);
+    let mut model = vec![0; 2040 * 512];
+    for sectors in [2040, 2050, 2100, 2101, 2300] {
+        let mut engine = open(&folder, "a.vhd", rw(Format::Vhd));
+        engine.resize(sectors).unwrap();
+        engine.write(sectors - 1, &[7; 512]).unwrap();
+        engine.close().unwrap();
+        model.resize(sectors as usize * 512, 0);
+        model[(sectors as usize - 1) * 512..].fill(7);
+        let bytes = folder.bytes("a.vhd").unwrap();
+        assert!(bytes[bytes.len() - 512..].starts_with(b"conectix"), "{sectors}");
+        assert_eq!(bytes.len(), (sectors.max(2100) as usize + 1) * 512);
+        assert!(read_all(&mut open(&folder, "a.vhd", ro(Format::Vhd))) == model, "{sectors}");
     }
 }
 

@@ -7,10 +7,7 @@
 mod foreign;
 
 use foreign::*;
-use platter_image::{
-    Backing, CreateParams, FlushStep, Format, Options, SectorRange, Stop, WritePlan,
-};
-use platter_tool::engine::Engine;
+use platter_image::{Backing, CreateParams, FlushStep, Format, Options};
 use platter_tool::medium::RamFolder;
 
 const MIB: usize = 1 << 20;
@@ -53,15 +50,6 @@ fn more_blocks_than_free_places_are_kept_have_a_place_each() {
         assert_eq!(check_all(&mut engine).corruptions, 0, "{has_parent}");
         assert!(read_all(&mut engine) == model, "{has_parent}");
     }
-}
-
-/// A write prepared, if nothing makes it wait.
-fn prepare(engine: &mut Engine, start: u64, count: u64) -> Option<WritePlan> {
-    let answer = engine.drive(|image| match image.prepare_write(SectorRange::new(start, count)) {
-        Err(Stop::Busy) => Ok(None),
-        answer => answer.map(Some),
-    });
-    answer.unwrap_or_else(|fault| panic!("prepare: {fault}"))
 }
 
 /// A new sector bitmap starts from zeros in the cache. If its plan comes to nothing, another

@@ -186,10 +186,15 @@ pub(super) fn footer_holds(bytes: &[u8; FOOTER_BYTES]) -> bool {
 /// byte 0 is the guest's.
 pub(super) fn same_disk(footer: &[u8; FOOTER_BYTES], first: &[u8; FOOTER_BYTES]) -> bool {
     let same = |range: Range<usize>| footer[range.clone()] == first[range];
-    u32_at(footer, f::DISK_TYPE) == Kind::Fixed as u32
+    is_fixed(footer)
         || same(f::DATA_OFFSET..f::DATA_OFFSET + 8)
             && same(f::DISK_TYPE..f::DISK_TYPE + 4)
             && same(f::UNIQUE_ID..f::UNIQUE_ID + 16)
+}
+
+/// Is it the footer of a fixed disk?
+pub(super) fn is_fixed(footer: &[u8; FOOTER_BYTES]) -> bool {
+    u32_at(footer, f::DISK_TYPE) == Kind::Fixed as u32
 }
 
 impl Footer {

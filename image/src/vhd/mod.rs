@@ -62,7 +62,8 @@ struct FoundFooter {
 ///
 /// After a power cut the end of a dynamic file may be a guest's data, and a guest could make
 /// that look like a footer. The copy at 0 is out of its reach, so it wins where they disagree
-/// on what the file is.
+/// on what the file is. A guest of a fixed disk has the copy's place too: a footer that says fixed
+/// at the end, and a copy with its header at the start, may be either guest's work.
 fn find_footer(ctx: &mut Ctx, file: FileNo) -> Step<FoundFooter> {
     let size = ctx.files.size(file);
     let mut first = [0; FOOTER_BYTES];
@@ -78,6 +79,10 @@ fn find_footer(ctx: &mut Ctx, file: FileNo) -> Step<FoundFooter> {
         if !header::footer_holds(&bytes) {
             continue;
         }
+        if copy_holds && header::is_fixed(&bytes) && has_header(ctx, file, &first)? {
+            let field = "a footer of a fixed VHD at the end, and all of a dynamic one at the start";
+            return Err(ImageFault::unsupported(file, field, offset).into());
+        }
         if copy_holds && !header::same_disk(&bytes, &first) {
             let note = Some("the footer at the end is of another disk; its copy at 0 is used");
             return Ok(FoundFooter { offset: 0, bytes: first, note });
@@ -90,6 +95,19 @@ fn find_footer(ctx: &mut Ctx, file: FileNo) -> Step<FoundFooter> {
     }
     let found = u64::from_be_bytes(first[..8].try_into().expect("eight bytes"));
     Err(header::no_footer(file, found).into())
+}
+
+/// Does the header lie where a footer says?
+fn has_header(ctx: &mut Ctx, file: FileNo, footer: &[u8; FOOTER_BYTES]) -> Step<bool> {
+    let Ok(footer) = Footer::parse(file, 0, footer) else { return Ok(false) };
+    let end = footer.data_offset.saturating_add(HEADER_BYTES as u64);
+    if footer.kind == Kind::Fixed || end > ctx.files.size(file) {
+        return Ok(false);
+    }
+    let mut bytes = [0; HEADER_BYTES];
+    ctx.read(file, footer.data_offset, &mut bytes)?;
+    let sectors = footer.sectors(file, 0)?;
+    Ok(Header::parse(file, footer.data_offset, &bytes, sectors).is_ok())
 }
 
 impl Vhd {

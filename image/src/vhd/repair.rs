@@ -123,7 +123,7 @@ impl Vhd {
             Stage::Look => unreachable!("a look is no repair"),
             Stage::Search(from) => self.search(ctx, mending, from)?,
             Stage::Move => ask = self.move_block(ctx, mending)?,
-            Stage::Tail(end) => ask = self.cut(ctx, mending, end)?,
+            Stage::Tail(end) => ask = Some(self.cut(ctx, mending, end)?),
             Stage::Cut(bytes) => {
                 ctx.files.cut(self.file, bytes);
                 (mending.stage, mending.is_cut) = (Stage::Look, true);
@@ -191,23 +191,15 @@ impl Vhd {
     }
 
     /// What is behind the last block goes, once all entries are durable.
-    fn cut(
-        &mut self,
-        ctx: &mut Ctx,
-        mending: &mut Mending,
-        end: u64,
-    ) -> Step<Option<CheckProgress>> {
+    fn cut(&mut self, ctx: &mut Ctx, mending: &mut Mending, end: u64) -> Step<CheckProgress> {
         if ctx.meta.is_dirty() {
             return Err(Stop::NeedFlush);
         }
         let size = ctx.files.size(self.file);
         ctx.meta.read_again(self.file, end, size - end)?;
         let writer = self.writer.as_mut().expect("a repair needs a writable image");
-        let Some(bytes) = writer.end_at(end) else {
-            mending.stage = Stage::Look;
-            return Ok(None);
-        };
+        let bytes = writer.end_at(end);
         mending.stage = Stage::Cut(bytes);
-        Ok(Some(CheckProgress::Cut { file: self.file, bytes }))
+        Ok(CheckProgress::Cut { file: self.file, bytes })
     }
 }

@@ -68,6 +68,8 @@ impl Vhd {
             if batmap {
                 end += SECTOR_BYTES + needed.div_ceil(8).next_multiple_of(SECTOR_BYTES);
             }
+            // The table is written in whole blocks of the cache, and the footer ends the file.
+            let end = end.next_multiple_of(BLOCK_BYTES);
             writer.reserve_until(end);
             ctx.files.grow(self.file, end);
             writer.moving = Some(Moving { table_offset, entries: needed as u32, done: 0 });

@@ -168,19 +168,21 @@ impl Writer {
     }
 
     /// A repair found that everything ends at `end`: nothing behind it is in use. Says how long
-    /// the file is to be, if it can be cut.
-    pub fn end_at(&mut self, end: u64) -> Option<u64> {
+    /// the file is to be. One that cannot be cut has no end of its own.
+    pub fn end_at(&mut self, end: u64) -> u64 {
+        assert!(self.can_grow(), "a store of fixed size has nothing behind the last block");
         self.next = end;
-        if !self.can_grow() {
-            return None;
-        }
         self.footer_dirty = true;
         self.fresh_from = end + FOOTER_BYTES as u64;
-        Some(self.fresh_from)
+        self.fresh_from
     }
 
-    /// Where a fixed disk's footer goes now that the disk ends at `end`.
+    /// Where a fixed disk's footer goes now that the disk ends at `end`: it ends the file, so it
+    /// stays where it is if that is behind the disk (by their geometry some end before it).
     pub fn move_fixed_footer(&mut self, end: u64) {
+        if end <= self.next {
+            return;
+        }
         self.wipe.get_or_insert(self.next);
         self.next = end;
     }
@@ -277,6 +279,10 @@ impl Vhd {
             let plan = Plan { effect: Effect::Nothing, block: 0, bitmap: 0, first: 0, count: 0 };
             writer.plans[slot as usize] = Some(plan);
             return Ok(self.write_plan(slot, range.count, range.start_bytes()));
+        }
+        if writer.recovered && ctx.meta.flushing() {
+            // The end of that flush would take the footer for written.
+            return Err(Stop::Busy);
         }
         writer.footer_dirty |= core::mem::take(&mut writer.recovered);
         let block = range.start / self.block_sectors;

@@ -325,7 +325,7 @@ impl Vhdx {
         Ok(())
     }
 
-    /// The bytes of a known item that has just this length.
+    /// The first bytes of a known item, which may be longer.
     fn item_bytes<const N: usize>(&self, ctx: &mut Ctx, load: &Load, n: usize) -> Step<[u8; N]> {
         let mut bytes = [0; N];
         match load.items[n] {

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use platter_image::{
     Access, CheckParams, CheckProgress, CheckReport, Create, CreateParams, Format, Options, Repair,
+    SectorRange, Stop, WritePlan,
 };
 use platter_tool::engine::{Engine, options};
 use platter_tool::medium::RamFolder;
@@ -163,6 +164,15 @@ pub fn refused(bytes: Vec<u8>, name: &str, options: Options) -> String {
     };
     assert!(folder.bytes(name).unwrap() == bytes, "a refused image is not changed");
     fault
+}
+
+/// A write prepared, if nothing makes it wait.
+pub fn prepare(engine: &mut Engine, start: u64, count: u64) -> Option<WritePlan> {
+    let answer = engine.drive(|image| match image.prepare_write(SectorRange::new(start, count)) {
+        Err(Stop::Busy) => Ok(None),
+        answer => answer.map(Some),
+    });
+    answer.unwrap_or_else(|fault| panic!("prepare: {fault}"))
 }
 
 /// Makes the disk longer, durably.
