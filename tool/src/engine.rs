@@ -20,8 +20,8 @@ use crate::medium::{Folder, Medium, beside};
 
 /// Bytes moved at once by a prelude or while writing zeros.
 const CHUNK_BYTES: u64 = 1 << 20;
-/// Stops of one planner call after which it makes no progress: a chain of 1000 layers, some
-/// blocks each, and room.
+/// Stops of one planner call that bring it nothing new, after which it makes no progress: blocks
+/// that are read again since others pushed them out, and room.
 const STOPS_MAX: usize = 1 << 20;
 
 /// An open image.
@@ -124,10 +124,16 @@ fn drive<T>(
     media: &Media,
     mut call: impl FnMut(&mut Image) -> Step<T>,
 ) -> Result<T, Fault> {
-    for _ in 0..STOPS_MAX {
+    let (mut idle, mut furthest) = (0, None);
+    while idle < STOPS_MAX {
+        idle += 1;
         match call(image) {
             Ok(answer) => return Ok(answer),
             Err(Stop::Miss(block)) => {
+                let place = Some((block.file.0, block.offset));
+                if place > furthest {
+                    (idle, furthest) = (0, place);
+                }
                 let mut small = [0; 4096];
                 let mut large = Vec::new();
                 let bytes = match block.len as usize {
@@ -143,7 +149,12 @@ fn drive<T>(
                 }
                 image.fill(block, bytes);
             }
-            Err(Stop::NeedFlush) => flush(image, media)?,
+            Err(Stop::NeedFlush) => {
+                if image.is_dirty() {
+                    idle = 0;
+                }
+                flush(image, media)?;
+            }
             Err(Stop::Busy) => panic!("a planner waits, with nothing in flight"),
             Err(Stop::Fault(fault)) => return Err(media.fault(fault)),
         }
@@ -327,7 +338,10 @@ impl Engine {
         let plan = self.drive(|image| image.resize(sectors))?;
         if let Some((file, len)) = plan.grow {
             let open = self.media.file(file);
-            open.medium.set_len(len).map_err(|e| Fault::io(&open.path, "grow", e))?;
+            let told = |error| Fault::io(&open.path, "grow", error);
+            if open.medium.len().map_err(told)? < len {
+                open.medium.set_len(len).map_err(told)?;
+            }
         }
         self.flush()
     }
@@ -475,7 +489,7 @@ mod tests {
 
     use super::*;
     use crate::medium::{DiskFolder, Event, RamFolder};
-    use platter_image::Format;
+    use platter_image::{BlockRef, Format};
 
     #[test]
     fn raw_in_ram_reads_what_was_written_and_syncs_on_flush() {
@@ -497,6 +511,22 @@ mod tests {
         assert!(matches!(folder.events().last(), Some(Event::Sync { file: 0 })));
         let fault = engine.read(16, &mut bytes[..512]).unwrap_err();
         assert_eq!(fault.to_string(), "a.raw: sector 17 is beyond the end of the disk, 16 sectors");
+    }
+
+    /// Tables may be longer than any number of stops.
+    #[test]
+    fn a_planner_may_read_any_number_of_blocks() {
+        let folder = RamFolder::new();
+        folder.put("a.raw", vec![7; 8192]);
+        let raw = options(Format::Raw, Access::ReadOnly);
+        let mut engine = Engine::open(&folder, "a.raw", raw).unwrap();
+        let mut offset = 0;
+        let answer = engine.drive(|_| {
+            offset += 4096;
+            let block = BlockRef { file: FileNo(0), offset, len: 4096 };
+            if offset >> 12 > STOPS_MAX as u64 { Ok(5) } else { Err(Stop::Miss(block)) }
+        });
+        assert_eq!(answer.unwrap(), 5);
     }
 
     #[test]

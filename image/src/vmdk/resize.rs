@@ -114,7 +114,8 @@ impl Vmdk {
                     let (value, limit) = (end, info.size_bytes);
                     return Err(ImageFault { value, limit, ..fault }.into());
                 }
-                Some((extent.file, end))
+                // The file may hold more than the extent: it is never cut.
+                (end > info.size_bytes).then_some((extent.file, end))
             }
             Body::Sparse(tables, Some(space)) => {
                 let growth = &mut writing.growth;

@@ -10,7 +10,7 @@ use crate::append::{Added, Entry, Shape, Space, Table, Use};
 use crate::fault::ImageFault;
 use crate::format::{Codec, Ctx, Packed};
 use crate::meta::{BLOCK_BYTES, Phase};
-use crate::types::{FileNo, SECTOR_BYTES, Step};
+use crate::types::{FileNo, SECTOR_BYTES, Step, Stop};
 
 /// Grain table entry of a zero grain.
 const ZERO_GRAIN: u32 = 1;
@@ -188,7 +188,12 @@ impl Shape for Tables {
     }
 
     /// An empty table says what no table says, so it goes in at once, with its copy beside it.
+    /// Not during a flush, which may be past the table's phase and would make the directory's
+    /// entry durable before it.
     fn add_table(&self, ctx: &mut Ctx, space: &mut Space, cluster: u64) -> Step<Added> {
+        if ctx.meta.flushing() {
+            return Err(Stop::Busy);
+        }
         let step = self.directory_step(cluster);
         let directories = [self.header.directory, self.header.redundant];
         for directory in directories.into_iter().filter(|&directory| directory != 0) {
