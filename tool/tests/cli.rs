@@ -7,7 +7,7 @@ use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
 const FORMATS: [&str; 7] = ["qcow2", "qcow", "qed", "vhd", "vhdx", "vmdk", "vdi"];
@@ -283,15 +283,21 @@ fn what_another_program_writes_to_is_left_alone() {
         command.args(args).current_dir(&folder.0).stdout(Stdio::null());
         command.stdin(Stdio::piped()).spawn().expect("it is installed")
     };
-    let until = |done: &dyn Fn() -> bool| {
+    // Whoever looks may be in the way of the program that is to open it, which then ends.
+    let until = |program: &mut Child, again: &dyn Fn() -> Child, done: &dyn Fn() -> bool| {
         (0..600).any(|_| {
             std::thread::sleep(Duration::from_millis(50));
+            if program.try_wait().unwrap().is_some() {
+                *program = again();
+            }
             done()
         })
     };
     // QEMU holds the image until its input ends.
-    let mut qemu = spawn("qemu-io", &["-f", "qcow2", "a.qcow2"]);
-    assert!(until(&|| !folder.run(&["info", "a.qcow2"]).status.success()), "QEMU opens it");
+    let start = || spawn("qemu-io", &["-f", "qcow2", "a.qcow2"]);
+    let mut qemu = start();
+    let is_held = || !folder.run(&["info", "a.qcow2"]).status.success();
+    assert!(until(&mut qemu, &start, &is_held), "QEMU opens it");
     let said = folder.refused(&["info", "a.qcow2"], "a.qcow2");
     assert!(said.contains("another program is writing to it"), "{said}");
     folder.good(&["info", "-U", "a.qcow2"]);
@@ -304,13 +310,14 @@ fn what_another_program_writes_to_is_left_alone() {
     qemu.wait().unwrap();
     folder.good(&["resize", "-q", "a.qcow2", "+1M"]);
     // And the other way round.
-    let mut ours =
-        spawn(env!("CARGO_BIN_EXE_platter"), &["bench", "-w", "-c", "1000000000", "a.qcow2"]);
+    let program = env!("CARGO_BIN_EXE_platter");
+    let start = || spawn(program, &["bench", "-w", "-c", "1000000000", "a.qcow2"]);
+    let mut ours = start();
     let by_qemu = |args: &[&str]| {
         let run = Command::new("qemu-img").args(args).current_dir(&folder.0).output();
         run.expect("qemu-img is installed").status.success()
     };
-    let refused = until(&|| !by_qemu(&["info", "-f", "qcow2", "a.qcow2"]));
+    let refused = until(&mut ours, &start, &|| !by_qemu(&["info", "-f", "qcow2", "a.qcow2"]));
     let resized = by_qemu(&["resize", "-f", "qcow2", "a.qcow2", "+1M"]);
     ours.kill().unwrap();
     ours.wait().unwrap();
