@@ -15,7 +15,7 @@ use alloc::vec::Vec;
 use platter_xen::pciif::{Device, MAGIC, Pciif, parse_device};
 use platter_xen::xenbus::XenbusState;
 use platter_xen::xenstore::decimal;
-use platter_xen::{Bus, DomId, Gref, Hypervisor, Port, Refusal, Region};
+use platter_xen::{Bus, DomId, Hypervisor, Port, Refusal};
 
 use crate::nvme::{MMIO_PAGES, Nvme, PciRefusal, Probe, Unfit};
 
@@ -49,8 +49,6 @@ pub enum PciFound {
 
 /// What we share with pciback.
 struct Shared {
-    page: Region,
-    gref: Gref,
     port: Port,
     pciif: Pciif,
 }
@@ -164,7 +162,7 @@ impl Pcifront {
             }
         };
         let pciif = Pciif::new(hv, page, port);
-        self.shared = Some(Shared { page, gref, port, pciif });
+        self.shared = Some(Shared { port, pciif });
         let node = |name: &str, value: String| (name.to_string(), value);
         Ok(Vec::from([
             node("pci-op-ref", gref.0.to_string()),
@@ -238,11 +236,6 @@ impl Pcifront {
             }
         })
     }
-
-    /// The page and its grant, for an epitaph.
-    pub fn shared_page(&self) -> Option<(Region, Gref)> {
-        self.shared.as_ref().map(|shared| (shared.page, shared.gref))
-    }
 }
 
 #[cfg(test)]
@@ -252,6 +245,8 @@ mod tests {
 
     use core::cell::RefCell;
     use std::rc::Rc;
+
+    use platter_xen::Region;
 
     use super::*;
     use crate::fake::{Fake, Registers};
@@ -304,7 +299,7 @@ mod tests {
         functions[2] = Some(b"0000:00:00.1".as_slice());
         let PciStep::Write(nodes) = front.update(&mut hv, Some(b"4"), &functions) else { panic!() };
         assert_eq!(nodes[0].1, "4");
-        let (page, _) = front.shared_page().unwrap();
+        let page = Region { first_page: hv.grants[0].unwrap(), pages: 1 };
         let mut found = Vec::new();
         for _ in 0..100 {
             found.extend(front.poll(&mut hv, 0));
