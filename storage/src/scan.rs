@@ -107,8 +107,6 @@ impl Scan {
             self.scan_disk(disks, disk, range)?;
             self.disks += 1;
             (self.ranges, self.of_disk) = (0, 0);
-            // The texts that stand where the path leads are read first.
-            self.members.sort_by_key(|member| !is_here(member));
         }
         Ok(())
     }
@@ -126,12 +124,14 @@ impl Scan {
             Err(MetaFault::Refused(_)) => return Ok(()),
             Ok(table) => table,
         };
-        let mut ranges: Vec<(u64, u64)> = match table.scheme {
+        let ranges: Vec<(u64, u64)> = match table.scheme {
             Scheme::None => alloc::vec![(0, sectors)],
             _ => table.partitions.iter().map(|part| (part.sector, part.sectors)).collect(),
         };
-        ranges.sort_by_key(|(sector, _)| !named.holds(disk, *sector));
-        for (sector, sectors) in ranges.into_iter().skip(self.ranges) {
+        let is_named = |&(sector, _): &(u64, u64)| named.holds(disk, sector);
+        let first = ranges.iter().copied().filter(is_named);
+        let others = ranges.iter().copied().filter(|range| !is_named(range));
+        for (sector, sectors) in first.chain(others).skip(self.ranges) {
             if self.of_disk == MEMBERS_OF_DISK_MAX {
                 return Ok(());
             }
