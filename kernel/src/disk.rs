@@ -78,6 +78,8 @@ pub struct Disk {
     pub flush_waiters: usize,
     /// How many requests it may have in the table now.
     pub share: usize,
+    /// How many store operations its requests may have under way now.
+    pub ops_share: usize,
     /// Another disk, that asks for little, wants the store too.
     pub contended: bool,
     /// When it last took a request.
@@ -127,6 +129,7 @@ impl Disk {
             ordered: 0,
             flush_waiters: 0,
             share: REQUESTS_PER_DISK_MIN,
+            ops_share: OPS_CONTENDED_MAX,
             contended: false,
             taken_ns: 0,
             ops: 0,
@@ -156,7 +159,9 @@ impl Disk {
 
     /// It has as much in the store as it may have now.
     pub fn has_its_share(&self) -> bool {
-        self.contended && (self.ops >= OPS_CONTENDED_MAX || self.bytes >= BYTES_CONTENDED_MAX)
+        self.ops >= self.ops_share
+            || self.contended
+                && (self.ops >= OPS_CONTENDED_MAX || self.bytes >= BYTES_CONTENDED_MAX)
     }
 
     /// Its guest asks for so little that others should not make it wait.
@@ -248,10 +253,8 @@ impl Disk {
                         assert!(room.is_ok(), "no more than a quantum is taken");
                     }
                     Ok(None) => queue.active = false,
-                    Err(_) => {
-                        queue.active = false;
-                        self.stats.ring_broken();
-                    }
+                    // Its end is seen, and counted, where the device looks at its rings.
+                    Err(_) => queue.active = false,
                 }
             }
         }

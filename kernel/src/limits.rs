@@ -1,7 +1,7 @@
 //! Every bound of the server, in one place, each with its worst-case memory or its source.
 
-/// Disks attached at once. xenstore's default quota of 1000 nodes allows about 34 with the
-/// toolstack's 15 nodes a disk and ours; more is a matter of that quota (32 is a round number).
+/// Disks attached at once, as far as memory goes: that refuses some before. xenstore's default
+/// quota of 1000 nodes allows about 34 with the toolstack's 15 nodes a disk and ours.
 pub const DISKS_MAX: usize = 32;
 /// Stores: 9p shares and disks of the storage domain itself.
 pub const STORES_MAX: usize = 8;
@@ -11,8 +11,13 @@ pub const FRONTS_MAX: usize = 16;
 pub const REQUESTS_MAX: usize = 192;
 /// With so few requests under way the domain sleeps after a turn without another look.
 pub const REQUESTS_CALM_MAX: usize = 4;
-/// Requests one disk may always have in flight, whatever the others do.
+/// A disk's share of them, at the least.
 pub const REQUESTS_PER_DISK_MIN: usize = 4;
+/// Requests that those who serve do not have together: what they hold while their store is away
+/// leaves these to disks that come meanwhile, until shares are even.
+pub const REQUESTS_KEPT: usize = 16;
+/// The same of store operations: opening a disk needs some.
+pub const OPS_KEPT: usize = 32;
 /// Store operations that one disk may have under way while another, that asks for little, wants
 /// the store too: what lies in a server's queue delays everybody behind it, and a server is busy
 /// with this many.
@@ -60,9 +65,6 @@ pub const PARAMS_BYTES_MAX: usize = 1024;
 /// Metadata cache of one disk, bytes, before the memory given to the domain scales it.
 pub const CACHE_BYTES_MIN: usize = 256 * 1024;
 pub const CACHE_BYTES_MAX: usize = 8 * 1024 * 1024;
-/// Between writing Closed and deleting the backend directory, so that the toolstack has read
-/// the 6 (libxl waits 10 s for either).
-pub const LINGER_NS: u64 = 300_000_000;
 /// How long an attach may wait for its store to appear; libxl gives up after 10 s, and the
 /// reason should stand in its log before that.
 pub const STORE_WAIT_NS: u64 = 8_000_000_000;

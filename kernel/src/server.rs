@@ -15,8 +15,8 @@ use crate::disk::Disk;
 use crate::engine::{Engine, OpKind};
 use crate::fault::Fault;
 use crate::limits::{
-    CACHE_BYTES_MAX, CACHE_BYTES_MIN, CONTENDED_NS, DISKS_MAX, FLUSH_AFTER_NS, REQUESTS_CALM_MAX,
-    REQUESTS_MAX, REQUESTS_PER_DISK_MIN,
+    CACHE_BYTES_MAX, CACHE_BYTES_MIN, CONTENDED_NS, DISKS_MAX, FLUSH_AFTER_NS, OPS_KEPT, OPS_MAX,
+    REQUESTS_CALM_MAX, REQUESTS_KEPT, REQUESTS_MAX, REQUESTS_PER_DISK_MIN,
 };
 use crate::stores::AnyStore;
 use crate::table::Id;
@@ -335,7 +335,9 @@ impl Server {
     /// Requests: taken, planned, carried on, answered.
     fn serve<H: Hypervisor + Bus>(&mut self, hv: &mut H, now_ns: u64) -> bool {
         let serving = self.devices.iter().flatten().filter(|d| d.is_serving()).count();
-        let share = (REQUESTS_MAX / serving.max(1)).max(REQUESTS_PER_DISK_MIN);
+        let each = |count: usize| count / serving.max(1);
+        let share = each(REQUESTS_MAX - REQUESTS_KEPT).max(REQUESTS_PER_DISK_MIN);
+        let ops_share = each(OPS_MAX - OPS_KEPT);
         let wants_little =
             |disk: &Disk| disk.is_light() && disk.taken_ns.saturating_add(CONTENDED_NS) > now_ns;
         let disks = self.devices.iter().flatten().filter_map(|device| device.disk.as_ref());
@@ -353,7 +355,7 @@ impl Server {
                 disk.kick = false;
                 continue;
             }
-            disk.share = share;
+            (disk.share, disk.ops_share) = (share, ops_share);
             disk.contended = light > usize::from(wants_little(disk));
             for queue in &mut disk.queues {
                 // While there is always work nothing is asked for by an event: look.

@@ -151,8 +151,8 @@ pub struct Xs {
     next: u32,
     /// Something was queued since the last poll, which is what sends it.
     unsent: bool,
-    /// Requests that could not be queued: never silently lost.
-    pub lost: u32,
+    /// Requests given up that nobody makes again: told on the console.
+    lost: u32,
 }
 
 /// An answer or an event.
@@ -270,7 +270,7 @@ impl Xs {
         let token = self.next;
         match self.queue(insisted.ask.op(), Purpose::None) {
             Ok(()) => drop(self.insisted.insert(token, insisted)),
-            Err(NotQueued::BadPath | NotQueued::TooLong) => self.lost += 1,
+            Err(NotQueued::BadPath | NotQueued::TooLong) => self.lose(),
             Err(NotQueued::Full | NotQueued::TooManyWatches | NotQueued::Dead) => {
                 self.put_off(insisted);
             }
@@ -279,12 +279,19 @@ impl Xs {
 
     fn put_off(&mut self, mut insisted: Insisted) {
         if self.late.len() == LATE_MAX {
-            self.lost += 1;
-            return;
+            return self.lose();
         }
         insisted.refusals += 1;
         let at_ns = self.now_ns.saturating_add(pause_ns(insisted.refusals));
         self.late.push((at_ns, insisted));
+    }
+
+    /// Said at the first, the second, the fourth, ...: whatever floods us does not flood people.
+    fn lose(&mut self) {
+        self.lost = self.lost.saturating_add(1);
+        if self.lost.is_power_of_two() {
+            log::warn!("requests to xenstore that were given up: {}", self.lost);
+        }
     }
 
     /// Does not insist on it any longer.
@@ -355,9 +362,7 @@ impl Xs {
     }
 
     fn submit(&mut self, op: Op<'_>, purpose: Purpose) -> bool {
-        let queued = self.queue(op, purpose).is_ok();
-        self.lost += u32::from(!queued);
-        queued
+        self.queue(op, purpose).is_ok()
     }
 
     fn queue(&mut self, op: Op<'_>, purpose: Purpose) -> Result<(), NotQueued> {

@@ -314,6 +314,21 @@ fn a_qcow2_takes_the_room_that_its_partition_got_in_use() {
     world.wind_up(true);
 }
 
+#[test]
+fn a_disk_whose_backend_is_away_leaves_room_for_others() {
+    // It held all requests, and the next disk could not even be opened.
+    let habits = Habits { depth: 250, ring_order: 4, segments_max: 1, ..busy() };
+    let habits = Habits { requests: 100_000, errors_allowed: true, flushes: 0, ..habits };
+    let mut world = world(12, DiskKind::Blk, 512, vec![raw(8192, habits)]);
+    world.run_until("the guest", 60_000 * MS, running);
+    world.run_for(20 * MS);
+    world.kill_backend();
+    world.run_for(100 * MS);
+    let calm = Habits { requests: 60, ..Habits::calm() };
+    let other = world.add_guest(Format::Raw, 512, calm);
+    world.run_until("the other", 10_000 * MS, |world| world.guests[other].is_done());
+}
+
 /// A ring page and a port for platter, as xenstore wants them.
 fn connect(mut hv: View<'_>) -> (String, String) {
     let page = hv.frames_alloc(1).expect("guests have memory");

@@ -16,7 +16,7 @@ use crate::Gref;
 pub const SECTOR_BYTES: u32 = 512;
 /// `BLKIF_MAX_SEGMENTS_PER_REQUEST` (blkif.h).
 pub const SEGMENTS_DIRECT_MAX: usize = 11;
-/// What we advertise in `feature-max-indirect-segments`; blkback's `MAX_INDIRECT_SEGMENTS`.
+/// The most that may be advertised in `feature-max-indirect-segments`; blkback's
 pub const SEGMENTS_INDIRECT_MAX: usize = 256;
 /// `BLKIF_MAX_INDIRECT_PAGES_PER_REQUEST` (blkif.h).
 pub const INDIRECT_PAGES_MAX: usize = 8;

@@ -15,7 +15,7 @@ use crate::ring::RING_PAGES_MAX;
 use crate::xenstore::decimal;
 use crate::{Gref, Port};
 
-/// The most queues we serve per disk.
+/// The most queues of a disk whose nodes can be named; a backend may serve fewer.
 pub const QUEUES_MAX: usize = 8;
 
 /// What a backend says about a disk.

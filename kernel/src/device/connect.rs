@@ -120,12 +120,13 @@ impl Device {
 
     /// A ring was found broken: the decision closes the disk, others live.
     pub fn check_rings(&mut self, now_ns: u64) {
-        let Some(disk) = &self.disk else { return };
+        let Some(disk) = &mut self.disk else { return };
         if self.rings == Rings::Up && disk.queues.iter().any(|queue| queue.ring.is_broken()) {
             if now_ns >= self.break_shown_ns {
                 self.break_shown_ns = now_ns + REFUSAL_LOG_NS;
                 log::warn!("guest {} disk {}: it broke its ring; closed", self.guest.0, self.vdev);
             }
+            disk.stats.ring_broken();
             self.rings = Rings::Broken;
             self.look = true;
         }
