@@ -336,6 +336,66 @@ fn a_disk_grows_on_a_store_in_shreds() {
     }
 }
 
+/// Free clusters that are not two in a row are room for a new L2 table and its data all the same.
+#[test]
+fn a_store_in_shreds_is_written_until_it_is_full() {
+    let folder = RamFolder::new();
+    folder.put("a.qcow2", new(&[("cluster_size", "4096")], 131_072));
+    let mut engine = open(&folder, "a.qcow2", rw(Q));
+    engine.write(0, &vec![1; 16 << 20]).unwrap();
+    for sector in (0..160).step_by(16) {
+        engine.discard(sector, 8).unwrap();
+    }
+    engine.close().unwrap();
+    folder.fix(true);
+    let mut engine = open(&folder, "a.qcow2", rw(Q));
+    // Ten clusters: five tables with one cluster each.
+    for n in 0..5u8 {
+        engine.write(40_000 + u64::from(n) * 4096, &[n; 4096]).unwrap();
+    }
+    for n in 0..5u8 {
+        let mut bytes = vec![9; 4096];
+        engine.read(40_000 + u64::from(n) * 4096, &mut bytes).unwrap();
+        assert!(bytes.iter().all(|&b| b == n));
+    }
+    engine.discard(40_000, 8).unwrap();
+    // Room for a table and not for its data is left to who needs one cluster.
+    let told = engine.write(80_000, &[5; 4096]).unwrap_err().to_string();
+    assert!(told.contains("no room"), "{told}");
+    engine.write(40_008, &[6; 4096]).unwrap();
+    engine.close().unwrap();
+    let report = checked(&folder, "a.qcow2", Repair::Nothing);
+    assert_eq!((report.corruptions, report.leaks), (0, 0), "{report:#?}");
+}
+
+/// What a growth took that did not end is given back when the image is closed.
+#[test]
+fn a_growth_that_is_given_up_leaks_nothing() {
+    for (refcount_bits, to) in [("16", 99_001), ("64", 300_000)] {
+        let image = new(&[("cluster_size", "512"), ("refcount_bits", refcount_bits)], 1001);
+        for steps in 0..40 {
+            let folder = RamFolder::new();
+            folder.put("a.qcow2", image.clone());
+            let mut engine = open(&folder, "a.qcow2", small(32 << 10));
+            for _ in 0..steps {
+                match engine.image().resize(to) {
+                    Ok(_) => break,
+                    Err(Stop::Miss(block)) => {
+                        let mut bytes = vec![0; block.len as usize];
+                        engine.medium(block.file).read_at(block.offset, &mut bytes).unwrap();
+                        engine.image().fill(block, &bytes);
+                    }
+                    Err(Stop::NeedFlush) => engine.flush().unwrap(),
+                    Err(stop) => panic!("{stop:?}"),
+                }
+            }
+            engine.close().unwrap();
+            let report = checked(&folder, "a.qcow2", Repair::Nothing);
+            assert_eq!((report.corruptions, report.leaks), (0, 0), "{steps} steps: {report:#?}");
+        }
+    }
+}
+
 /// QEMU saves a machine's state behind the disk (`savevm`); old ones left it there.
 #[test]
 fn a_disk_does_not_grow_over_saved_machine_state() {

@@ -20,6 +20,7 @@ mod refcount;
 mod resize;
 mod row;
 mod snapshot;
+mod spare;
 mod stream;
 mod write;
 
@@ -198,7 +199,7 @@ impl Layer for Qcow2 {
                 other => other,
             },
             false => {
-                self.finish_frees(ctx)?;
+                self.finish_unused(ctx)?;
                 self.complete_end(ctx)
             }
         }

@@ -22,6 +22,13 @@ pub(super) struct Growth {
     changes: u64,
 }
 
+impl Growth {
+    /// Its first cluster and how many there are.
+    pub fn place(&self) -> (u64, u64) {
+        (self.first, self.clusters)
+    }
+}
+
 impl Qcow2 {
     pub(super) fn grow(&mut self, ctx: &mut Ctx, sectors: u64) -> Step<ResizePlan> {
         self.before_change(ctx)?;
@@ -48,7 +55,13 @@ impl Qcow2 {
             }
         }
         let table = match entries > u64::from(self.header.l1_entries) {
-            true => Some(self.make_l1(ctx, entries)?),
+            true => match self.make_l1(ctx, entries) {
+                Err(Stop::Fault(fault)) => {
+                    self.give_up_growth();
+                    return Err(fault.into());
+                }
+                made => Some(made?),
+            },
             false => None,
         };
         ctx.meta.reserve(self.file, field::SIZE)?;
@@ -103,11 +116,9 @@ impl Qcow2 {
         // It may be what takes a row for the table.
         self.run_job(ctx)?;
         let clusters = (entries * 8).div_ceil(self.cluster_bytes());
-        if let Some(other) = self.writer().growth.filter(|growth| growth.clusters != clusters) {
+        if self.writer().growth.is_some_and(|growth| growth.clusters != clusters) {
             // Another size was asked for meanwhile.
-            let writer = self.writer_mut();
-            writer.space.frees.push(other.first, other.clusters, true);
-            writer.growth = None;
+            self.give_up_growth();
         }
         if self.writer().growth.is_none() {
             self.take_l1(ctx, clusters)?;

@@ -24,6 +24,7 @@ use super::map::{L2, Subcluster};
 use super::overlap::{BEYOND_FILE, Compared, Filter};
 use super::refcount::{Run, Space};
 use super::resize::Growth;
+use super::spare::Spare;
 
 /// Clusters of one plan at most (ours): bounds the work of a commit.
 pub(super) const PLAN_CLUSTERS_MAX: u64 = 256;
@@ -42,6 +43,7 @@ pub(super) struct Writer {
     /// Changes of the active L1 table so far, and a longer one that is being made.
     pub l1_changes: u64,
     pub growth: Option<Growth>,
+    pub spare: Spare,
     /// L1 entries beyond the disk's end that are known to be empty, up to this one.
     pub empty_to: u64,
     /// Clusters that hold L2 tables and refcount blocks.
@@ -119,6 +121,7 @@ impl Writer {
             empty_to: 0,
             l1_changes: 0,
             growth: None,
+            spare: Spare::None,
             tables: Filter::new(),
             compared: Compared::default(),
             damage: None,
@@ -290,7 +293,17 @@ impl Qcow2 {
                 Ok(self.plan(slot, start, end, host, copy, preludes))
             }
             Need::Fresh => {
-                let want = Want { slot, start, end, l2, first, last, clusters: pieces, frees };
+                let want = Want {
+                    slot,
+                    start,
+                    end,
+                    l2,
+                    first,
+                    last,
+                    clusters: pieces,
+                    frees,
+                    spare: None,
+                };
                 self.prepare_fresh(ctx, want)
             }
         }
@@ -481,6 +494,8 @@ struct Want {
     last: Piece,
     clusters: u64,
     frees: usize,
+    /// The cluster of a new L2 table, if it is not the first of the run.
+    spare: Option<u64>,
 }
 
 impl Want {
@@ -505,13 +520,14 @@ impl Qcow2 {
         }
         let owned = want.l2.is_some_and(|l2| l2.copied);
         let data_here = !self.kind.data_file;
-        let needed = u64::from(!owned) + if data_here { want.clusters } else { 0 };
+        let data = if data_here { want.clusters } else { 0 };
         let mut run = None;
-        if needed > 0 {
-            let found = self.find_run(ctx, needed, needed.min(1 + u64::from(!owned)))?;
+        if !owned || data > 0 {
+            let found = self.find_for_plan(ctx, !owned, data)?;
             run = Some(found);
+            want.spare = self.writer().spare.cluster().filter(|_| !owned);
             if data_here {
-                let got = found.count - u64::from(!owned);
+                let got = found.count - u64::from(!owned && want.spare.is_none());
                 if got < want.clusters {
                     want = self.shorten(ctx, want, got)?;
                 }
@@ -569,7 +585,8 @@ impl Qcow2 {
             old => old,
         };
         pin(ctx, self.l1_entry_offset(want.start))?;
-        let table = run.expect("a new L2 table needs a cluster").first << self.kind.cluster_bits;
+        let table = want.spare.or(run.map(|run| run.first));
+        let table = table.expect("a new L2 table needs a cluster") << self.kind.cluster_bits;
         let entry_at = self.entry_offset(L2 { offset: table, copied: true }, want.start);
         // The block, or the table where that is smaller, as it stands in the old table.
         let len = self.cluster_bytes().min(BLOCK_BYTES);
@@ -600,12 +617,15 @@ impl Qcow2 {
         let Want { slot, start, end, l2, first, last, clusters, .. } = want;
         let bits = self.kind.cluster_bits;
         let guest = start & !(self.cluster_bytes() - 1);
-        let new_l2 =
-            if l2.is_some_and(|l2| l2.copied) { 0 } else { run.expect("found").first << bits };
+        let new_l2 = match l2.is_some_and(|l2| l2.copied) {
+            true => 0,
+            false => want.spare.unwrap_or_else(|| run.expect("found").first) << bits,
+        };
+        let table = u64::from(new_l2 != 0 && want.spare.is_none());
         let mut host = guest;
         let mut untouched = false;
         if let Some(run) = run.filter(|_| !self.kind.data_file) {
-            let first = run.first + u64::from(new_l2 != 0);
+            let first = run.first + table;
             host = first << bits;
             untouched = self.is_beyond_file(ctx, first);
         }
@@ -626,7 +646,7 @@ impl Qcow2 {
         if !untouched {
             preludes.extend(self.zero_past_end(host, clusters, guest, end + last.tail));
         }
-        let needed = u64::from(new_l2 != 0) + if self.kind.data_file { 0 } else { clusters };
+        let needed = table + if self.kind.data_file { 0 } else { clusters };
         if let Some(run) = run {
             self.take_run(ctx, run.prefix(needed));
         }
@@ -634,10 +654,12 @@ impl Qcow2 {
             ctx.files.grow(self.data, host + clusters * self.cluster_bytes());
         }
         let old_l2 = if new_l2 != 0 { l2.map_or(0, |old| old.offset) } else { 0 };
-        let valid = (start - first.head, end + last.tail);
         let writer = self.writer_mut();
         if new_l2 != 0 {
             writer.tables.insert(new_l2 >> bits);
+        }
+        if want.spare.is_some() {
+            writer.spare = Spare::None;
         }
         writer.space.frees.reserve(want.places());
         writer.plans[slot as usize] = Plan {
@@ -646,8 +668,8 @@ impl Qcow2 {
             clusters,
             host,
             fresh: true,
-            valid_from: valid.0,
-            valid_to: valid.1,
+            valid_from: start - first.head,
+            valid_to: end + last.tail,
             entry_at,
             new_l2,
             old_l2,
