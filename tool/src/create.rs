@@ -71,11 +71,8 @@ pub(crate) fn claim(path: &Path, replace: &Replace, made: &mut Made) -> Result<F
     let fault = |doing, error| Fault::io(&path.to_string_lossy(), doing, error);
     let mut options = OpenOptions::new();
     options.read(true).write(true);
-    let file = match options.clone().create_new(true).open(path) {
-        Ok(file) => {
-            made.add(path);
-            file
-        }
+    let file = match made.begin(path, || options.clone().create_new(true).open(path)) {
+        Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists && replace.allowed => {
             let file = options.open(path).map_err(|error| fault("replace", error))?;
             replace.refuses(&file).map_err(|error| fault("replace", error))?;
@@ -89,10 +86,8 @@ pub(crate) fn claim(path: &Path, replace: &Replace, made: &mut Made) -> Result<F
 
 /// Empties a file that was claimed: from then on it is of this run.
 pub(crate) fn empty(path: &Path, file: &File, made: &mut Made) -> Result<(), Fault> {
-    let emptied = file.set_len(0);
-    emptied.map_err(|error| Fault::io(&path.to_string_lossy(), "empty", error))?;
-    made.add(path);
-    Ok(())
+    let emptied = made.begin(path, || file.set_len(0));
+    emptied.map_err(|error| Fault::io(&path.to_string_lossy(), "empty", error))
 }
 
 fn write_all(

@@ -5,6 +5,7 @@
 //! before and was not emptied by this run.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
 
@@ -25,11 +26,15 @@ pub struct Made {
 }
 
 impl Made {
-    pub fn add(&mut self, path: &Path) {
+    /// Makes or empties a file, which is among them if that succeeds. A signal waits until it is.
+    pub fn begin<T>(&mut self, path: &Path, act: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        let mut all = under_way();
+        let done = act()?;
         if !self.paths.iter().any(|known| known == path) {
             self.paths.push(path.to_path_buf());
-            under_way().push(path.to_path_buf());
+            all.push(path.to_path_buf());
         }
+        Ok(done)
     }
 
     /// They are complete.

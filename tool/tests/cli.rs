@@ -408,7 +408,11 @@ fn a_convert_that_fails_or_is_ended_leaves_nothing_behind() {
     }
     assert!(Command::new("kill").arg(convert.id().to_string()).status().unwrap().success());
     let status = convert.wait().unwrap();
-    assert!(status.signal() == Some(15) && !folder.path("b.qcow2").exists(), "{status}");
+    assert_eq!(status.signal(), Some(15), "{status}");
+    // If the signal came late it is complete.
+    if folder.path("b.qcow2").exists() {
+        folder.good(&["compare", "-q", "large.raw", "b.qcow2"]);
+    }
 }
 
 /// An image made by qemu-img and then changed by hand.
