@@ -7,6 +7,8 @@
 
 UNITS=/run/systemd/system
 UNIT=platter-9pfsd.service
+# Where libxl looks for a server.
+REGISTERED=/local/domain/0/libxl/xen-9pfs/state
 
 scenario() {
     make_image disk.raw 16M
@@ -39,10 +41,12 @@ scenario() {
     pkill -9 -x platter-9pfsd
     within 60 up_more_than storage images "$ups" || fail "the store does not come up again"
     guest_goes_on guest disk.raw
+    xenstore-exists "$REGISTERED" || fail "libxl would start another server"
     expect_equal "restarts" NRestarts=1 "$(inside systemctl show "$UNIT" -p NRestarts)"
     step "it is stopped"
     inside systemctl stop "$UNIT" || fail "systemctl stop fails"
     expect_equal "servers" "" "$(pgrep -x platter-9pfsd || true)"
+    xenstore-exists "$REGISTERED" && fail "libxl would not start Xen's own server"
     xl destroy storage
 }
 
