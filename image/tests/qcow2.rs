@@ -305,18 +305,25 @@ fn a_disk_grows_and_its_new_end_reads_zeros() {
     }
 }
 
+/// `a.qcow2` of so many sectors with 16 MiB of data in clusters of 4 KiB, every second one of the
+/// first `until` sectors free again.
+fn in_shreds(sectors: u64, until: u64) -> RamFolder {
+    let folder = RamFolder::new();
+    folder.put("a.qcow2", new(&[("cluster_size", "4096")], sectors));
+    let mut engine = open(&folder, "a.qcow2", rw(Q));
+    engine.write(0, &vec![1; 16 << 20]).unwrap();
+    for sector in (0..until).step_by(16) {
+        engine.discard(sector, 8).unwrap();
+    }
+    engine.close().unwrap();
+    folder
+}
+
 /// On a store of fixed size whose free space is single clusters, more of them than can be given
 /// back at once, a longer L1 table has no place; where there is one, it is found behind them.
 #[test]
 fn a_disk_grows_on_a_store_in_shreds() {
-    let folder = RamFolder::new();
-    folder.put("a.qcow2", new(&[("cluster_size", "4096")], 32768));
-    let mut engine = open(&folder, "a.qcow2", rw(Q));
-    engine.write(0, &vec![1; 16 << 20]).unwrap();
-    for sector in (0..32768).step_by(16) {
-        engine.discard(sector, 8).unwrap();
-    }
-    engine.close().unwrap();
+    let folder = in_shreds(32768, 32768);
     let shreds = folder.bytes("a.qcow2").unwrap();
     folder.fix(true);
     for (more, grows) in [(0, false), (16384, true)] {
@@ -339,14 +346,7 @@ fn a_disk_grows_on_a_store_in_shreds() {
 /// Free clusters that are not two in a row are room for a new L2 table and its data all the same.
 #[test]
 fn a_store_in_shreds_is_written_until_it_is_full() {
-    let folder = RamFolder::new();
-    folder.put("a.qcow2", new(&[("cluster_size", "4096")], 131_072));
-    let mut engine = open(&folder, "a.qcow2", rw(Q));
-    engine.write(0, &vec![1; 16 << 20]).unwrap();
-    for sector in (0..160).step_by(16) {
-        engine.discard(sector, 8).unwrap();
-    }
-    engine.close().unwrap();
+    let folder = in_shreds(131_072, 160);
     folder.fix(true);
     let mut engine = open(&folder, "a.qcow2", rw(Q));
     // Ten clusters: five tables with one cluster each.
